@@ -1,0 +1,1 @@
+"""qpipe: post-training quantization as reproducible, cached pipelines."""
