@@ -1,0 +1,215 @@
+"""Params: what a stage's signature says about a value, and how a value from a config is held against it.
+
+A param's type is its annotation: bool, int, float, str, Path, Literal, X | None, list, tuple, dict, a frozen dataclass,
+`Factory`, each with bounds where `Annotated[int, Range(ge=1)]` gives them. `coerce` turns the plain value that a config
+holds into one of that type, or refuses with the address, what was found and what is allowed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from qpipe.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Bounds of a number, for `Annotated[float, Range(gt=0, le=1)]`."""
+
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+
+    def admits(self, value: float) -> bool:
+        return (
+            (self.ge is None or value >= self.ge)
+            and (self.gt is None or value > self.gt)
+            and (self.le is None or value <= self.le)
+            and (self.lt is None or value < self.lt)
+        )
+
+    def __str__(self) -> str:
+        signs = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
+        bounds = ((sign, getattr(self, field)) for field, sign in signs)
+        return " and ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _FactoryMark:
+    """Marks a str as the name of a Python function, `module:function`."""
+
+
+Factory = Annotated[str, _FactoryMark()]
+"""`module:function`, found from the working directory; in a key it counts by its code, not by its name."""
+
+
+def is_factory(hint: Any) -> bool:
+    """Whether `hint` is `Factory`, `Factory | None` or holds it."""
+    return any(isinstance(mark, _FactoryMark) for mark in getattr(hint, "__metadata__", ())) or any(
+        is_factory(argument) for argument in get_args(hint) if argument is not hint
+    )
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """` Did you mean 'x'?` for the allowed name nearest to `name`, or nothing."""
+    close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
+    return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def listed(names: Iterable[str]) -> str:
+    """The names in one line, sorted; `none` where there are none."""
+    return ", ".join(sorted(names)) or "none"
+
+
+def coerce(value: Any, hint: Any, address: str) -> Any:
+    """`value` as an instance of `hint`.
+
+    Errors: ConfigError, `<address>: expected …, got …`, for a wrong type, a value outside its range or an unknown field.
+    """
+    origin = get_origin(hint)
+    if hint is Any:
+        return value
+    if origin is Annotated:
+        return _annotated(value, hint, address)
+    if origin is Literal:
+        return _literal(value, get_args(hint), address)
+    if origin in (Union, types.UnionType):
+        return _union(value, get_args(hint), address)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return _dataclass(value, hint, address)
+    if (origin or hint) in (list, tuple):
+        return _sequence(value, hint, address)
+    if origin in (dict, Mapping) or hint is dict or str(origin).endswith("Mapping'>"):
+        return _mapping(value, hint, address)
+    return _scalar(value, hint, address)
+
+
+def describe(hint: Any) -> str:
+    """The type in the words of an error message."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        base, *marks = arguments
+        if any(isinstance(mark, _FactoryMark) for mark in marks):
+            return "'module:function'"
+        ranges = [str(mark) for mark in marks if isinstance(mark, Range)]
+        return " ".join([describe(base), *ranges])
+    if origin is Literal:
+        return "one of " + ", ".join(repr(choice) for choice in arguments)
+    if origin in (Union, types.UnionType):
+        return " or ".join("null" if part is type(None) else describe(part) for part in arguments)
+    if origin in (list, tuple):
+        return f"a list of {describe(arguments[0])}" if arguments else "a list"
+    if dataclasses.is_dataclass(hint):
+        return "a mapping with " + listed(field.name for field in dataclasses.fields(hint))
+    return {Path: "a path", str: "a text"}.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def _refuse(value: Any, hint: Any, address: str) -> ConfigError:
+    return ConfigError(f"{address}: expected {describe(hint)}, got {value!r}.")
+
+
+def _scalar(value: Any, hint: Any, address: str) -> Any:
+    converters: dict[Any, tuple[tuple[type, ...], Callable[[Any], Any]]] = {
+        bool: ((bool,), bool),
+        int: ((int,), int),
+        float: ((int, float), float),
+        str: ((str,), str),
+        Path: ((str, Path), Path),
+        type(None): ((type(None),), lambda _: None),
+    }
+    if hint not in converters:
+        raise TypeError(f"{address}: params of type {hint!r} are not supported")
+    accepted, convert = converters[hint]
+    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)  # YAML reads a digit-only name as a number
+    if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
+        raise _refuse(value, hint, address)
+    return convert(value)
+
+
+def _annotated(value: Any, hint: Any, address: str) -> Any:
+    base, *marks = get_args(hint)
+    result = coerce(value, base, address)
+    for mark in marks:
+        if isinstance(mark, Range) and isinstance(result, int | float) and not mark.admits(result):
+            raise ConfigError(f"{address}: must be {mark}, got {value!r}.")
+        if isinstance(mark, _FactoryMark) and not _names_a_function(result):
+            raise _refuse(value, hint, address)
+    return result
+
+
+def _names_a_function(text: str) -> bool:
+    module, _, function = text.partition(":")
+    return all(part.isidentifier() for part in module.split(".")) and function.isidentifier()
+
+
+def _literal(value: Any, choices: tuple[Any, ...], address: str) -> Any:
+    for choice in choices:
+        if type(value) is type(choice) and value == choice:
+            return choice
+    hinted = nearest(value, [choice for choice in choices if isinstance(choice, str)]) if isinstance(value, str) else ""
+    raise ConfigError(f"{address}: expected one of {', '.join(map(repr, choices))}, got {value!r}.{hinted}")
+
+
+def _union(value: Any, options: tuple[Any, ...], address: str) -> Any:
+    if value is None and type(None) in options:
+        return None
+    rest = [option for option in options if option is not type(None)]
+    if len(rest) == 1:
+        return coerce(value, rest[0], address)
+    for option in rest:
+        try:
+            return coerce(value, option, address)
+        except ConfigError:
+            continue
+    raise ConfigError(f"{address}: expected {' or '.join(describe(option) for option in options)}, got {value!r}.")
+
+
+def _sequence(value: Any, hint: Any, address: str) -> Any:
+    if not isinstance(value, list | tuple):
+        raise _refuse(value, hint, address)
+    arguments = get_args(hint)
+    if get_origin(hint) is tuple and arguments and arguments[-1] is not Ellipsis:
+        if len(value) != len(arguments):
+            raise ConfigError(f"{address}: expected {len(arguments)} values, got {len(value)}: {value!r}.")
+        kinds: Iterable[Any] = arguments
+    else:
+        kinds = [arguments[0] if arguments else Any] * len(value)
+    items = [coerce(item, kind, f"{address}[{i}]") for i, (item, kind) in enumerate(zip(value, kinds, strict=True))]
+    return tuple(items) if (get_origin(hint) or hint) is tuple else items
+
+
+def _mapping(value: Any, hint: Any, address: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise _refuse(value, hint, address)
+    arguments = get_args(hint)
+    kind = arguments[1] if arguments else Any
+    return {str(key): coerce(item, kind, f"{address}.{key}") for key, item in value.items()}
+
+
+def _dataclass(value: Any, hint: Any, address: str) -> Any:
+    if isinstance(value, hint):
+        return value
+    if not isinstance(value, Mapping):
+        raise _refuse(value, hint, address)
+    fields = {field.name: field for field in dataclasses.fields(hint) if field.init}
+    hints = get_type_hints(hint, include_extras=True)
+    for name in value:
+        if name not in fields:
+            raise ConfigError(
+                f"{address}: no field '{name}' here.{nearest(str(name), fields)} Its fields: {listed(fields)}."
+            )
+    for name, field in fields.items():
+        without = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if without and name not in value:
+            raise ConfigError(f"{address}.{name}: missing; expected {describe(hints[name])}.")
+    try:
+        return hint(**{name: coerce(item, hints[name], f"{address}.{name}") for name, item in value.items()})
+    except ValueError as error:
+        raise ConfigError(f"{address}: {error}") from error

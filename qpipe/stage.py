@@ -1,0 +1,202 @@
+"""@stage: a typed function becomes a stage; its signature says what its ports, params and outputs are.
+
+    @stage(version=1, config={"data": "calibration"})
+    def adaround(model: Model, data: Samples, *, iterations: Annotated[int, Range(ge=1)] = 10_000, ctx: Context = NULL) -> Model:
+
+- a **port** is a parameter annotated with an artifact kind (`Model`, `Samples`, …); `Kind | None = None` makes it
+  optional, `list[Kind]` lets it take many;
+- every other parameter is a **param**, except `ctx`;
+- the outputs are the return annotation: one kind, or a NamedTuple of kinds.
+
+The function itself is returned unchanged (its `__stage__` is the description), so a test calls it with plain values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeVar, Union, get_args, get_origin
+
+from qpipe.artifact import Encodings, Files, Samples, Scores, Statistics
+from qpipe.param import Factory, Range
+
+__all__ = [
+    "NULL", "Context", "Encodings", "Factory", "Files", "Param", "Port", "Range", "Samples", "Scores", "Stage",
+    "Statistics", "stage",
+]  # fmt: skip
+
+REQUIRED = inspect.Parameter.empty
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Context:
+    """What a running stage may ask of its surroundings. This one does nothing special; the executor passes a real one."""
+
+    device: str = "cpu"
+    threads: int = 1
+
+    def progress(self, done: int, total: int, what: str = "") -> None:
+        """Say that `done` of `total` steps are finished; `what` names the current one."""
+
+    def note(self, sentence: str) -> None:
+        """Record one sentence about this result for the report (a skipped layer, a measured error)."""
+
+    def memo(self, name: str, fn: Callable[..., Any], *inputs: Any) -> Any:
+        """`fn(*inputs)`, from the cache where the same stage code has seen the same inputs.
+
+        `inputs` are numpy arrays, bytes or JSON values and must say everything that the result depends on. The result is
+        a dict of arrays, or a JSON value.
+        """
+        return fn(*inputs)
+
+    def seed(self, *names: str) -> int:
+        """A seed in [0, 2**63) that depends on the stage's own `seed` param and on `names` alone, so that skipping or
+        reordering layers changes nothing."""
+        from qpipe.hashing import digest
+
+        return int(digest("seed", *names)[:15], 16)
+
+
+NULL = Context()
+
+
+class _ModelKind:
+    """Stands for `qpipe.model.Model` where an annotation is resolved: importing the real one would import onnx."""
+
+
+KIND_TYPES: dict[str, type] = {
+    "Model": _ModelKind, "Samples": Samples, "Statistics": Statistics, "Encodings": Encodings, "Scores": Scores,
+    "Files": Files,
+}  # fmt: skip
+_KIND_NAMES = {kind: name for name, kind in KIND_TYPES.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Port:
+    """An input that takes an artifact of `kind`."""
+
+    name: str
+    kind: str
+    optional: bool = False
+    many: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Param:
+    """An input that takes a value; `default` is REQUIRED where the signature gives none."""
+
+    name: str
+    hint: Any
+    default: Any = REQUIRED
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A technique: its name, what it takes and what it returns. `config` is what its schema pre-fills."""
+
+    name: str
+    version: int
+    function: Callable[..., Any]
+    ports: Mapping[str, Port]
+    params: Mapping[str, Param]
+    outputs: Mapping[str, str]
+    config: Mapping[str, Any]
+    always: bool
+    takes_context: bool
+
+    @property
+    def module(self) -> str:
+        return self.function.__module__
+
+    @property
+    def summary(self) -> str:
+        return (inspect.getdoc(self.function) or "").partition("\n")[0]
+
+    def unpack(self, returned: Any) -> dict[str, Any]:
+        """The function's return value as {output name: value}."""
+        if len(self.outputs) == 1:
+            return {next(iter(self.outputs)): returned}
+        return {name: getattr(returned, name) for name in self.outputs}
+
+
+class _Decorator(Protocol):
+    def __call__(self, function: Function) -> Function: ...
+
+
+def stage(*, version: int, config: Mapping[str, Any] | None = None, always: bool = False) -> _Decorator:
+    """Make a stage of a function. Raise `version` when its meaning changes in a way its code does not show.
+
+    `config` pre-fills the stage's schema: the node a port is usually wired to (`{"data": "calibration"}`), the
+    interpolation a param usually takes (`{"scheme": "${scheme}"}`). `always` is for sources that read the outside world:
+    they run every time, and what depends on them still hits when they bring back the same bytes.
+    """
+
+    def decorate(function: Function) -> Function:
+        function.__stage__ = describe_function(function, version, config or {}, always)  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+def describe_function(function: Callable[..., Any], version: int, config: Mapping[str, Any], always: bool) -> Stage:
+    """Read the signature of `function` into a Stage. Errors: TypeError, naming the parameter that cannot be read."""
+    hints = typing.get_type_hints(function, localns=dict(KIND_TYPES), include_extras=True)
+    ports: dict[str, Port] = {}
+    params: dict[str, Param] = {}
+    takes_context = False
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name not in hints:
+            raise TypeError(f"stage {function.__name__}: parameter '{name}' has no annotation")
+        if name == "ctx":
+            takes_context = True
+        elif port := _port(name, hints[name]):
+            ports[name] = port
+        else:
+            params[name] = Param(name, hints[name], parameter.default)
+    unknown = set(config) - set(ports) - set(params)
+    if unknown:
+        raise TypeError(f"stage {function.__name__}: config names {sorted(unknown)}, which the signature has not")
+    outputs = _outputs(function.__name__, hints.get("return"))
+    return Stage(function.__name__, version, function, ports, params, outputs, dict(config), always, takes_context)
+
+
+def _kind(hint: Any) -> str | None:
+    if hint in _KIND_NAMES:
+        return _KIND_NAMES[hint]
+    real_model = isinstance(hint, type) and hint.__name__ == "Model" and hint.__module__.startswith("qpipe.model")
+    return "Model" if real_model else None
+
+
+def _port(name: str, hint: Any) -> Port | None:
+    if kind := _kind_or_none(hint):
+        return Port(name, kind)
+    arguments = get_args(hint)
+    if get_origin(hint) in (Union, types.UnionType) and type(None) in arguments:
+        inner = _port(name, next(argument for argument in arguments if argument is not type(None)))
+        return dataclasses.replace(inner, optional=True) if inner and len(arguments) == 2 else None
+    if get_origin(hint) is list and (kind := _kind_or_none(arguments[0])):
+        return Port(name, kind, many=True)
+    return None
+
+
+def _kind_or_none(hint: Any) -> str | None:
+    try:
+        return _kind(hint)
+    except TypeError:  # an unhashable annotation is no kind
+        return None
+
+
+def _outputs(name: str, hint: Any) -> dict[str, str]:
+    if kind := _kind_or_none(hint):
+        return {kind.lower(): kind}
+    if isinstance(hint, type) and issubclass(hint, tuple) and hasattr(hint, "_fields"):
+        fields = typing.get_type_hints(hint, localns=dict(KIND_TYPES))
+        kinds = {field: _kind_or_none(fields[field]) for field in hint._fields}
+        if all(kinds.values()):
+            return {field: kind for field, kind in kinds.items() if kind}
+    raise TypeError(f"stage {name}: returns {hint!r}; a stage returns an artifact kind or a NamedTuple of kinds")
+
+
