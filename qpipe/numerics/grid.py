@@ -1,0 +1,238 @@
+"""Grids in numpy: what an encoding is, how it follows from a range, and the arithmetic of rounding onto it.
+
+    q  = clip(round_half_even(x / scale) + zero_point, qmin, qmax)        quantize
+    x' = (q - zero_point) * scale                                        dequantize
+
+in float32, operation by operation as ONNX's QuantizeLinear and DequantizeLinear prescribe and onnxruntime
+computes. A division by the scale, never a multiplication by its reciprocal: the two differ in the last bit,
+and so flip codes.
+
+Source: ONNX operators QuantizeLinear and DequantizeLinear, opset 21.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qpipe.errors import InputError
+from qpipe.numerics.scheme import Granularity, TensorScheme, code_bounds
+
+Array = npt.NDArray[Any]
+SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
+_LARGEST_SCALE = float(np.finfo(np.float32).max)
+
+
+@dataclass(frozen=True, eq=False)
+class Encoding:
+    """The grid of one tensor; arrays are read-only.
+
+    `scale` is float32 and `zero_point` int32, both of shape () per tensor, (C,) per channel along `axis`, or
+    the tensor's own shape with the size along `axis` divided by `block_size` (rounded up) per block. `frozen`
+    says that the weights on this grid have been tuned, so nobody may choose the grid again.
+    Compare with `same_grid`, not with ==. Raises ValueError where the parts do not fit together.
+    """
+
+    bitwidth: int
+    signed: bool
+    symmetric: bool
+    scale: Array
+    zero_point: Array
+    axis: int | None = None
+    block_size: int | None = None
+    frozen: bool = False
+
+    def __post_init__(self) -> None:
+        scale = _read_only(self.scale, np.float32)
+        zero_point = _read_only(self.zero_point, np.int32)
+        object.__setattr__(self, "scale", scale)
+        object.__setattr__(self, "zero_point", zero_point)
+        if self.bitwidth not in range(2, 33):
+            raise ValueError(f"an encoding's bitwidth must lie in 2..32, got {self.bitwidth}.")
+        if scale.shape != zero_point.shape:
+            raise ValueError(f"scale has shape {scale.shape}, but zero_point has {zero_point.shape}.")
+        if not bool(np.all(np.isfinite(scale) & (scale > 0))):
+            raise ValueError("every scale must be finite and above 0.")
+        if zero_point.size and not self.qmin <= zero_point.min() <= zero_point.max() <= self.qmax:
+            raise ValueError(f"every zero_point must lie in {self.qmin}..{self.qmax}.")
+        self._check_shape()
+
+    def _check_shape(self) -> None:
+        if self.axis is None:
+            if self.block_size is not None or self.scale.ndim != 0:
+                raise ValueError(f"without axis the scale is one number, got shape {self.scale.shape}.")
+        elif self.axis < 0:
+            raise ValueError(f"an encoding's axis counts from the front, got {self.axis}.")
+        elif self.block_size is None:
+            if self.scale.ndim != 1:
+                raise ValueError(f"per channel the scales have shape (C,), got {self.scale.shape}.")
+        elif self.block_size < 1 or self.scale.ndim <= self.axis:
+            raise ValueError(
+                f"a per-block encoding needs block_size >= 1 and the tensor's own rank, "
+                f"got block_size {self.block_size}, axis {self.axis}, scales of shape {self.scale.shape}."
+            )
+
+    @property
+    def qmin(self) -> int:
+        """The smallest integer code of the type, -2^(bitwidth-1) or 0."""
+        return code_bounds(self.bitwidth, self.signed)[0]
+
+    @property
+    def qmax(self) -> int:
+        """The largest integer code of the type, 2^(bitwidth-1) - 1 or 2^bitwidth - 1."""
+        return code_bounds(self.bitwidth, self.signed)[1]
+
+    @property
+    def granularity(self) -> Granularity:
+        """per_tensor, per_channel or per_block."""
+        if self.axis is None:
+            return "per_tensor"
+        return "per_channel" if self.block_size is None else "per_block"
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain JSON value; `from_json` returns the same grid bit for bit."""
+        return {
+            "bitwidth": self.bitwidth,
+            "signed": self.signed,
+            "symmetric": self.symmetric,
+            "scale": self.scale.tolist(),
+            "zero_point": self.zero_point.tolist(),
+            "axis": self.axis,
+            "block_size": self.block_size,
+            "frozen": self.frozen,
+        }
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> Encoding:
+        """The encoding that `to_json` wrote."""
+        return Encoding(
+            bitwidth=int(value["bitwidth"]),
+            signed=bool(value["signed"]),
+            symmetric=bool(value["symmetric"]),
+            scale=np.asarray(value["scale"], np.float32),
+            zero_point=np.asarray(value["zero_point"], np.int32),
+            axis=value["axis"],
+            block_size=value["block_size"],
+            frozen=bool(value["frozen"]),
+        )
+
+
+def same_grid(a: Encoding, b: Encoding) -> bool:
+    """Whether both put every tensor onto the same values with the same codes; `frozen` does not count."""
+    return (
+        (a.bitwidth, a.signed, a.axis, a.block_size) == (b.bitwidth, b.signed, b.axis, b.block_size)
+        and np.array_equal(a.scale, b.scale)
+        and np.array_equal(a.zero_point, b.zero_point)
+    )
+
+
+def encoding_from_range(
+    lo: npt.ArrayLike, hi: npt.ArrayLike, scheme: TensorScheme, axis: int | None = None, name: str = ""
+) -> Encoding:
+    """The grid of `scheme` that covers [lo, hi], widened so that zero is exactly representable.
+
+    `lo` and `hi` have the shape of the scale to be: () per tensor, (C,) per channel, the tensor's shape with
+    the blocked axis counted in blocks per block. Symmetric: scale = max(|lo|, |hi|) / qmax, unsigned from 0 up
+    when lo >= 0. Asymmetric: scale = (hi - lo) / (qmax - qmin). A scale of 0 becomes the smallest normal.
+    Raises InputError, with the tensor's `name`, for a bound that is not finite.
+    """
+    low = np.minimum(np.asarray(lo, np.float64), 0.0)
+    high = np.maximum(np.asarray(hi, np.float64), 0.0)
+    if not bool(np.all(np.isfinite(low) & np.isfinite(high))):
+        raise InputError(f"The range of {_tensor(name)} is nan or infinite, so it cannot be quantized.")
+    qmin, qmax = code_bounds(scheme.bitwidth, scheme.signed)
+    if scheme.symmetric:
+        middle = np.where(scheme.signed | (low >= 0.0), 0, 1 << (scheme.bitwidth - 1))
+        scale = usable_scale(np.maximum(-low, high) / (qmax - middle), scheme.power_of_two)
+        zero_point = middle
+    else:
+        scale = usable_scale((high - low) / (qmax - qmin), scheme.power_of_two)
+        zero_point = np.clip(np.rint(qmin - low / scale), qmin, qmax)
+    return Encoding(
+        bitwidth=scheme.bitwidth,
+        signed=scheme.signed,
+        symmetric=scheme.symmetric,
+        scale=scale,
+        zero_point=np.broadcast_to(zero_point, scale.shape),
+        axis=None if scheme.granularity == "per_tensor" else axis,
+        block_size=scheme.block_size if scheme.granularity == "per_block" else None,
+    )
+
+
+def usable_scale(scale: Array, power_of_two: bool = False) -> npt.NDArray[np.float32]:
+    """`scale` as float32, kept within the normal numbers; with `power_of_two` rounded up to the next one."""
+    bounded = np.clip(np.asarray(scale, np.float64), SMALLEST_SCALE, _LARGEST_SCALE)
+    if power_of_two:
+        mantissa, exponent = np.frexp(bounded.astype(np.float32))
+        bounded = np.ldexp(1.0, np.minimum(np.where(mantissa == 0.5, exponent - 1, exponent), 127))
+    return bounded.astype(np.float32)
+
+
+def broadcast(e: Encoding, shape: tuple[int, ...]) -> tuple[Array, Array]:
+    """Scale and zero point of `e` in a shape that broadcasts against a tensor of `shape`.
+
+    Raises ValueError when the tensor has other channels or blocks than the encoding.
+    """
+    if e.axis is None:
+        return e.scale, e.zero_point
+    if e.axis >= len(shape):
+        raise ValueError(f"an encoding along axis {e.axis} does not fit a tensor of shape {shape}.")
+    if e.block_size is None:
+        if e.scale.shape != (shape[e.axis],):
+            raise ValueError(f"{e.scale.size} scales along axis {e.axis} do not fit the shape {shape}.")
+        target = [1] * len(shape)
+        target[e.axis] = -1
+        return e.scale.reshape(target), e.zero_point.reshape(target)
+    blocks = list(shape)
+    blocks[e.axis] = -(-shape[e.axis] // e.block_size)
+    if e.scale.shape != tuple(blocks):
+        raise ValueError(f"scales {e.scale.shape} in blocks of {e.block_size} do not fit the shape {shape}.")
+    index = np.arange(shape[e.axis]) // e.block_size
+    return e.scale.take(index, axis=e.axis), e.zero_point.take(index, axis=e.axis)
+
+
+def quantize(x: Array, e: Encoding, name: str = "") -> npt.NDArray[np.int32]:
+    """The integer codes of `x`, int32, in qmin..qmax. Raises InputError, with the `name`, for a nan."""
+    x = np.asarray(x, np.float32)
+    refuse_nan(x, name)
+    scale, zero_point = broadcast(e, x.shape)
+    with np.errstate(over="ignore"):
+        steps = np.rint(x / scale)
+    # The bounds of 32 bits are no float32 numbers: clip those in float64.
+    wide = steps.astype(np.float64) if e.bitwidth > 16 else steps
+    clipped = np.clip(wide, e.qmin - zero_point, e.qmax - zero_point)
+    return np.asarray(clipped.astype(np.int32) + zero_point, np.int32)
+
+
+def dequantize(q: Array, e: Encoding) -> npt.NDArray[np.float32]:
+    """The float32 values that the integer codes `q` stand for."""
+    q = np.asarray(q)
+    scale, zero_point = broadcast(e, q.shape)
+    return np.asarray((q.astype(np.int32) - zero_point).astype(np.float32) * scale, np.float32)
+
+
+def quantize_dequantize(x: Array, e: Encoding, name: str = "") -> npt.NDArray[np.float32]:
+    """`x` rounded onto the grid, float32. Raises InputError, with the tensor's `name`, for a nan."""
+    return dequantize(quantize(x, e, name), e)
+
+
+def refuse_nan(x: Array, name: str = "") -> None:
+    """Raises InputError, with the tensor's `name` and how many there are, when `x` holds a nan."""
+    # One pass without a temporary of x's size: a nan anywhere makes the minimum nan.
+    if x.size and np.isnan(np.min(x)):
+        count = int(np.isnan(x).sum())
+        raise InputError(f"There is nan in {count} of {x.size} elements of {_tensor(name)}: it cannot be quantized.")
+
+
+def _tensor(name: str) -> str:
+    return f"tensor '{name}'" if name else "the tensor"
+
+
+def _read_only(value: npt.ArrayLike, dtype: type[np.generic]) -> Array:
+    array: Array = np.array(value, dtype=dtype)
+    array.setflags(write=False)
+    return array

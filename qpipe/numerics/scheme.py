@@ -1,0 +1,77 @@
+"""What kind of grid a tensor gets, before any data is seen: bitwidth, sign, symmetry, granularity, observer.
+
+Light on purpose: dataclasses and typing only, so that a stage's signature can name them without loading
+numpy. A grid itself, with its scale and zero point, is `qpipe.numerics.grid.Encoding`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Observer = Literal["minmax", "moving_average", "percentile", "sqnr", "mse", "entropy"]
+Granularity = Literal["per_tensor", "per_channel", "per_block"]
+
+BITWIDTHS: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8, 16)
+"""The bitwidths that weights and activations can have; a bias is always int32."""
+
+
+@dataclass(frozen=True)
+class TensorScheme:
+    """The grid one class of tensors gets.
+
+    `symmetric` puts zero in the middle of the codes; together with `signed=False` it means codes from 0 up
+    for data that is never negative, and a zero point in the middle otherwise. `block_size` counts the elements
+    along the blocked axis that share a scale and is 0 unless `granularity` is per_block. `percentile`, in
+    percent, is read by the percentile observer alone. `power_of_two` restricts scales to powers of two.
+    Raises ValueError, one sentence, for a combination that has no meaning.
+    """
+
+    bitwidth: int
+    signed: bool
+    symmetric: bool
+    granularity: Granularity = "per_tensor"
+    block_size: int = 0
+    observer: Observer = "minmax"
+    percentile: float = 99.99
+    power_of_two: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bitwidth not in BITWIDTHS:
+            raise ValueError(_one_of("bitwidth", self.bitwidth, BITWIDTHS))
+        if self.granularity not in get_args(Granularity):
+            raise ValueError(_one_of("granularity", self.granularity, get_args(Granularity)))
+        if self.observer not in get_args(Observer):
+            raise ValueError(_one_of("observer", self.observer, get_args(Observer)))
+        if self.granularity == "per_block" and self.block_size < 1:
+            raise ValueError(f"per_block needs a block_size of at least 1, got {self.block_size}.")
+        if self.granularity != "per_block" and self.block_size != 0:
+            raise ValueError(f"block_size is for per_block, got {self.block_size} with {self.granularity}.")
+        if not 50.0 < self.percentile <= 100.0:
+            raise ValueError(f"percentile must lie above 50 and be at most 100, got {self.percentile}.")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """The grids of a whole model, weights and activations. A bias is always int32 with scale s_x * s_w."""
+
+    weight: TensorScheme
+    activation: TensorScheme
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if self.activation.granularity != "per_tensor":
+            raise ValueError(f"activations are quantized per_tensor, got {self.activation.granularity}.")
+        if self.weight.observer == "moving_average":
+            raise ValueError("observer moving_average follows batches of activations, got it for weights.")
+
+
+def code_bounds(bitwidth: int, signed: bool) -> tuple[int, int]:
+    """The smallest and the largest integer code: (-128, 127) for 8 bits signed, (0, 255) unsigned."""
+    if signed:
+        return -(1 << (bitwidth - 1)), (1 << (bitwidth - 1)) - 1
+    return 0, (1 << bitwidth) - 1
+
+
+def _one_of(what: str, value: object, allowed: tuple[object, ...]) -> str:
+    return f"{what} must be one of {', '.join(map(str, allowed))}, got {value}."
