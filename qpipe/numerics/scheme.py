@@ -21,9 +21,9 @@ class TensorScheme:
     """The grid one class of tensors gets.
 
     `symmetric` puts zero in the middle of the codes; together with `signed=False` it means codes from 0 up
-    for data that is never negative, and a zero point in the middle otherwise. `block_size` counts the elements
-    along the blocked axis that share a scale and is 0 unless `granularity` is per_block. `percentile`, in
-    percent, is read by the percentile observer alone. `power_of_two` restricts scales to powers of two.
+    for data that is never negative, and a zero point in the middle otherwise. `block_size` counts the
+    elements along the blocked axis that share a scale and is 0 unless `granularity` is per_block.
+    `percentile`, in percent, is read by the percentile observer alone. `power_of_two` restricts scales to powers of two.
     Raises ValueError, one sentence, for a combination that has no meaning.
     """
 
@@ -53,14 +53,17 @@ class TensorScheme:
 
 @dataclass(frozen=True)
 class Scheme:
-    """The grids of a whole model, weights and activations. A bias is always int32 with scale s_x * s_w."""
+    """The grids of a whole model, weights and activations; `activation` None quantizes weights only.
+
+    A bias is always int32 with scale s_x * s_w, or stays float where the activation in front has no grid.
+    """
 
     weight: TensorScheme
-    activation: TensorScheme
+    activation: TensorScheme | None
     name: str = ""
 
     def __post_init__(self) -> None:
-        if self.activation.granularity != "per_tensor":
+        if self.activation is not None and self.activation.granularity != "per_tensor":
             raise ValueError(f"activations are quantized per_tensor, got {self.activation.granularity}.")
         if self.weight.observer == "moving_average":
             raise ValueError("observer moving_average follows batches of activations, got it for weights.")
