@@ -2,9 +2,9 @@
 
 `digest` names a value: every element is written with a type tag and its length, so that two values share a
 digest only when they are of the same types and equal (`1`, `1.0`, `True` and `"1"` differ, `["ab"]` and
-`["a", "b"]` too). `digest_bytes` and `digest_file` name content: they are plain BLAKE3, so `b3sum` can check a
-store by hand. pickle, `repr` and JSON were rejected as canonical forms: pickle is not stable between processes,
-`repr` not injective, JSON confuses `1` with `True` as a key and has no bytes.
+`["a", "b"]` too). `digest_bytes` and `digest_file` name content: they are plain BLAKE3, so that `b3sum` can
+check a store by hand. Rejected as canonical forms: pickle is not stable between processes, `repr` is not
+injective, JSON has neither bytes nor tuples.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from blake3 import blake3
 
 from qpipe.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Buffer  # type: ignore[attr-defined,unused-ignore]  # typeshed names it from 3.12 on
+    from typing_extensions import Buffer
 
 DIGEST_LENGTH = 64
 _DOMAIN = b"qpipe value 1\n"  # changes with the encoding below, so that digests of two formats never meet
@@ -48,10 +48,10 @@ class Memo(Protocol):
 def digest(*values: object) -> str:
     """64 hex characters that name `values`.
 
-    Takes None, bool, int, float, str, bytes, list, tuple, dict with str keys, frozen dataclasses, Enum members
-    and numpy arrays, nested to any depth. Floats count by their bits, except that -0.0 is 0.0 and all nans are
-    one; a dict's order does not count; arrays count by dtype, shape and their exact bytes. Anything else,
-    subclasses of these types included, is a TypeError that names the type.
+    Takes None, bool, int, float, str, bytes, list, tuple, dict with str keys, frozen dataclasses, Enum members,
+    numpy arrays and scalars, nested to any depth. Floats count by their bits, except that -0.0 is 0.0 and all
+    nans are one; a dict's order does not count; arrays count by dtype, shape and their exact bytes. Anything
+    else, subclasses of these types included, is a TypeError that names the type.
     """
     hasher = blake3(_DOMAIN)
     encoder = _Encoder(hasher.update)
@@ -95,9 +95,9 @@ class _Encoder:
             self._put(tag, payload)
             return None
         if kind is list or kind is tuple:
-            return self.open_sequence(b"[" if kind is list else b"(", value)  # type: ignore[arg-type]  # checked above
+            return self.open_sequence(b"[" if kind is list else b"(", cast("list[object]", value))
         if kind is dict:
-            return self._open_dict(value)  # type: ignore[arg-type]  # checked above
+            return self._open_dict(cast("dict[object, object]", value))
         if isinstance(value, Enum):
             return self._open_named(b"e", kind, [value.value])
         if is_dataclass(value) and not isinstance(value, type):
@@ -123,9 +123,10 @@ class _Encoder:
     def _open_dict(self, value: dict[object, object]) -> Iterable[object]:
         for key in value:
             if type(key) is not str:
-                raise TypeError(f"a dict key of type {_qualified_name(type(key))} has no canonical form; only str has")
+                raise TypeError(f"a dict key of type {_qualified_name(type(key))} has no digest; only str has")
         self._pending += b"{" + struct.pack(">Q", len(value))
-        return [part for key in sorted(value) for part in (key, value[key])]  # type: ignore[type-var]  # all are str
+        names = sorted(cast("dict[str, object]", value))
+        return [part for name in names for part in (name, value[name])]
 
     def _open_named(self, tag: bytes, kind: type, children: list[object]) -> Iterable[object]:
         self._put(tag, _qualified_name(kind).encode())
@@ -169,7 +170,8 @@ def _qualified_name(kind: type) -> str:
 
 def digest_bytes(buffer: Buffer) -> str:
     """The BLAKE3 of a contiguous buffer's bytes, in hex; large ones are hashed on all cores."""
-    view = memoryview(buffer).cast("B")
+    view = memoryview(buffer)
+    view = view.cast("B") if view.nbytes else memoryview(b"")  # an empty view of several axes cannot be cast
     threads = blake3.AUTO if view.nbytes >= _THREADED_SIZE else 1
     return str(blake3(view, max_threads=threads).hexdigest())
 
@@ -187,7 +189,10 @@ def file_identity(path: Path | str) -> str | None:
 
 
 def digest_file(path: Path, memo: Memo | None = None) -> str:
-    """The BLAKE3 of a file's content, in hex; with a `memo`, an untouched file is not read again. OSError as raised."""
+    """The BLAKE3 of a file's content, in hex; with a `memo`, an untouched file is not read again.
+
+    OSError where the file cannot be read.
+    """
     identity = file_identity(path) if memo is not None else None
     if memo is not None and identity is not None and is_digest(known := memo.get(identity)):
         return str(known)
@@ -214,32 +219,32 @@ def digest_tree(path: Path, memo: Memo | None = None) -> str:
         return digest_file(path, memo)
     contents: dict[str, object] = {}
     root = path.resolve()
-    pending: list[tuple[str, Path]] = [("", root)]
+    pending: list[tuple[str, tuple[Path, ...]]] = [("", (root,))]
     while pending:
-        prefix, folder = pending.pop()
-        for entry in os.scandir(folder):
+        prefix, chain = pending.pop()  # chain: the folders passed on the way, links resolved
+        for entry in os.scandir(chain[-1]):
             name, target = prefix + entry.name, Path(entry.path)
             if entry.is_symlink():
-                target = _follow(target, root, folder)
+                target = _follow(target, root)
             mode = target.stat().st_mode
+            if target in chain:
+                raise InputError(f"{entry.path} is a link to a folder above itself: no end. Remove the link.")
             if stat.S_ISDIR(mode):
                 contents[name + "/"] = None
-                pending.append((name + "/", target))
+                pending.append((name + "/", (*chain, target)))
             elif stat.S_ISREG(mode):
                 contents[name] = digest_file(target, memo)
             else:
-                raise InputError(f"{entry.path} is neither a file nor a folder, so its content cannot be named.")
+                raise InputError(f"{entry.path} is neither a file nor a folder: its content has no digest.")
     return digest("tree", contents)
 
 
-def _follow(link: Path, root: Path, folder: Path) -> Path:
-    """Where a link inside `root` leads; InputError where that is not inside, nowhere, or a folder it stands in."""
+def _follow(link: Path, root: Path) -> Path:
+    """Where a link leads; InputError where that is nowhere or not inside `root`."""
     try:
         target = link.resolve(strict=True)
     except (OSError, RuntimeError) as error:
         raise InputError(f"{link} is a link that leads nowhere. Remove it, or restore its target.") from error
-    if root not in target.parents:
-        raise InputError(f"{link} is a link to {target}, outside of {root}. Copy its target in, or name that path.")
-    if target == folder or target in folder.parents:
-        raise InputError(f"{link} is a link to a folder that contains it, so the folder has no end. Remove the link.")
+    if target != root and root not in target.parents:
+        raise InputError(f"{link} is a link to {target}, outside of {root}. Put a copy there instead.")
     return target
