@@ -1,0 +1,174 @@
+"""A model as bytes, and back: a small graph file, one blob per tensor, one blob of encodings.
+
+The bytes depend on the content alone: initializers, value infos, attributes, opsets and metadata are written
+in the order of their names, nodes in the graph's order, and nothing says who wrote them. So equal models have
+equal blobs in every process, and two models that share a tensor share its blob.
+
+    graph            ONNX, opset 21; a tensor above 1 KB says `location=<its name>` and holds no data
+    tensor/<name>    the raw little-endian bytes of that tensor
+    encodings        safetensors: `<value>.scale` (float32) and `<value>.zero_point` (int32)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from qpipe.errors import InputError
+
+if TYPE_CHECKING:
+    from qpipe.numerics.grid import Encoding
+
+FORMAT = 1
+INLINE_BYTES = 1024
+"""Tensors of at most this size stay in the graph: onnxruntime's shape inference needs them there."""
+
+
+def tensor_bytes(tensor: ir.TensorProtocol) -> memoryview:
+    """The raw little-endian bytes of `tensor`, without a copy where numpy holds them contiguously."""
+    if tensor.dtype.bitwidth < 8:
+        return memoryview(tensor.tobytes())
+    array = np.ascontiguousarray(tensor.numpy())
+    return memoryview(array.reshape(-1).view(np.uint8)) if array.size else memoryview(b"")
+
+
+def graph_proto(
+    model: ir.Model, inline_bytes: int | None = INLINE_BYTES
+) -> tuple[onnx.ModelProto, dict[str, ir.TensorProtocol]]:
+    """The model in its deterministic form, and the tensors left out of it (None: everything stays inline)."""
+    outside: dict[str, ir.TensorProtocol] = {}
+    copy = model.clone()
+    graph = copy.graph
+    values = sorted(graph.initializers.values(), key=lambda value: str(value.name))
+    graph.initializers.clear()
+    for value in values:
+        name, tensor = str(value.name), value.const_value
+        assert tensor is not None
+        if inline_bytes is not None and tensor.nbytes > inline_bytes:
+            outside[name] = tensor
+            value.const_value = ir.ExternalTensor(
+                name, None, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape), name=name
+            )
+        else:
+            value.const_value = _plain(tensor, name)
+        graph.initializers.add(value)
+    proto = ir.to_proto(copy)
+    _sort_fields(proto)
+    return proto, outside
+
+
+def _plain(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
+    """`tensor` as raw data under `name`: the same numbers may come as float_data, and with any name."""
+    if tensor.dtype == ir.DataType.STRING:
+        return tensor
+    return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=name)
+
+
+def _sort_fields(proto: onnx.ModelProto) -> None:
+    proto.producer_name, proto.producer_version, proto.doc_string = "", "", ""
+    _sort(proto.opset_import, lambda item: item.domain)
+    _sort(proto.metadata_props, lambda item: item.key)
+    graphs = [proto.graph]
+    while graphs:
+        graph = graphs.pop()
+        graph.doc_string = ""
+        _sort(graph.value_info, lambda item: item.name)
+        _sort(graph.metadata_props, lambda item: item.key)
+        for info in [*graph.input, *graph.output, *graph.value_info]:
+            info.doc_string = ""
+            _sort(info.metadata_props, lambda item: item.key)
+        for node in graph.node:
+            node.doc_string = ""
+            _sort(node.attribute, lambda item: item.name)
+            _sort(node.metadata_props, lambda item: item.key)
+            for attribute in node.attribute:
+                attribute.doc_string = ""
+                graphs += list(attribute.graphs)
+                if attribute.type == onnx.AttributeProto.GRAPH:
+                    graphs.append(attribute.g)
+
+
+def _sort(field: Any, key: Callable[[Any], str]) -> None:
+    field.sort(key=key)
+
+
+def pack(
+    model: ir.Model, encodings: Mapping[str, Encoding], metadata: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, bytes | memoryview]]:
+    """`(meta, blobs)`: meta is JSON; the blobs are named as in this module's docstring."""
+    proto, outside = graph_proto(model)
+    blobs: dict[str, bytes | memoryview] = {"graph": proto.SerializeToString(deterministic=True)}
+    for name in sorted(outside):
+        blobs[f"tensor/{name}"] = tensor_bytes(outside[name])
+    meta: dict[str, Any] = {
+        "format": FORMAT,
+        "metadata": json.loads(json.dumps(dict(metadata), sort_keys=True)),
+        "encodings": {name: _grid(encodings[name]) for name in sorted(encodings)},
+    }
+    if encodings:
+        blobs["encodings"] = _encoding_arrays(encodings)
+    return meta, blobs
+
+
+def _grid(encoding: Encoding) -> dict[str, Any]:
+    return {
+        "bitwidth": encoding.bitwidth,
+        "signed": encoding.signed,
+        "symmetric": encoding.symmetric,
+        "axis": encoding.axis,
+        "block_size": encoding.block_size,
+        "frozen": encoding.frozen,
+    }
+
+
+def _encoding_arrays(encodings: Mapping[str, Encoding]) -> bytes:
+    from safetensors.numpy import save
+
+    arrays: dict[str, np.ndarray[Any, Any]] = {}
+    for name in sorted(encodings):
+        arrays[f"{name}.scale"] = np.ascontiguousarray(encodings[name].scale, dtype="<f4")
+        arrays[f"{name}.zero_point"] = np.ascontiguousarray(encodings[name].zero_point, dtype="<i4")
+    return bytes(save(arrays))
+
+
+def unpack(
+    meta: Mapping[str, Any], read: Callable[[str], memoryview]
+) -> tuple[ir.Model, dict[str, Encoding], dict[str, Any]]:
+    """What `pack` was given. The tensors are views of the buffers that `read` returns. Raises InputError for
+    another format."""
+    if meta.get("format") != FORMAT:
+        raise InputError(
+            f"A packed model of format {meta.get('format')!r} was found; this version reads format {FORMAT}. "
+            "Import the model again."
+        )
+    model = ir.from_proto(onnx.ModelProto.FromString(bytes(read("graph"))))
+    for name, value in model.graph.initializers.items():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value = _attached(value.const_value, read(f"tensor/{name}"))
+    encodings = _encodings(meta["encodings"], read) if meta["encodings"] else {}
+    return model, encodings, dict(meta["metadata"])
+
+
+def _attached(tensor: ir.ExternalTensor, data: memoryview) -> ir.TensorProtocol:
+    shape, dtype, name = tensor.shape, tensor.dtype, tensor.name
+    if dtype.bitwidth < 8:
+        return ir.PackedTensor(np.frombuffer(data, dtype=np.uint8), dtype, shape=shape, name=name)
+    array = np.frombuffer(data, dtype=dtype.numpy()).reshape(shape.numpy())
+    return ir.Tensor(array, dtype=dtype, name=name)
+
+
+def _encodings(grids: Mapping[str, Any], read: Callable[[str], memoryview]) -> dict[str, Encoding]:
+    from safetensors.numpy import load
+
+    from qpipe.numerics.grid import Encoding
+
+    arrays = load(bytes(read("encodings")))
+    return {
+        name: Encoding(scale=arrays[f"{name}.scale"], zero_point=arrays[f"{name}.zero_point"], **grid)
+        for name, grid in grids.items()
+    }
