@@ -136,8 +136,8 @@ def encoding_from_range(
     """The grid of `scheme` that covers [lo, hi], widened so that zero is exactly representable.
 
     `lo` and `hi` have the shape of the scale to be: () per tensor, (C,) per channel, the tensor's shape with
-    the blocked axis counted in blocks per block. Symmetric: scale = max(|lo|, |hi|) / qmax, unsigned from 0 up
-    when lo >= 0. Asymmetric: scale = (hi - lo) / (qmax - qmin). A scale of 0 becomes the smallest normal.
+    the blocked axis counted in blocks per block. Symmetric: scale = max(|lo|, |hi|) / qmax, unsigned from 0
+    up when lo >= 0. Asymmetric: scale = (hi - lo) / (qmax - qmin). A scale of 0 becomes the smallest normal.
     Raises InputError, with the tensor's `name`, for a bound that is not finite.
     """
     low = np.minimum(np.asarray(lo, np.float64), 0.0)
@@ -225,7 +225,9 @@ def refuse_nan(x: Array, name: str = "") -> None:
     # One pass without a temporary of x's size: a nan anywhere makes the minimum nan.
     if x.size and np.isnan(np.min(x)):
         count = int(np.isnan(x).sum())
-        raise InputError(f"There is nan in {count} of {x.size} elements of {_tensor(name)}: it cannot be quantized.")
+        raise InputError(
+            f"There is nan in {count} of {x.size} elements of {_tensor(name)}: it cannot be quantized."
+        )
 
 
 def _tensor(name: str) -> str:

@@ -23,8 +23,8 @@ class TensorScheme:
     `symmetric` puts zero in the middle of the codes; together with `signed=False` it means codes from 0 up
     for data that is never negative, and a zero point in the middle otherwise. `block_size` counts the
     elements along the blocked axis that share a scale and is 0 unless `granularity` is per_block.
-    `percentile`, in percent, is read by the percentile observer alone. `power_of_two` restricts scales to powers of two.
-    Raises ValueError, one sentence, for a combination that has no meaning.
+    `percentile`, in percent, is read by the percentile observer alone. `power_of_two` restricts scales to
+    powers of two. Raises ValueError, one sentence, for a combination that has no meaning.
     """
 
     bitwidth: int
