@@ -48,8 +48,8 @@ class Memo(Protocol):
 def digest(*values: object) -> str:
     """64 hex characters that name `values`.
 
-    Takes None, bool, int, float, str, bytes, list, tuple, dict with str keys, frozen dataclasses, Enum members,
-    numpy arrays and scalars, nested to any depth. Floats count by their bits, except that -0.0 is 0.0 and all
+    Takes None, bool, int, float, str, bytes, list, tuple, dict with str keys, frozen dataclass, Enum member,
+    numpy array and scalar, nested to any depth. Floats count by their bits, except that -0.0 is 0.0 and all
     nans are one; a dict's order does not count; arrays count by dtype, shape and their exact bytes. Anything
     else, subclasses of these types included, is a TypeError that names the type.
     """
@@ -123,7 +123,7 @@ class _Encoder:
     def _open_dict(self, value: dict[object, object]) -> Iterable[object]:
         for key in value:
             if type(key) is not str:
-                raise TypeError(f"a dict key of type {_qualified_name(type(key))} has no digest; only str has")
+                raise TypeError(f"a dict key of type {_qualified_name(type(key))} has no digest, only str")
         self._pending += b"{" + struct.pack(">Q", len(value))
         names = sorted(cast("dict[str, object]", value))
         return [part for name in names for part in (name, value[name])]
@@ -212,7 +212,7 @@ def digest_tree(path: Path, memo: Memo | None = None) -> str:
     """The digest of a file's content, or of a folder's: relative names and contents, empty folders included.
 
     The name of `path` itself, times, permissions and the order in which the file system lists do not count.
-    Links are followed where they stay inside the folder. InputError for a link that leads outside or back to a
+    Links are followed where they stay inside the folder. InputError for a link that leads outside or to a
     folder above itself, and for anything that is neither file nor folder: what they hold cannot be named.
     """
     if not path.is_dir():
