@@ -1,0 +1,302 @@
+"""The layers that have weights, with everything that a method which tunes weights has to know of them.
+
+A layer is a Conv, ConvTranspose, Gemm or MatMul whose weight is an initializer, with its bias and with the
+activation that follows it alone: one node (Relu, Clip, PRelu, Gelu, …) or a closed chain of elementwise nodes
+(x * Sigmoid(x), x * Tanh(Softplus(x)), x * Clip(x + 3) / 6, …).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import onnx_ir as ir
+
+if TYPE_CHECKING:
+    from qpipe.model.model import Model
+
+LayerType = Literal["Conv", "ConvTranspose", "Gemm", "MatMul"]
+
+NONLINEAR = frozenset(
+    "Relu Clip LeakyRelu PRelu Elu Selu Celu ThresholdedRelu Gelu Sigmoid HardSigmoid HardSwish Tanh Softplus "
+    "Softsign Mish Swish Erf Exp Shrink Sqrt Abs Max Min Pow".split()
+)
+LINEAR = frozenset("Add Sub Mul Div Neg Identity".split())
+_ALONE = NONLINEAR - frozenset("Erf Exp Sqrt Abs Max Min Pow Shrink".split())
+_LONGEST = 12
+"""Nodes in the longest chain that is taken for an activation; Gelu by tanh, written out, has 8."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer. `input`, `output` and `activation_output` are names of values, `weight` and `bias` names of
+    initializers, `name`, `add` and `activation` names of nodes.
+
+    `output` is the value after the bias; `activation_output` the value after the activation (`output` itself
+    where none follows). `channel_axis` is the axis of the weight that counts output channels (of a group, for
+    ConvTranspose); `transposed` says that a Gemm stores its weight as (O, K). Spatial attributes are empty
+    for Gemm and MatMul; `pads` are all beginnings, then all ends, as in ONNX; `output_shape` is given only
+    where a ConvTranspose asks for one; `auto_pad` is NOTSET wherever the import could compute the pads.
+    """
+
+    name: str
+    op_type: LayerType
+    input: str
+    weight: str
+    bias: str | None
+    output: str
+    activation: tuple[str, ...]
+    activation_output: str
+    groups: int
+    channel_axis: int
+    weight_shape: tuple[int, ...]
+    add: str | None = None
+    transposed: bool = False
+    kernel_shape: tuple[int, ...] = ()
+    strides: tuple[int, ...] = ()
+    dilations: tuple[int, ...] = ()
+    pads: tuple[int, ...] = ()
+    output_padding: tuple[int, ...] = ()
+    output_shape: tuple[int, ...] = ()
+    auto_pad: str = "NOTSET"
+
+    @property
+    def channels(self) -> int:
+        """The number of output channels, over all groups."""
+        per_group = self.weight_shape[self.channel_axis]
+        return per_group * self.groups if self.op_type == "ConvTranspose" else per_group
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether every group has one input channel."""
+        if self.groups == 1 or not self.kernel_shape:
+            return False
+        inputs = (
+            self.weight_shape[0] // self.groups if self.op_type == "ConvTranspose" else self.weight_shape[1]
+        )
+        return inputs == 1
+
+
+def find_layers(model: Model) -> tuple[Layer, ...]:
+    """The layers of `model` in topological order; `refused_layers` lists the ones that are none, and why."""
+    found = (_layer(node) for node in model.graph)
+    return tuple(layer for layer in found if isinstance(layer, Layer))
+
+
+def refused_layers(model: Model) -> dict[str, str]:
+    """The nodes that multiply by a weight and still are no layer, by name, each with its reason."""
+    found = ((str(node.name), _layer(node)) for node in model.graph)
+    return {name: reason for name, reason in found if isinstance(reason, str)}
+
+
+def _layer(node: ir.Node) -> Layer | str | None:
+    """The layer at `node`, the reason why it is none, or None for a node without weights."""
+    if node.domain or node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+        return None
+    data, weight = node.inputs[0], node.inputs[1]
+    if data is None or weight is None:
+        return "it has no input or no weight"
+    if data.is_initializer():
+        return None if weight.is_initializer() else "its weight stands on the left of the input"
+    if not weight.is_initializer():
+        return "its weight is computed in the graph" if "Conv" in node.op_type or _constant(weight) else None
+    if "Conv" in node.op_type:
+        return _conv(node, data, weight)
+    return _gemm(node, data, weight) if node.op_type == "Gemm" else _matmul(node, data, weight)
+
+
+def _conv(node: ir.Node, data: ir.Value, weight: ir.Value) -> Layer | str:
+    transposed = node.op_type == "ConvTranspose"
+    shape = _shape(weight)
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if bias is not None and not bias.is_initializer():
+        return "its bias is computed in the graph"
+    spatial = len(shape) - 2
+    activation, last = following_activation(node.outputs[0])
+    return Layer(
+        name=str(node.name),
+        op_type="ConvTranspose" if transposed else "Conv",
+        input=str(data.name),
+        weight=str(weight.name),
+        bias=None if bias is None else str(bias.name),
+        output=str(node.outputs[0].name),
+        activation=activation,
+        activation_output=last,
+        groups=_int(node, "group", 1),
+        channel_axis=1 if transposed else 0,
+        weight_shape=shape,
+        kernel_shape=shape[2:],
+        strides=_ints(node, "strides", (1,) * spatial),
+        dilations=_ints(node, "dilations", (1,) * spatial),
+        pads=_ints(node, "pads", (0,) * 2 * spatial),
+        output_padding=_ints(node, "output_padding", (0,) * spatial),
+        output_shape=_ints(node, "output_shape", ()),
+        auto_pad=_str(node, "auto_pad", "NOTSET"),
+    )
+
+
+def _gemm(node: ir.Node, data: ir.Value, weight: ir.Value) -> Layer | str:
+    if _int(node, "transA", 0) or _float(node, "alpha", 1.0) != 1.0 or _float(node, "beta", 1.0) != 1.0:
+        return "it transposes its input or scales by alpha or beta"
+    transposed = bool(_int(node, "transB", 0))
+    shape = _shape(weight)
+    axis = 0 if transposed else 1
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if bias is not None and (not bias.is_initializer() or not _is_bias(bias, shape[axis])):
+        return "what it adds is not one number per output channel"
+    activation, last = following_activation(node.outputs[0])
+    return Layer(
+        name=str(node.name),
+        op_type="Gemm",
+        input=str(data.name),
+        weight=str(weight.name),
+        bias=None if bias is None else str(bias.name),
+        output=str(node.outputs[0].name),
+        activation=activation,
+        activation_output=last,
+        groups=1,
+        channel_axis=axis,
+        weight_shape=shape,
+        transposed=transposed,
+    )
+
+
+def _matmul(node: ir.Node, data: ir.Value, weight: ir.Value) -> Layer | str:
+    shape = _shape(weight)
+    if len(shape) != 2:
+        return f"its weight has {len(shape)} dimensions, not 2"
+    output, add, bias = node.outputs[0], None, None
+    after = _only_consumer(output)
+    if after is not None and after.op_type == "Add" and not after.domain:
+        other = after.inputs[1] if after.inputs[0] is output else after.inputs[0]
+        if other is not None and other.is_initializer() and _is_bias(other, shape[1]):
+            output, add, bias = after.outputs[0], str(after.name), str(other.name)
+    activation, last = following_activation(output)
+    return Layer(
+        name=str(node.name),
+        op_type="MatMul",
+        input=str(data.name),
+        weight=str(weight.name),
+        bias=bias,
+        output=str(output.name),
+        activation=activation,
+        activation_output=last,
+        groups=1,
+        channel_axis=1,
+        weight_shape=shape,
+        add=add,
+    )
+
+
+def following_activation(value: ir.Value) -> tuple[tuple[str, ...], str]:
+    """The nodes of the activation that alone reads `value`, and the name of the value that it produces.
+
+    Grows the set of elementwise nodes that read only `value`, each other and constants, until nobody else
+    reads `value` and exactly one result leaves the set; no activation where that never happens."""
+    nothing: tuple[tuple[str, ...], str] = ((), str(value.name))
+    if value.is_graph_output():
+        return nothing
+    region: list[ir.Node] = []
+    inside = {value}
+    while len(region) < _LONGEST:
+        node = next((node for node in _candidates(inside, region)), None)
+        if node is None:
+            return nothing
+        region.append(node)
+        inside.update(node.outputs)
+        if _closed(value, region):
+            break
+    else:
+        return nothing
+    if not any(node.op_type in (NONLINEAR if len(region) > 1 else _ALONE) for node in region):
+        return nothing
+    if len(region) > 1:
+        region = _with_trailing_factor(region)
+    return tuple(str(node.name) for node in region), str(region[-1].outputs[0].name)
+
+
+def _candidates(inside: set[ir.Value], region: list[ir.Node]) -> Iterator[ir.Node]:
+    for value in [*(output for node in reversed(region) for output in node.outputs), *inside]:
+        for node in value.consumers():
+            known = all(v is None or v in inside or v.is_initializer() for v in node.inputs)
+            if node not in region and not node.domain and node.op_type in NONLINEAR | LINEAR and known:
+                yield node
+
+
+def _closed(value: ir.Value, region: list[ir.Node]) -> bool:
+    """Whether nothing outside `region` reads `value`, and one value alone, the last, leaves the region."""
+    if any(node not in region for node in value.consumers()):
+        return False
+    leaving = [
+        output
+        for node in region
+        for output in node.outputs
+        if output.is_graph_output() or any(reader not in region for reader in output.consumers())
+    ]
+    return leaving == [region[-1].outputs[0]]
+
+
+def _with_trailing_factor(region: list[ir.Node]) -> list[ir.Node]:
+    """Gelu and HardSwish, written out, may end with a constant factor: `0.5 *` or `/ 6`."""
+    after = _only_consumer(region[-1].outputs[0])
+    if after is None or after.domain or after.op_type not in ("Mul", "Div"):
+        return region
+    others = [value for value in after.inputs if value is not region[-1].outputs[0]]
+    scalar = len(others) == 1 and others[0] is not None and _size(others[0]) == 1
+    return [*region, after] if scalar and after.inputs[0] is not None else region
+
+
+def _only_consumer(value: ir.Value) -> ir.Node | None:
+    consumers = value.consumers()
+    return consumers[0] if len(consumers) == 1 and not value.is_graph_output() else None
+
+
+def _constant(value: ir.Value) -> bool:
+    """Whether `value` follows from initializers alone."""
+    stack, seen = [value], {value}
+    while stack:
+        current = stack.pop()
+        if current.is_initializer():
+            continue
+        producer = current.producer()
+        if producer is None:
+            return False
+        fresh = [other for other in producer.inputs if other is not None and other not in seen]
+        seen.update(fresh)
+        stack += fresh
+    return True
+
+
+def _is_bias(value: ir.Value, channels: int) -> bool:
+    shape = _shape(value)
+    return bool(shape) and shape[-1] == channels and _size(value) == channels
+
+
+def _size(value: ir.Value) -> int | None:
+    return value.const_value.size if value.is_initializer() and value.const_value is not None else None
+
+
+def _shape(value: ir.Value) -> tuple[int, ...]:
+    assert value.const_value is not None
+    return tuple(int(size) for size in value.const_value.shape.numpy())
+
+
+def _int(node: ir.Node, key: str, default: int) -> int:
+    attribute = node.attributes.get(key)
+    return default if attribute is None else attribute.as_int()
+
+
+def _float(node: ir.Node, key: str, default: float) -> float:
+    attribute = node.attributes.get(key)
+    return default if attribute is None else attribute.as_float()
+
+
+def _str(node: ir.Node, key: str, default: str) -> str:
+    attribute = node.attributes.get(key)
+    return default if attribute is None else attribute.as_string()
+
+
+def _ints(node: ir.Node, key: str, default: tuple[int, ...]) -> tuple[int, ...]:
+    attribute = node.attributes.get(key)
+    return default if attribute is None else tuple(attribute.as_ints())
