@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 
 LayerType = Literal["Conv", "ConvTranspose", "Gemm", "MatMul"]
 
-NONLINEAR = frozenset(
-    "Relu Clip LeakyRelu PRelu Elu Selu Celu ThresholdedRelu Gelu Sigmoid HardSigmoid HardSwish Tanh Softplus "
-    "Softsign Mish Swish Erf Exp Shrink Sqrt Abs Max Min Pow".split()
+_ACTIVATIONS = (
+    *("Relu", "Clip", "LeakyRelu", "PRelu", "Elu", "Selu", "Celu", "ThresholdedRelu", "Gelu", "Sigmoid"),
+    *("HardSigmoid", "HardSwish", "Tanh", "Softplus", "Softsign", "Mish"),
 )
-LINEAR = frozenset("Add Sub Mul Div Neg Identity".split())
-_ALONE = NONLINEAR - frozenset("Erf Exp Sqrt Abs Max Min Pow Shrink".split())
+_ALONE = frozenset(_ACTIVATIONS)
+NONLINEAR = _ALONE | {"Erf", "Exp", "Sqrt", "Abs", "Max", "Min", "Pow", "Shrink"}
+LINEAR = frozenset({"Add", "Sub", "Mul", "Div", "Neg", "Identity"})
 _LONGEST = 12
 """Nodes in the longest chain that is taken for an activation; Gelu by tanh, written out, has 8."""
 

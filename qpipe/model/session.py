@@ -3,7 +3,7 @@
 - `session.qdq_matmulnbits_accuracy_level=1`: a MatMul whose weight alone is quantized otherwise computes with
   activations rounded to 8 bits, silently;
 - `session.disable_quant_qdq=1` where 8-bit weights have block scales: their fused MatMul fails at run time;
-- tensors above 1 KB come from memory (`add_external_initializers`), so no file is written and 2 GB is no limit.
+- tensors above 1 KB come from memory (`add_external_initializers`): no file is written, 2 GB is no limit.
 """
 
 from __future__ import annotations
