@@ -286,7 +286,7 @@ def references(root: Buffer) -> dict[str, int]:
 
 
 def canonical_json(value: Json) -> bytes:
-    """JSON with sorted keys and no spaces; numpy scalars as numbers, nan and infinity as Python writes them."""
+    """JSON, keys sorted, no spaces; numpy scalars as numbers, nan and infinity as Python writes them."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=_plain_scalar)
     return text.encode("utf-8", "surrogatepass")
 
