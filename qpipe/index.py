@@ -1,7 +1,7 @@
 """The index: what can be computed again from the files, kept in diskcache so that it need not be.
 
-Stat and code memos, durations, the last keys of a node. Nothing here is ever needed: a database that is locked,
-damaged, read-only or gone costs time, not results. Four traps of diskcache are closed here: it unpickles what
+Stat and code memos, durations, the last keys of a node. Nothing here is ever needed: a database that is
+locked, damaged, read-only or gone costs time, not results. Four traps of diskcache are closed here: it unpickles what
 it reads (CVE-2025-69872), removes the files that a row names, evicts beyond 1 GiB, and waits 60 s for a lock.
 """
 
@@ -25,7 +25,7 @@ _SETTINGS = {"eviction_policy": "none", "size_limit": 1 << 60, "cull_limit": 0, 
 
 
 class TextDisk(diskcache.Disk):  # type: ignore[misc]  # diskcache has no types
-    """Text keys and text values inside the database, nothing else: no pickle either way, no files beside it."""
+    """Text keys and text values inside the database: no pickle either way, no files beside it."""
 
     def put(self, key: object) -> tuple[str, bool]:
         return _text(key), True

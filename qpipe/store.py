@@ -83,7 +83,7 @@ class Store:
         view = view.cast("B") if view.nbytes else memoryview(b"")
         digest = digest_bytes(view)
         if not self._keep(digest, view.nbytes):
-            self._write(self._blob(digest), view, os.replace)
+            self._write(self._blob(digest), view, _move)
         return digest
 
     def open(self, digest: str) -> memoryview:
@@ -124,7 +124,7 @@ class Store:
     # results
 
     def result(self, key: str) -> dict[str, Json] | None:
-        """What was published under `key`, or None. A file that is not what `publish` writes is a miss, and logged."""
+        """What was published under `key`, or None; a file that `publish` did not write is a miss, and logged."""
         path = self._action(key)
         try:
             if os.stat(path).st_size > _RESULT_LIMIT:
@@ -149,8 +149,8 @@ class Store:
         """Let `result` stand under `key`, whole or not at all; the result that stands from now on.
 
         `result["outputs"]` is {port: {"kind", "digest", "size_bytes"}}; `blobs`, {digest: size} of everything
-        they consist of, is added here; the rest is free JSON. The first to publish wins: where a complete result
-        stands already, it stays and is returned. DamagedError where a blob of the outputs is missing.
+        they consist of, is added here; the rest is free JSON. The first to publish wins: where a complete
+        result stands already, it stays and is returned. DamagedError where a blob of the outputs is missing.
         """
         blobs: dict[str, int] = {}
         for output in result["outputs"].values():
@@ -162,13 +162,11 @@ class Store:
             raise DamagedError(f"blob {digest} of the result {key} is missing from {self.root}.", digest)
         content = canonical_json({"result": whole, "seal": _seal(key, whole)})
         path = self._action(key)
-        try:
-            self._write(path, memoryview(content), _move_first)
-        except FileExistsError:
+        if not self._write(path, memoryview(content), _move_first):
             standing = self.result(key)
             if standing is not None and not self.complete(standing):
                 return standing
-            self._write(path, memoryview(content), os.replace)
+            self._write(path, memoryview(content), _move)
         return whole
 
     def forget(self, key: str) -> None:
@@ -224,26 +222,18 @@ class Store:
         if self.readonly:
             raise CacheError(f"the cache {self.root} was opened read-only. Name another with cache.dir.")
 
-    def _write(self, target: Path, content: memoryview, move: Callable[[Path, Path], object]) -> None:
-        """Write beside, flush to disk, move into place. CacheError where the disk does not let us.
-
-        FileExistsError comes through: it is `move`'s to raise.
-        """
+    def _write(self, target: Path, content: memoryview, move: Callable[[Path, Path], bool]) -> bool:
+        """Write beside, flush to disk, move into place; what `move` says. CacheError where the disk refuses."""
         self._refuse_readonly()
         try:
             self._prepare()
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.root / "tmp" / secrets.token_hex(16)
-            try:
-                _fill(temporary, content)
-                move(temporary, target)
-            finally:
-                temporary.unlink(missing_ok=True)
+            _make_folder(target.parent)
+            with _temporary_file(self.root / "tmp", content) as temporary:
+                moved = move(temporary, target)
             _flush_folder(target.parent)
-        except FileExistsError:
-            raise
         except OSError as error:
             raise _refusal(self.root, error, f"{content.nbytes:,} bytes") from error
+        return moved
 
     def _prepare(self) -> None:
         """Make the folder, once; remove what killed writers left."""
@@ -257,9 +247,7 @@ class Store:
         self._prepared = True
 
     def _set_aside(self, path: Path, status: os.stat_result) -> None:
-        _LOG.warning(
-            "blob %s does not match its digest%s", path, "" if self.readonly else "; it is moved aside"
-        )
+        _LOG.warning("blob %s does not match its digest", path)
         if self.readonly:
             return
         with contextlib.suppress(OSError):  # another process was first
@@ -274,8 +262,10 @@ def _view(file: BinaryIO, size: int) -> memoryview:
     return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
-def _fill(path: Path, content: memoryview) -> None:
-    """Write a read-only file down to the disk; its lock, held meanwhile, says that its writer lives."""
+@contextlib.contextmanager
+def _temporary_file(folder: Path, content: memoryview) -> Iterator[Path]:
+    """A read-only file that is on the disk; its lock, held meanwhile, says that its writer lives."""
+    path = folder / secrets.token_hex(16)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with contextlib.suppress(OSError):  # a file system without locks
@@ -284,20 +274,34 @@ def _fill(path: Path, content: memoryview) -> None:
             content = content[os.write(descriptor, content[: 1 << 30]) :]
         os.fchmod(descriptor, 0o444)
         os.fsync(descriptor)
+        yield path
     finally:
+        path.unlink(missing_ok=True)
         os.close(descriptor)
 
 
-def _move_first(temporary: Path, target: Path) -> None:
-    """Rename, but FileExistsError where `target` exists (rename itself would replace it)."""
+def _move(temporary: Path, target: Path) -> bool:
+    os.replace(temporary, target)
+    return True
+
+
+def _move_first(temporary: Path, target: Path) -> bool:
+    """Move unless `target` exists; whether it did not."""
     try:
         os.link(temporary, target)
     except FileExistsError:
-        raise
+        return False
     except OSError:  # a file system without hard links
         if target.exists():
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
+            return False
         os.replace(temporary, target)
+    return True
+
+
+def _make_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        _flush_folder(folder.parent)
 
 
 def _flush_folder(folder: Path) -> None:
