@@ -1,8 +1,9 @@
 """The index: what can be computed again from the files, kept in diskcache so that it need not be.
 
 Stat and code memos, durations, the last keys of a node. Nothing here is ever needed: a database that is
-locked, damaged, read-only or gone costs time, not results. Four traps of diskcache are closed here: it unpickles what
-it reads (CVE-2025-69872), removes the files that a row names, evicts beyond 1 GiB, and waits 60 s for a lock.
+locked, damaged, read-only or gone costs time, not results. Four traps of diskcache are closed here: it
+unpickles what it reads (CVE-2025-69872), removes the files that a row names, evicts beyond 1 GiB, and waits
+60 s for a lock.
 """
 
 from __future__ import annotations

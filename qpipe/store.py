@@ -124,7 +124,7 @@ class Store:
     # results
 
     def result(self, key: str) -> dict[str, Json] | None:
-        """What was published under `key`, or None; a file that `publish` did not write is a miss, and logged."""
+        """What was published under `key`, or None. A file that `publish` did not write is a miss; logged."""
         path = self._action(key)
         try:
             if os.stat(path).st_size > _RESULT_LIMIT:
@@ -223,7 +223,7 @@ class Store:
             raise CacheError(f"the cache {self.root} was opened read-only. Name another with cache.dir.")
 
     def _write(self, target: Path, content: memoryview, move: Callable[[Path, Path], bool]) -> bool:
-        """Write beside, flush to disk, move into place; what `move` says. CacheError where the disk refuses."""
+        """Write beside, flush to disk, move into place; what `move` says. CacheError where that fails."""
         self._refuse_readonly()
         try:
             self._prepare()
