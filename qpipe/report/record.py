@@ -1,0 +1,255 @@
+"""The facts of a `record.json`, in the order in which a report tells them.
+
+Read by the terminal and by the HTML page. A record may come from an older version, or from a run that was cut
+short: what is missing is left out, never an error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qpipe.report import text
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One evaluated step: its score, and what it lost against float (`drop`, in the metric's unit)."""
+
+    node: str
+    label: str
+    score: float | None
+    metric: str
+    drop: float | None
+    verdict: str
+    duration_s: float | None
+    original_duration_s: float | None
+    best: bool
+    baseline: bool
+
+    @property
+    def time(self) -> str:
+        """What it took; for a hit, what it took when it was computed."""
+        if self.verdict == "hit" and self.original_duration_s is not None:
+            return f"was {text.duration(self.original_duration_s)}"
+        return text.duration(self.duration_s)
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far the deployed model is from the simulated one.
+
+    `shares[k]` of the values differ by k steps of their grid, the last entry by that many and more. `facts`
+    are the node's other scores, ready to print.
+    """
+
+    node: str
+    shares: tuple[float, ...]
+    values: float | None
+    facts: tuple[tuple[str, str], ...]
+
+    @property
+    def sentence(self) -> str:
+        parts = []
+        if self.shares:
+            parts.append(f"{text.share(self.shares[0])} of the values on the same grid step")
+        if len(self.shares) > 1:
+            parts.append(f"{text.share(min(1.0, sum(self.shares[:2])))} within one step")
+        parts += [f"{name} {value}" for name, value in self.facts[:3]]
+        return ", ".join(parts)
+
+
+def nodes(record: Record) -> dict[str, Mapping[str, Any]]:
+    """The nodes of the record by name, in its order."""
+    return {
+        str(name): node for name, node in _mapping(record.get("nodes")).items() if isinstance(node, Mapping)
+    }
+
+
+def steps(record: Record) -> tuple[Step, ...]:
+    """The evaluated steps, float first, then in the record's order."""
+    found = [_step(entry) for entry in record.get("ladder") or () if isinstance(entry, Mapping)]
+    return tuple(sorted(found, key=lambda step: not step.baseline))
+
+
+def _step(entry: Mapping[str, Any]) -> Step:
+    node = text.clean(entry.get("node", ""))
+    return Step(
+        node=node,
+        label=text.clean(entry.get("label") or node),
+        score=real(entry.get("score")),
+        metric=text.clean(entry.get("metric") or ""),
+        drop=real(entry.get("drop")),
+        verdict=text.clean(entry.get("verdict") or ""),
+        duration_s=real(entry.get("duration_s")),
+        original_duration_s=real(entry.get("original_duration_s")),
+        best=bool(entry.get("best")),
+        baseline=bool(entry.get("baseline")),
+    )
+
+
+def goal_met(record: Record) -> bool | None:
+    """Whether the goal was met; None where there was none, or where the run did not come that far."""
+    met = _mapping(record.get("goal")).get("met")
+    return None if met is None else bool(met)
+
+
+def goal_sentence(record: Record) -> str | None:
+    """Whether the goal was met and by how much, in one sentence; None where the record has no goal."""
+    goal = _mapping(record.get("goal"))
+    metric = text.clean(goal.get("metric") or "")
+    if not metric:
+        return None
+    baseline, allowed = real(goal.get("float")), real(goal.get("allowed_drop"))
+    best = _mapping(record.get("best"))
+    reached = real(best.get("score"))
+    limit = "" if allowed is None else f"{text.amount(allowed, metric)} allowed"
+    if reached is None or baseline is None:
+        return f"goal not decided: {metric}, {limit or 'no limit'}, but no step has a score"
+    drop = baseline - reached
+    label = next((step.label for step in steps(record) if step.best), best.get("node", ""))
+    side = "below" if drop > 0 else "above"
+    distance = f"{text.amount(abs(drop), metric)} {side} float" if drop else "equal to float"
+    fact = f"{metric} {text.score(reached, metric)} with {text.clean(label)}, {distance}"
+    met = goal_met(record)
+    if met is None or allowed is None:
+        return f"best: {fact}"
+    if met:
+        return f"goal met: {fact} ({limit})"
+    return f"goal missed by {text.amount(drop - allowed, metric)}: {fact} ({limit})"
+
+
+def totals_sentence(record: Record) -> str:
+    """What ran, what came from the cache and what that saved."""
+    totals = _mapping(record.get("totals"))
+    ran, hit, failed = (int(real(totals.get(name)) or 0) for name in ("ran", "hit", "failed"))
+    sentence = f"{ran} ran, {hit} from the cache" + (f", {failed} failed" if failed else "")
+    if (wall := wall_s(record)) is not None:
+        sentence += f", in {text.duration(wall)}"
+    if cpu := real(totals.get("cpu_s")):
+        sentence += f" ({text.duration(cpu)} of processor time)"
+    if saved := real(totals.get("saved_s")):
+        sentence += f"; the cache saved {text.duration(saved)}"
+    return sentence
+
+
+def wall_s(record: Record) -> float | None:
+    """Seconds from start to finish; both stamps are ISO 8601, or seconds since the epoch."""
+    started, finished = _seconds(record.get("started")), _seconds(record.get("finished"))
+    return None if started is None or finished is None else max(0.0, finished - started)
+
+
+def failures(record: Record) -> list[tuple[str, str]]:
+    """(node, error message) of each node that failed; the message may have several lines."""
+    return [
+        (name, error_of(node) or "failed without a message")
+        for name, node in nodes(record).items()
+        if node.get("verdict") == "failed"
+    ]
+
+
+def error_of(node: Mapping[str, Any]) -> str:
+    """The message of a node's error, or "" where it has none."""
+    error = node.get("error")
+    if isinstance(error, Mapping):
+        error = error.get("message") or error.get("type")
+    return text.clean_lines(error).strip() if error else ""
+
+
+def notes(record: Record) -> list[tuple[str, str]]:
+    """(node, sentence), first one of each node, then each node's second, and so on."""
+    by_node = {name: list(map(text.clean, node.get("notes") or ())) for name, node in nodes(record).items()}
+    longest = max(map(len, by_node.values()), default=0)
+    turns = range(longest)
+    return [(name, found[turn]) for turn in turns for name, found in by_node.items() if turn < len(found)]
+
+
+def files(record: Record) -> list[tuple[str, str]]:
+    """(node, absolute path) of each file that was exported."""
+    return [
+        (text.clean(node), text.clean(path))
+        for node, paths in _mapping(record.get("files")).items()
+        for path in ([paths] if isinstance(paths, str) else paths)
+    ]
+
+
+def edges(record: Record) -> list[tuple[str, str, str]]:
+    """(source, target, port) between nodes that the record knows."""
+    known = nodes(record)
+    found = [tuple(map(str, edge)) for edge in record.get("edges") or () if len(edge) == 3]
+    return [(edge[0], edge[1], edge[2]) for edge in found if edge[0] in known and edge[1] in known]
+
+
+def parities(record: Record) -> list[Parity]:
+    """What the parity nodes measured, from their scores."""
+    found = []
+    for name, node in nodes(record).items():
+        scores = _mapping(node.get("scores"))
+        if node.get("stage") == "parity" and scores:
+            found.append(_parity(name, scores))
+    return found
+
+
+def _parity(name: str, scores: Mapping[str, Any]) -> Parity:
+    counts = _histogram(scores.get("histogram"))
+    total = sum(counts)
+    shares = tuple(count / total for count in counts) if total else ()
+    hidden = ("metric", "score", "histogram")
+    facts = tuple(
+        (text.clean(key).replace("_", " "), fact) for key, fact in scalars(scores) if key not in hidden
+    )
+    return Parity(name, shares, total or None, facts)
+
+
+def _histogram(raw: Any, limit: int = 8) -> list[float]:
+    """Counts by number of grid steps, from {steps: count}, [count, …] or {tensor: either}; the last is open."""
+    counts: dict[int, float] = {}
+    for steps_, count in _pairs(raw):
+        slot = min(abs(steps_), limit)
+        counts[slot] = counts.get(slot, 0.0) + count
+    return [counts.get(slot, 0.0) for slot in range(max(counts, default=-1) + 1)]
+
+
+def _pairs(raw: Any) -> Iterator[tuple[int, float]]:
+    if isinstance(raw, list | tuple):
+        raw = dict(enumerate(raw))
+    for key, value in _mapping(raw).items():
+        if isinstance(value, Mapping | list | tuple):
+            yield from _pairs(value)
+        elif (count := real(value)) is not None and str(key).lstrip("+-").isdecimal():
+            yield int(key), count
+
+
+def scalars(scores: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The scalar entries of a node's scores, ready to print."""
+    return [
+        (str(name), text.number(value))
+        for name, value in scores.items()
+        if value is not None and not isinstance(value, Mapping | list | tuple)
+    ]
+
+
+def real(value: Any) -> float | None:
+    """`value` as a finite number, or None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _seconds(stamp: Any) -> float | None:
+    if not isinstance(stamp, str):
+        return real(stamp)
+    from datetime import datetime
+
+    try:
+        return datetime.fromisoformat(stamp).timestamp()
+    except ValueError:
+        return None

@@ -1,0 +1,294 @@
+"""What a person sees during a run: what will be done, how far it is, and at the end what came of it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from threading import RLock
+from typing import IO, Protocol
+
+from qpipe.report import text
+from qpipe.report.closing import closing_table
+from qpipe.report.table import paint, table, wrap
+
+__all__ = ["Row", "Terminal", "closing_table"]
+
+STYLES = {"run": "blue", "ran": "blue", "wait": "yellow", "failed": "bold red", "hit": "green"}
+QUIET_VERDICTS = frozenset({"not_needed", "disabled"})
+PLAIN_INTERVAL_S = 10.0
+LISTED = 60
+
+
+@dataclass(frozen=True)
+class Row:
+    """One node of the plan: `verdict` is hit, run or wait; `expected_s` is what it took before, if ever."""
+
+    node: str
+    stage: str
+    verdict: str
+    reasons: tuple[str, ...] = ()
+    expected_s: float | None = None
+
+
+@dataclass
+class Activity:
+    """A node that is running: since when, and how far it says it is."""
+
+    stage: str
+    begun: float
+    expected_s: float | None = None
+    done: int = 0
+    total: int = 0
+    what: str = ""
+    shown: float = 0.0
+
+    def left_s(self, now: float) -> float | None:
+        """Seconds to go, from its own progress where it is well under way, else from what it took before."""
+        elapsed = now - self.begun
+        if self.total > 0 and self.done >= max(2, self.total / 20):
+            return elapsed * (self.total - self.done) / self.done
+        return None if self.expected_s is None else max(0.0, self.expected_s - elapsed)
+
+
+class Display(Protocol):
+    """Where the lines and the bars go: `live.LiveDisplay`, or `PlainDisplay` for a log."""
+
+    def line(self, line: str, style: str = "") -> None: ...
+    def update(self, node: str, activity: Activity) -> None: ...
+    def remove(self, node: str) -> None: ...
+    def close(self) -> None: ...
+
+
+class Terminal:
+    """Shows a run on `stream` (default: standard error).
+
+    `live` draws bars that move; by default where the stream is a terminal and this is not CI. Else plain
+    lines, at most one every 10 s for each running node. `quiet` shows failures alone. Safe to call from several
+    threads; use it as a context manager, or call `close`, so that an interrupt leaves the terminal as it was.
+    """
+
+    def __init__(
+        self,
+        stream: IO[str] | None = None,
+        live: bool | None = None,
+        quiet: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._stream = sys.stderr if stream is None else stream
+        self._live = (is_terminal(self._stream) and not os.environ.get("CI")) if live is None else live
+        self._quiet = quiet
+        self._clock = clock
+        self._lock = RLock()
+        self._plain = PlainDisplay(self._stream)
+        self._display: Display = self._plain
+        self._announced: dict[str, str] = {}
+        self._pending: dict[str, float | None] = {}
+        self._running: dict[str, Activity] = {}
+        self._planned = self._done = 0
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def planned(self, rows: Sequence[Row]) -> None:
+        """Say what will be done; call it once, before the first node starts."""
+        with self._lock:
+            self._announced = {row.node: row.verdict for row in rows}
+            self._pending = {row.node: row.expected_s for row in rows if row.verdict in ("run", "wait")}
+            self._planned = len(self._pending)
+            if not self._quiet:
+                for line, style in plan_lines(rows, self._plain.width, self._left()):
+                    self._plain.line(line, style)
+
+    def started(self, node: str, stage: str) -> None:
+        """The node begins to run."""
+        with self._lock:
+            self._planned = max(self._planned, self._done + len(self._pending | {node: None}))
+            now = self._clock()
+            activity = Activity(stage, now, self._pending.get(node), shown=now)
+            self._pending.setdefault(node, None)
+            self._running[node] = activity
+            if self._quiet:
+                return
+            if self._live and self._display is self._plain:
+                from qpipe.report.live import LiveDisplay
+
+                self._display = LiveDisplay(self._stream, self._overall, self._clock)
+            if not self._live:
+                expected = "" if activity.expected_s is None else f" (~ {text.duration(activity.expected_s)})"
+                self._display.line(f"start   {text.clean(node)}{expected}")
+            self._display.update(node, activity)
+
+    def progress(self, node: str, done: int, total: int, what: str = "") -> None:
+        """The node has finished `done` of `total` steps and is at `what`."""
+        with self._lock:
+            activity = self._running.get(node)
+            if activity is None or self._quiet:
+                return
+            activity.done, activity.total, activity.what = done, total, text.clean(what)
+            self._display.update(node, activity)
+            now = self._clock()
+            if not self._live and now - activity.shown >= PLAIN_INTERVAL_S:
+                activity.shown = now
+                at = f"{done} of {total}" + (f", {activity.what}" if activity.what else "")
+                self._display.line(f"        {text.clean(node)}: {at}{_prefixed('; ', self._left_text())}")
+
+    def finished(self, node: str, verdict: str, duration_s: float, notes: Sequence[str] = ()) -> None:
+        """The node is done: hit, ran, skipped or not_needed. A hit that was announced is not said twice."""
+        with self._lock:
+            self._end(node)
+            silent = verdict in QUIET_VERDICTS or (verdict == "hit" and self._announced.get(node) == "hit")
+            if self._quiet or silent:
+                return
+            took = "" if verdict in ("hit", "skipped") else f"  {text.duration(duration_s)}"
+            self._display.line(f"{verdict:<6}  {text.clean(node)}{took}", STYLES.get(verdict, ""))
+            for note in notes:
+                self._indented(text.clean(note), "dim")
+
+    def failed(self, node: str, message: str) -> None:
+        """The node failed; `message` says why, in one line or several."""
+        with self._lock:
+            self._end(node)
+            first, *rest = text.clean_lines(message).strip().splitlines() or ["no message"]
+            self._display.line(f"failed  {text.clean(node)}: {first.strip()}", STYLES["failed"])
+            for line in rest:
+                self._display.line(f"        {line}")
+
+    def message(self, message: str) -> None:
+        """Say something about the run as a whole."""
+        with self._lock:
+            if not self._quiet:
+                for line in text.clean_lines(message).splitlines():
+                    self._display.line(line)
+
+    def show(self, record: Mapping[str, object], stream: IO[str] | None = None) -> None:
+        """Print the closing table of `record` (on `stream`, default: this one); ends the live display."""
+        self.close()
+        out = PlainDisplay(self._stream if stream is None else stream)
+        out.text(closing_table(record, out.width, fancy=out.fancy, colour=out.colour))
+
+    def close(self) -> None:
+        """Take the bars away and give the cursor back. Can be called more than once."""
+        with self._lock:
+            display, self._display = self._display, self._plain
+            display.close()
+
+    def _end(self, node: str) -> None:
+        self._running.pop(node, None)
+        self._announced.setdefault(node, "")
+        if node in self._pending:
+            del self._pending[node]
+            self._done += 1
+        self._display.remove(node)
+
+    def _indented(self, message: str, style: str) -> None:
+        for line in wrap(message, self._plain.width - 8):
+            self._display.line(f"        {line}", style)
+
+    def _left(self) -> float | None:
+        # copies, each made in one step: rich's thread asks too, and must not wait for our lock (LiveDisplay)
+        return time_left_s(dict(self._pending), dict(self._running), self._clock())
+
+    def _left_text(self) -> str:
+        left = self._left()
+        return "" if left is None else f"time left ~ {text.duration(max(1.0, round(left)))}"
+
+    def _overall(self) -> tuple[int, int, str]:
+        """(nodes done, nodes to do, time left) for the bar of the whole run."""
+        return self._done, self._planned, self._left_text()
+
+
+class PlainDisplay:
+    """Lines on a stream, one write each; characters that it cannot encode become question marks."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+        self.fancy = is_terminal(stream) and _encodes(stream, "─✓…")
+        plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
+        self.colour = is_terminal(stream) and not plain
+        columns = shutil.get_terminal_size((100, 24)).columns if is_terminal(stream) else 100
+        self.width = max(40, min(columns, 160))
+
+    def line(self, line: str, style: str = "") -> None:
+        self.text(paint(line, style, self.colour) + "\n")
+
+    def text(self, content: str) -> None:
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        try:
+            self._stream.write(content.encode(encoding, "replace").decode(encoding))
+            self._stream.flush()
+        except (
+            BrokenPipeError,
+            ValueError,
+        ):  # the reader is gone (`| head`): the run is worth more than this
+            return
+
+    def update(self, node: str, activity: Activity) -> None:
+        return
+
+    def remove(self, node: str) -> None:
+        return
+
+    def close(self) -> None:
+        return
+
+
+def plan_lines(rows: Sequence[Row], width: int, expected_s: float | None) -> Iterable[tuple[str, str]]:
+    """(line, style): a summary, then one line per node; hits of a long plan are only counted."""
+    if not rows:
+        return
+    counts = {verdict: sum(row.verdict == verdict for row in rows) for verdict in ("hit", "run", "wait")}
+    if counts["hit"] == len(rows):
+        yield f"{text.plural(len(rows), 'node')}, all cached", ""
+        return
+    names = {"hit": "cached", "run": "to run", "wait": "waiting for their inputs"}
+    parts = [f"{count} {names[verdict]}" for verdict, count in counts.items() if count]
+    about = "" if expected_s is None else f"; about {text.duration(max(1.0, round(expected_s)))}"
+    yield f"{text.plural(len(rows), 'node')}: {', '.join(parts)}{about}", ""
+    listed = [row for row in rows if row.verdict != "hit"][:LISTED] if len(rows) > LISTED else rows
+    cells = [
+        (row.verdict, text.clean(row.node), text.clean(row.stage) if row.stage != row.node else "",
+         "" if row.expected_s is None or row.verdict == "hit" else f"~ {text.duration(row.expected_s)}",
+         "" if row.verdict == "hit" else text.clean("; ".join(row.reasons)))
+        for row in listed
+    ]  # fmt: skip
+    for row, lines in zip(listed, table(cells, width - 2, right=(3,), flexible=4), strict=True):
+        for line in lines:
+            yield f"  {line}", "dim" if row.verdict == "hit" else ""
+    hidden = sum(row.verdict != "hit" for row in rows) - len(listed)
+    if len(rows) > LISTED and hidden > 0:
+        yield f"  and {hidden} more", ""
+
+
+def time_left_s(
+    pending: Mapping[str, float | None], running: Mapping[str, Activity], now: float
+) -> float | None:
+    """Seconds to go: what the nodes took before, shared by as many as run now; None if nothing is known."""
+    left = [running[node].left_s(now) if node in running else expected for node, expected in pending.items()]
+    known = [seconds for seconds in left if seconds is not None]
+    return max(max(known), sum(known) / max(1, len(running))) if known else None
+
+
+def is_terminal(stream: IO[str]) -> bool:
+    try:
+        return stream.isatty()
+    except (AttributeError, ValueError):  # a closed stream, or a stand-in that is no file
+        return False
+
+
+def _encodes(stream: IO[str], characters: str) -> bool:
+    try:
+        characters.encode(getattr(stream, "encoding", None) or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
+def _prefixed(prefix: str, rest: str) -> str:
+    return prefix + rest if rest else ""
