@@ -1,0 +1,209 @@
+"""An action as it runs: inputs out of the store, the stage's function called, its outputs into the store.
+
+This is what a worker does, in whatever process. It publishes nothing: the result goes back to the executor, which alone
+decides that it counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import resource
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from qpipe.artifact import Artifact, Statistics, load, save
+from qpipe.catalog import catalog
+from qpipe.errors import DamagedError, QpipeError
+from qpipe.hashing import digest
+from qpipe.param import coerce
+from qpipe.plan import Action
+from qpipe.stage import Context
+from qpipe.store import Store
+
+Emit = Callable[[dict[str, Any]], None]
+Request = dict[str, Any]
+"""An Action as JSON, the form in which it travels to a worker."""
+
+
+def request(action: Action, device: str) -> Request:
+    """What a worker needs to know of `action`."""
+    return {
+        "node": action.node,
+        "stage": action.stage,
+        "key": action.key,
+        "ingredients": dict(action.ingredients),
+        "written": dict(action.written),
+        "inputs": {
+            port: [[artifact.kind, artifact.digest, artifact.size_bytes] for artifact in artifacts]
+            for port, artifacts in action.inputs.items()
+        },
+        "device": device,
+    }
+
+
+class ActionContext(Context):
+    """The Context of a running action: progress goes to `emit`, sub-results into the store."""
+
+    def __init__(self, request: Request, store: Store, emit: Emit, threads: int) -> None:
+        self.device = request["device"]
+        self.threads = threads
+        self.notes: list[str] = []
+        ingredients = request["ingredients"]
+        self._code = {name: ingredients[name] for name in ("format", "stage", "version", "code", "libraries")}
+        self._store = store
+        self._emit = emit
+        self._last = 0.0
+
+    def progress(self, done: int, total: int, what: str = "") -> None:
+        now = time.monotonic()
+        if now - self._last >= 0.1 or done >= total:
+            self._last = now
+            self._emit({"event": "progress", "done": done, "total": total, "what": what})
+
+    def note(self, sentence: str) -> None:
+        self.notes.append(sentence)
+
+    def memo(self, name: str, fn: Callable[..., Any], *inputs: Any) -> Any:
+        key = digest("memo", self._code, name, list(inputs))
+        found = self._store.result(key)
+        if found is not None and not self._store.complete(found):
+            try:
+                return _remembered(load(Artifact(**found["outputs"]["result"]), self._store))
+            except DamagedError:
+                pass  # a damaged sub-result is a miss
+        started = time.perf_counter()
+        value = fn(*inputs)
+        artifact = save(_to_remember(value), self._store)
+        self._store.publish(key, {
+            "outputs": {"result": artifact_json(artifact)},
+            "ingredients": {**self._code, "memo": name},
+            "provenance": {"duration_s": time.perf_counter() - started},
+        })  # fmt: skip
+        return value
+
+
+def _to_remember(value: Any) -> Statistics:
+    """Arrays as arrays, all else as JSON; a value that is no dict stands alone under no name."""
+    if not isinstance(value, dict):
+        return Statistics({}, {"value": value})
+    arrays = {name: item for name, item in value.items() if hasattr(item, "__array__") and hasattr(item, "dtype")}
+    return Statistics(arrays, {"values": {name: item for name, item in value.items() if name not in arrays}})
+
+
+def _remembered(value: Statistics) -> Any:
+    if "value" in value.values:
+        return value.values["value"]
+    return {**value.arrays, **value.values["values"]}
+
+
+def artifact_json(artifact: Artifact) -> dict[str, Any]:
+    """An Artifact as it stands in an action result."""
+    return {"kind": artifact.kind, "digest": artifact.digest, "size_bytes": artifact.size_bytes}
+
+
+def perform(request: Request, store: Store, emit: Emit, threads: int) -> dict[str, Any]:
+    """Run the action; its result: `outputs`, `notes`, `ingredients`, `provenance`. Errors: whatever the stage raises."""
+    stage = catalog()[request["stage"]]
+    params = {
+        name: coerce(value, stage.params[name].hint, f"stages.{request['node']}.{name}")
+        for name, value in request["written"].items()
+    }
+    arguments: dict[str, Any] = dict(params)
+    for name, artifacts in request["inputs"].items():
+        values = [load(Artifact(*fields), store) for fields in artifacts]
+        arguments[name] = values if stage.ports[name].many else values[0]
+    context = ActionContext(request, store, emit, threads)
+    if stage.takes_context:
+        arguments["ctx"] = context
+    with _measured() as figures:
+        outputs = stage.unpack(stage.function(**arguments))
+    saved = {name: artifact_json(save(value, store)) for name, value in outputs.items()}
+    for name, kind in stage.outputs.items():
+        if saved[name]["kind"] != kind:
+            raise TypeError(f"stage '{stage.name}' says that its output '{name}' is a {kind}, and returned a {saved[name]['kind']}")
+    return {
+        "outputs": saved,
+        "notes": context.notes,
+        "ingredients": request["ingredients"],
+        "provenance": {
+            **figures,
+            "threads": threads,
+            "device": request["device"],
+            "machine": platform.machine(),
+            "instruction_set": _instruction_set(),
+            "written": request["written"],
+        },
+    }
+
+
+def failure(error: BaseException) -> dict[str, Any]:
+    """An exception as JSON: the sentence for the person, the exit status, and the traceback for the record."""
+    ours = isinstance(error, QpipeError)
+    first = str(error).strip().partition("\n")[0]
+    text = "".join(traceback.format_exception(error))
+    return {
+        "event": "failed",
+        "kind": type(error).__name__,
+        "message": first if ours else f"{type(error).__name__}: {first}",
+        "exit_code": getattr(error, "exit_code", 1),
+        "traceback": text,
+        **({"digest": error.digest} if isinstance(error, DamagedError) else {}),
+    }
+
+
+@contextlib.contextmanager
+def _measured() -> Iterator[dict[str, float]]:
+    """Wall and CPU seconds and, where the system tells (Linux), the peak memory of what runs inside."""
+    _reset_peak()
+    figures: dict[str, float] = {"started": time.time()}
+    wall, cpu = time.perf_counter(), time.process_time()
+    yield figures
+    figures["duration_s"] = round(time.perf_counter() - wall, 6)
+    figures["cpu_s"] = round(time.process_time() - cpu, 6)
+    figures["peak_rss_bytes"] = _peak_rss_bytes()
+
+
+def _reset_peak() -> None:
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_rss_bytes() -> int:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _instruction_set() -> str:
+    """The vector extensions that decide the last bits: the widest AVX the processor names, or the machine's own name."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                flags = line.split(":", 1)[1].split()
+                return " ".join(flag for flag in flags if flag in _EXTENSIONS) or platform.machine()
+    return platform.processor() or platform.machine()
+
+
+_EXTENSIONS = frozenset({"avx", "avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "sve", "i8mm"})
+
+
+def set_threads(threads: int) -> None:
+    """Hold the numeric libraries of this process to `threads`; to be called before they are imported."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = str(threads)
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(threads)
+
+
+def as_result(found: Mapping[str, Any]) -> dict[str, Any]:
+    """An action result without the event name it travelled under."""
+    return {name: value for name, value in found.items() if name != "event"}

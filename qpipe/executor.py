@@ -1,0 +1,223 @@
+"""Carries a plan out: runs what the walks ask for, publishes results, and tells the walks.
+
+The only writer. Promise: at-least-once execution, exactly-once publication. One action at a time per key, in this
+process by the `_wanted` table, between processes by the store's file locks, which die with their owner.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from filelock import Timeout
+
+from qpipe.action import as_result, request
+from qpipe.errors import CacheError, DamagedError, QpipeError
+from qpipe.plan import Action, Walk
+from qpipe.spec import RunSpec
+from qpipe.store import Store
+from qpipe.workers import Event, InProcess, Pool, Processes
+
+HEAL_ROUNDS = 8
+"""How often a run plans anew because a blob it read was damaged, before it gives up."""
+
+_POLL_S = 0.1
+_WAIT_S = 1.0
+
+
+class View(Protocol):
+    """Who is told while a run goes on."""
+
+    def started(self, node: str, stage: str) -> None: ...
+    def progress(self, node: str, done: int, total: int, what: str) -> None: ...
+    def finished(self, node: str, verdict: str, duration_s: float, notes: Sequence[str]) -> None: ...
+    def failed(self, node: str, message: str) -> None: ...
+    def message(self, text: str) -> None: ...
+
+
+def open_pool(store: Store, run: RunSpec, log: Path | None = None) -> Pool:
+    """The place where actions run, as `run` says; processes are spawned only when an action comes."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(cores, 4) if run.workers is None else run.workers
+    threads = run.threads or max(1, cores // max(1, workers))
+    return Processes(store.root, workers, threads, log) if workers else InProcess(store, threads)
+
+
+def execute(walks: Sequence[Walk], rebuild: Callable[[], Sequence[Walk]], store: Store, run: RunSpec, pool: Pool, view: View) -> Sequence[Walk]:
+    """Run what `walks` lack, until every target of each has its outcome; the walks as they ended.
+
+    A damaged blob that comes to light on reading is moved aside by the store; then everything is planned anew with
+    `rebuild`, so that what made the blob runs again.
+    """
+    for _ in range(HEAL_ROUNDS):
+        try:
+            _Run(walks, store, run, pool, view).go()
+        except DamagedError as error:
+            view.message(f"The cache is damaged: {error} What made it runs again.")
+            walks = rebuild()
+        else:
+            return walks
+    raise CacheError(f"The cache at {store.root} stays damaged after {HEAL_ROUNDS} attempts. Check the disk.")
+
+
+class _Run:
+    """The state of one execution; it exists while `go` runs."""
+
+    def __init__(self, walks: Sequence[Walk], store: Store, run: RunSpec, pool: Pool, view: View) -> None:
+        self._walks, self._store, self._options, self._pool, self._view = walks, store, run, pool, view
+        self._wanted: dict[str, list[tuple[Walk, Action]]] = {}
+        self._queue: deque[str] = deque()
+        self._blocked: dict[str, float] = {}
+        self._running: dict[str, float] = {}
+        self._locks: dict[str, Any] = {}
+        self._damage: DamagedError | None = None
+        self._stopped = False
+
+    def go(self) -> None:
+        try:
+            for walk in self._walks:  # what was planned before, then what follows from it
+                self._want(walk, list(walk.running.values()))
+            self._advance()
+            while self._queue or self._blocked or self._running:
+                self._start()
+                for key, event in self._pool.events(_POLL_S if self._blocked else _WAIT_S):
+                    self._handle(key, event)
+                self._end_late_ones()
+        finally:
+            for lock in self._locks.values():
+                lock.release()
+        if self._damage is not None:
+            raise self._damage
+
+    def _advance(self) -> None:
+        if not self._stopped:
+            for walk in self._walks:
+                self._want(walk, walk.advance())
+
+    def _want(self, walk: Walk, actions: Sequence[Action]) -> None:
+        for action in actions:
+            if action.key in self._wanted:
+                self._wanted[action.key].append((walk, action))
+            else:
+                self._wanted[action.key] = [(walk, action)]
+                self._queue.append(action.key)
+
+    def _start(self) -> None:
+        """Begin what can begin: as many as the pool takes, of keys that no other process holds."""
+        if self._stopped:
+            self._queue.clear()
+            self._blocked.clear()
+            return
+        for key in [*self._blocked, *self._queue]:
+            if not self._pool.idle:
+                break
+            action = self._wanted[key][0][1]
+            try:
+                locked = self._lock(key)
+            except CacheError as error:
+                self._take_from_queue(key)
+                self._fail(key, {"message": str(error), "exit_code": error.exit_code})
+                continue
+            if not locked:
+                if key not in self._blocked:
+                    self._blocked[key] = time.monotonic()
+                    self._queue.remove(key)
+                    self._view.message(f"{action.node}: another process computes it; waiting.")
+                continue
+            self._take_from_queue(key)
+            found = None if action.always else self._store.result(key)
+            if found is not None and not self._store.complete(found):
+                self._conclude(key, found, "hit")
+                continue
+            self._running[key] = time.monotonic()
+            self._view.started(action.node, action.stage)
+            self._pool.submit(request(action, self._options.device))
+
+    def _take_from_queue(self, key: str) -> None:
+        if key in self._blocked:
+            del self._blocked[key]
+        else:
+            self._queue.remove(key)
+
+    def _lock(self, key: str) -> bool:
+        lock = self._store.lock(key)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            return False
+        except OSError as error:
+            raise CacheError(f"the cache {self._store.root} cannot be locked ({error.strerror or error}).") from error
+        self._locks[key] = lock
+        return True
+
+    def _handle(self, key: str, event: Event) -> None:
+        if key not in self._wanted:
+            return
+        node = self._wanted[key][0][1].node
+        if event["event"] == "progress":
+            self._view.progress(node, event["done"], event["total"], event["what"])
+            return
+        self._running.pop(key, None)
+        if event["event"] == "done":
+            self._publish(key, as_result(event))
+        elif event["kind"] == "DamagedError":
+            self._damage = DamagedError(event["message"], event["digest"])
+            self._stopped = True
+        else:
+            self._fail(key, event)
+
+    def _publish(self, key: str, result: dict[str, Any]) -> None:
+        action = self._wanted[key][0][1]
+        try:
+            if action.always:
+                self._store.forget(key)  # what it read last time does not stand in the way
+            result = self._store.publish(key, result)
+        except DamagedError as error:
+            self._damage, self._stopped = error, True
+            return
+        except CacheError as error:
+            self._fail(key, {"message": str(error), "exit_code": error.exit_code})
+            return
+        self._store.index.set("history", f"{action.stage}/{action.node}", key)
+        self._conclude(key, result, "ran")
+
+    def _conclude(self, key: str, result: dict[str, Any], verdict: str) -> None:
+        """Tell every node that wanted the key; the first carries the verdict, the others hit."""
+        self._unlock(key)
+        for i, (walk, action) in enumerate(self._wanted.pop(key)):
+            walk.finish(action.node, result, "ran" if verdict == "ran" and i == 0 else "hit")
+            if i == 0:
+                duration = result["provenance"]["duration_s"] if verdict == "ran" else 0.0
+                self._view.finished(action.node, verdict, duration, result.get("notes", ()))
+        self._advance()
+
+    def _fail(self, key: str, error: Event) -> None:
+        self._unlock(key)
+        for walk, action in self._wanted.pop(key):
+            walk.fail(action.node, error)
+            self._view.failed(action.node, error["message"])
+        self._stopped = self._stopped or not self._options.keep_going
+        self._advance()
+
+    def _unlock(self, key: str) -> None:
+        if (lock := self._locks.pop(key, None)) is not None:
+            lock.release()
+
+    def _end_late_ones(self) -> None:
+        limit = self._options.timeout_s
+        for key, started in self._running.items():
+            if limit is not None and time.monotonic() - started > limit:
+                self._pool.cancel(key, f"took longer than run.timeout_s={limit:g} and was ended")
+
+
+def exit_code(walks: Sequence[Walk]) -> int:
+    """0 where nothing failed; 2 where all that failed was bad input; else 1."""
+    errors = [outcome.error for walk in walks for outcome in walk.outcomes.values() if outcome.state == "failed"]
+    codes = {error["exit_code"] for error in errors if error}
+    if not codes:
+        return 0
+    return 2 if codes == {2} else QpipeError.exit_code

@@ -1,0 +1,349 @@
+"""Graph x cache -> verdicts with reasons. Nothing here writes.
+
+A `Walk` goes through one graph as far as the cache carries it: every node whose inputs are known gets a verdict from
+`decide`, hits pass their outputs on, and what has to run comes back as actions. The executor runs those, tells the walk
+(`finish`, `fail`) and asks again; `qpipe plan` asks once and stops there. So a dry run and a real one cannot disagree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import deque
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from qpipe.artifact import FORMAT, Artifact
+from qpipe.code import CodeIndex
+from qpipe.errors import ConfigError, InputError
+from qpipe.graph import Graph, Source
+from qpipe.hashing import digest, digest_tree
+from qpipe.param import is_factory
+from qpipe.spec import FirstWithin, NodeSpec
+from qpipe.store import Store
+
+State = Literal["hit", "ran", "failed", "skipped", "not_needed", "run", "wait"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Action:
+    """What has to run: the node that asks, its key and what the key was made of, and the artifacts on its ports."""
+
+    node: str
+    stage: str
+    key: str
+    ingredients: Mapping[str, Any]
+    written: Mapping[str, Any]
+    inputs: Mapping[str, tuple[Artifact, ...]]
+    reasons: tuple[str, ...]
+    always: bool = False
+    expected_s: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a node ended. `result` is the action result behind it, `chosen` the model and the
+    scores that a first_within settled on."""
+
+    state: State
+    outputs: Mapping[str, Artifact] = dataclasses.field(default_factory=dict)
+    key: str | None = None
+    reasons: tuple[str, ...] = ()
+    result: Mapping[str, Any] | None = None
+    error: Mapping[str, Any] | None = None
+    chosen: tuple[Source, Source] | None = None
+
+    @property
+    def good(self) -> bool:
+        return self.state in ("hit", "ran")
+
+
+class Keyring:
+    """Makes the ingredients of keys; remembers, within one run, what it has hashed."""
+
+    def __init__(self, store: Store, search_path: Path | None = None) -> None:
+        self._memo = store.index.memo("file")
+        self._code = CodeIndex(store.index.memo("code"))
+        self._search_path = search_path or Path.cwd()
+        self._stages: dict[str, dict[str, Any]] = {}
+
+    def ingredients(self, node: NodeSpec, inputs: Mapping[str, tuple[Artifact, ...]]) -> dict[str, Any]:
+        """All that the result of `node` depends on, as JSON; its digest is the action key."""
+        return {
+            **self._of_stage(node),
+            "params": {name: self._param(node, name) for name in sorted(node.params)},
+            "ports": {port: [artifact.digest for artifact in artifacts] for port, artifacts in sorted(inputs.items())},
+        }
+
+    def _of_stage(self, node: NodeSpec) -> dict[str, Any]:
+        stage = node.stage
+        if stage.name not in self._stages:
+            self._stages[stage.name] = {
+                "format": FORMAT,
+                "stage": stage.name,
+                "version": stage.version,
+                "code": self._code.digest(stage.module),
+                "libraries": self._code.libraries(stage.module),
+            }
+        return self._stages[stage.name]
+
+    def _param(self, node: NodeSpec, name: str) -> Any:
+        value = node.params[name]
+        if isinstance(value, str) and ":" in value and is_factory(node.stage.params[name].hint):
+            try:
+                code = self._code.digest_factory(value, self._search_path)
+            except ConfigError as error:
+                raise ConfigError(f"stages.{node.name}.{name}: {error}") from error
+            return {"function": value.partition(":")[2], "code": code}
+        return self._content(value, f"stages.{node.name}.{name}")
+
+    def _content(self, value: Any, address: str) -> Any:
+        """`value` as JSON, with paths replaced by the digest of what lies there."""
+        if isinstance(value, Path):
+            return {"content": self._path(value, address)}
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        if isinstance(value, Mapping):
+            return {str(key): self._content(item, f"{address}.{key}") for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._content(item, address) for item in value]
+        return value
+
+    def _path(self, path: Path, address: str) -> str:
+        try:
+            return digest_tree(path if path.is_absolute() else self._search_path / path, self._memo)
+        except FileNotFoundError as error:
+            raise ConfigError(f"{address}: no file or folder at '{path}'. Give the path of an existing one.") from error
+        except OSError as error:
+            raise InputError(f"{address}: cannot read '{path}': {error.strerror or error}.") from error
+
+
+def decide(node: NodeSpec, inputs: Mapping[str, tuple[Artifact, ...]], keyring: Keyring, store: Store) -> Outcome | Action:
+    """A hit as its Outcome, or the Action that has to run, with the reasons why."""
+    ingredients = keyring.ingredients(node, inputs)
+    key = digest("action", ingredients)
+    result = None if node.stage.always else store.result(key)
+    missing: list[str] = []
+    if result is not None:
+        missing = store.complete(result)
+        if not missing:
+            return hit(key, result)
+    previous = _previous(node, store)
+    if node.stage.always:
+        reasons: tuple[str, ...] = ("reads the outside world every time",)
+    elif missing:
+        reasons = (f"cached result lost {len(missing)} of its blobs",)
+    else:
+        reasons = tuple(differences(previous["ingredients"], ingredients)) if previous else ("never run",)
+    expected = previous["provenance"]["duration_s"] if previous else None
+    return Action(node.name, node.stage.name, key, ingredients, node.written, inputs, reasons or ("result evicted",),
+                  node.stage.always, expected)  # fmt: skip
+
+
+def hit(key: str, result: Mapping[str, Any], state: State = "hit", reasons: tuple[str, ...] = ()) -> Outcome:
+    """The Outcome of a node whose action result is at hand."""
+    outputs = {name: Artifact(**fields) for name, fields in result["outputs"].items()}
+    return Outcome(state, outputs, key, reasons, result)
+
+
+def _previous(node: NodeSpec, store: Store) -> dict[str, Any] | None:
+    """The action result that this node of this stage had last, for reasons and expected times."""
+    key = store.index.get("history", f"{node.stage.name}/{node.name}")
+    return store.result(key) if isinstance(key, str) else None
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """What changed between the ingredients of two keys, a sentence each."""
+    changed: list[str] = []
+    for name in ("format", "stage", "version"):
+        if before.get(name) != after.get(name):
+            changed.append(f"{name}: {before.get(name)} -> {after.get(name)}")
+    if before.get("code") != after.get("code"):
+        changed.append("code changed")
+    for group, label in (("libraries", "library"), ("params", "param"), ("ports", "input")):
+        old, new = before.get(group, {}), after.get(group, {})
+        for name in sorted({*old, *new}):
+            if old.get(name) != new.get(name):
+                changed.append(_difference(label, name, old.get(name), new.get(name)))
+    return changed
+
+
+def _difference(label: str, name: str, old: Any, new: Any) -> str:
+    if label == "input":
+        return f"input '{name}' changed"
+    for value in (old, new):
+        if isinstance(value, Mapping) and ("content" in value or "code" in value):
+            what = "content" if "content" in value else "code"
+            return f"{label} {name}: its {what} changed"
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        inner = [_difference(label, f"{name}.{key}", old.get(key), new.get(key))
+                 for key in sorted({*old, *new}) if old.get(key) != new.get(key)]  # fmt: skip
+        return "; ".join(inner)
+    return f"{label} {name}: {_short(old)} -> {_short(new)}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+class Walk:
+    """One graph on its way through the cache: what is settled, what is asked for, what has to run."""
+
+    def __init__(self, graph: Graph, keyring: Keyring, store: Store) -> None:
+        self.graph = graph
+        self.outcomes: dict[str, Outcome] = {}
+        self.running: dict[str, Action] = {}
+        self._keyring = keyring
+        self._store = store
+        self._missing: dict[str, set[str]] = {}
+        self._dependents: dict[str, list[str]] = {}
+        self._asked: dict[str, int] = {}
+        self._ready: deque[str] = deque()
+        self._demand(graph.targets)
+
+    def advance(self) -> list[Action]:
+        """Settle all that the cache settles; the actions that have to run now, each returned once."""
+        actions: list[Action] = []
+        while self._ready:
+            name = self._ready.popleft()
+            node = self.graph.node(name)
+            if isinstance(node, FirstWithin):
+                self._choose(node)
+            elif any(not self._outcome(source).good for source in self._sources(name)):
+                self._skip(name)
+            else:
+                verdict = decide(node, self._inputs(name), self._keyring, self._store)
+                if isinstance(verdict, Action):
+                    self.running[name] = verdict
+                    actions.append(verdict)
+                else:
+                    self._settle(name, verdict)
+        return actions
+
+    def finish(self, name: str, result: Mapping[str, Any], state: State = "ran") -> None:
+        """The action of `name` has its result."""
+        action = self.running.pop(name)
+        self._settle(name, hit(action.key, result, state, action.reasons))
+
+    def fail(self, name: str, error: Mapping[str, Any]) -> None:
+        """The action of `name` failed; `error` holds message, exit_code and, where there is one, traceback."""
+        action = self.running.pop(name)
+        self._settle(name, Outcome("failed", key=action.key, reasons=action.reasons, error=error))
+
+    def verdicts(self) -> dict[str, Outcome]:
+        """An outcome for every enabled node: settled ones as they are, running ones `run`, asked-for ones `wait`, and
+        the rest `not_needed`."""
+        found: dict[str, Outcome] = {}
+        for name in self.graph.inputs:
+            if name in self.outcomes:
+                found[name] = self.outcomes[name]
+            elif name in self.running:
+                found[name] = Outcome("run", key=self.running[name].key, reasons=self.running[name].reasons)
+            elif name in self._missing:
+                inputs = ", ".join(sorted(self._missing[name]))
+                found[name] = Outcome("wait", reasons=(f"its inputs are not known yet: {inputs}",))
+            else:
+                found[name] = Outcome("not_needed", reasons=("asked for only if the candidates before it miss the goal",))
+        return found
+
+    def scores(self, source: Source) -> dict[str, Any] | None:
+        """The values of a Scores output, once it is there."""
+        outcome = self.outcomes.get(source.node)
+        if outcome is None or not outcome.good:
+            return None
+        return read_scores(outcome.outputs[source.output], self._store)
+
+    def _outcome(self, source: Source) -> Outcome:
+        return self.outcomes[source.node]
+
+    def _sources(self, name: str) -> list[Source]:
+        return [source for sources in self.graph.inputs[name].values() for source in sources]
+
+    def _inputs(self, name: str) -> dict[str, tuple[Artifact, ...]]:
+        return {
+            port: tuple(self._outcome(source).outputs[source.output] for source in sources)
+            for port, sources in self.graph.inputs[name].items()
+            if sources
+        }
+
+    def _demand(self, names: Iterable[str]) -> None:
+        stack = list(reversed(list(names)))
+        while stack:
+            name = stack.pop()
+            if name in self._missing or name in self.outcomes:
+                continue
+            node = self.graph.node(name)
+            if isinstance(node, FirstWithin):
+                self._asked[name] = 0
+                needs = [*self.graph.inputs[name]["reference"], *self.graph.inputs[name]["candidates[0].scores"]]
+            else:
+                needs = self._sources(name)
+            stack.extend(reversed([source.node for source in needs]))
+            self._await(name, needs)
+
+    def _await(self, name: str, sources: Iterable[Source]) -> None:
+        missing = {source.node for source in sources if source.node not in self.outcomes}
+        self._missing[name] = missing
+        for source in missing:
+            self._dependents.setdefault(source, []).append(name)
+        if not missing:
+            self._ready.append(name)
+
+    def _settle(self, name: str, outcome: Outcome) -> None:
+        self.outcomes[name] = outcome
+        self._missing.pop(name, None)
+        for dependent in self._dependents.pop(name, []):
+            self._missing[dependent].discard(name)
+            if not self._missing[dependent]:
+                self._ready.append(dependent)
+
+    def _skip(self, name: str) -> None:
+        culprits = {source.node for source in self._sources(name) if not self._outcome(source).good}
+        self._settle(name, Outcome("skipped", reasons=(f"{', '.join(sorted(culprits))} did not succeed",)))
+
+    def _choose(self, node: FirstWithin) -> None:
+        """Judge the candidate asked for last: settle on it, ask for the next, or, behind the last, take the best."""
+        wires = self.graph.inputs[node.name]
+        reference = self.scores(wires["reference"][0])
+        if reference is None:
+            self._settle(node.name, Outcome("skipped", reasons=(f"{node.reference} did not succeed",)))
+            return
+        asked = self._asked[node.name]
+        judged = [self.scores(wires[f"candidates[{i}].scores"][0]) for i in range(asked + 1)]
+        found = [(scores["score"], i) for i, scores in enumerate(judged) if scores is not None]
+        within = [i for score, i in found if score >= reference["score"] - node.max_drop]
+        if not within and asked + 1 < len(node.candidates):
+            self._asked[node.name] = asked + 1
+            self._ask(node.name, wires[f"candidates[{asked + 1}].scores"])
+            return
+        if not found:
+            self._settle(node.name, Outcome("skipped", reasons=("no candidate succeeded",)))
+            return
+        chosen = within[0] if within else max(found, key=lambda pair: (pair[0], -pair[1]))[1]
+        self._adopt(node.name, chosen, bool(within))
+
+    def _adopt(self, name: str, chosen: int, met: bool) -> None:
+        wires = self.graph.inputs[name]
+        model, scores = wires[f"candidates[{chosen}].model"][0], wires[f"candidates[{chosen}].scores"][0]
+        if model.node not in self.outcomes:
+            self._ask(name, (model,))
+            return
+        outputs = {
+            "model": self._outcome(model).outputs[model.output],
+            "scores": self._outcome(scores).outputs[scores.output],
+        }
+        reason = f"{model.node} is within the goal" if met else f"none is within the goal; {model.node} is the best"
+        state: State = "ran" if self._outcome(scores).state == "ran" else "hit"
+        self._settle(name, Outcome(state, outputs, reasons=(reason,), chosen=(model, scores)))
+
+    def _ask(self, name: str, sources: Iterable[Source]) -> None:
+        self._demand(source.node for source in sources)
+        self._await(name, sources)
+
+
+def read_scores(artifact: Artifact, store: Store) -> dict[str, Any]:
+    """The values of a Scores artifact, read from its root blob alone."""
+    values = json.loads(bytes(store.open(artifact.digest)))["meta"]
+    return dict(values)

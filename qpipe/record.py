@@ -1,0 +1,216 @@
+"""What a run leaves: record.json, config.yaml, and the files of its export nodes.
+
+`record.json` is the one source of every report. Its schema is versioned; `SCHEMA` goes up when a field changes meaning.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from qpipe.artifact import Artifact, load
+from qpipe.graph import Source
+from qpipe.plan import Outcome, Walk
+from qpipe.spec import FirstWithin
+from qpipe.store import Store
+
+SCHEMA = 1
+RECORD = "record.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class RunInfo:
+    """What a record says of the run itself; times are seconds since the epoch."""
+
+    command: Sequence[str]
+    folder: Path
+    started: float
+    finished: float
+    interrupted: bool = False
+
+
+def build_record(walk: Walk, store: Store, info: RunInfo, files: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """The record of one pipeline as its walk ended."""
+    verdicts = walk.verdicts()
+    goal = _goal(walk)
+    nodes = {name: _node(walk, name, outcome) for name, outcome in verdicts.items()}
+    libraries: dict[str, str] = {}
+    for outcome in verdicts.values():
+        libraries |= (outcome.result or {}).get("ingredients", {}).get("libraries", {})
+    return {
+        "schema": SCHEMA,
+        "qpipe": version("qpipe"),
+        "command": list(info.command),
+        "started": datetime.fromtimestamp(info.started, UTC).isoformat(),
+        "finished": datetime.fromtimestamp(info.finished, UTC).isoformat(),
+        "status": _status(verdicts, goal, info),
+        "run_dir": str(info.folder),
+        "environment": {
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "libraries": dict(sorted(libraries.items())),
+        },
+        "goal": goal,
+        "best": _best(walk),
+        "ladder": _ladder(walk, verdicts),
+        "nodes": nodes,
+        "edges": [list(edge) for edge in walk.graph.edges()],
+        "files": {name: list(paths) for name, paths in files.items()},
+        "totals": _totals(verdicts),
+    }
+
+
+def _status(verdicts: Mapping[str, Outcome], goal: Mapping[str, Any], info: RunInfo) -> str:
+    if info.interrupted:
+        return "interrupted"
+    if any(outcome.state == "failed" for outcome in verdicts.values()):
+        return "failed"
+    return "goal_missed" if goal["met"] is False else "done"
+
+
+def _node(walk: Walk, name: str, outcome: Outcome) -> dict[str, Any]:
+    node = walk.graph.node(name)
+    result = outcome.result or {}
+    provenance = result.get("provenance", {})
+    ran = outcome.state == "ran"
+    written = {} if isinstance(node, FirstWithin) else dict(node.written)
+    return {
+        "stage": "first_within" if isinstance(node, FirstWithin) else node.stage.name,
+        "verdict": outcome.state,
+        "reasons": list(outcome.reasons),
+        "key": outcome.key,
+        "params": written,
+        "inputs": _digests(walk, name),
+        "outputs": {port: _artifact(artifact) for port, artifact in outcome.outputs.items()},
+        "duration_s": provenance.get("duration_s") if ran else 0.0,
+        "cpu_s": provenance.get("cpu_s") if ran else 0.0,
+        "original_duration_s": provenance.get("duration_s"),
+        "peak_rss_bytes": provenance.get("peak_rss_bytes"),
+        "scores": _own_scores(walk, name, outcome),
+        "notes": list(result.get("notes", ())),
+        "error": dict(outcome.error) if outcome.error else None,
+    }
+
+
+def _digests(walk: Walk, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for port, sources in walk.graph.inputs[name].items():
+        digests = [
+            walk.outcomes[source.node].outputs[source.output].digest
+            for source in sources
+            if source.node in walk.outcomes and walk.outcomes[source.node].good
+        ]
+        if digests:
+            found[port] = digests[0] if len(digests) == 1 else digests
+    return found
+
+
+def _artifact(artifact: Artifact) -> dict[str, Any]:
+    return {"kind": artifact.kind, "digest": artifact.digest, "size_bytes": artifact.size_bytes}
+
+
+def _own_scores(walk: Walk, name: str, outcome: Outcome) -> dict[str, Any]:
+    for output, artifact in outcome.outputs.items():
+        if artifact.kind == "Scores":
+            return walk.scores(Source(name, output)) or {}
+    return {}
+
+
+def _score_of(walk: Walk, source: Source | None) -> float | None:
+    values = walk.scores(source) if source else None
+    return None if values is None else values.get("score")
+
+
+def _goal(walk: Walk) -> dict[str, Any]:
+    """The goal, and whether it is met; None where it was not asked for or not reached."""
+    goal, refs = walk.graph.spec.goal, walk.graph.resolved_refs
+    reference = _score_of(walk, refs.get(str(goal.reference)))
+    reached = _score_of(walk, refs.get(str(goal.scores)))
+    met = None if reference is None or reached is None else reached >= reference - goal.max_drop
+    return {"metric": goal.metric, "float": reference, "allowed_drop": goal.max_drop, "reached": reached, "met": met}
+
+
+def _best(walk: Walk) -> dict[str, Any]:
+    goal = walk.graph.spec.goal
+    source = walk.graph.resolved_refs.get(str(goal.scores))
+    if source is None:
+        return {"node": None, "score": None}
+    outcome = walk.outcomes.get(source.node)
+    node = outcome.chosen[0].node if outcome and outcome.chosen else source.node
+    return {"node": node, "score": _score_of(walk, source)}
+
+
+def _ladder(walk: Walk, verdicts: Mapping[str, Outcome]) -> list[dict[str, Any]]:
+    """The steps of the closing table, in the pipeline's order, each against the float score."""
+    spec = walk.graph.spec
+    goal = _goal(walk)
+    best = walk.graph.resolved_refs.get(str(spec.goal.scores))
+    chosen = walk.outcomes.get(best.node) if best else None
+    winner = chosen.chosen[1].node if chosen and chosen.chosen else best.node if best else None
+    steps = []
+    for name, label in spec.ladder.items():
+        source = walk.graph.resolved_refs.get(name)
+        if source is None or source.node != name or name not in verdicts:
+            continue
+        values = walk.scores(source) or {}
+        score, metric = values.get("score"), values.get("metric", spec.goal.metric)
+        comparable = score is not None and goal["float"] is not None
+        provenance = (verdicts[name].result or {}).get("provenance", {})
+        steps.append({
+            "node": name,
+            "label": label,
+            "score": score,
+            "metric": metric,
+            "drop": goal["float"] - score if comparable else None,
+            "verdict": verdicts[name].state,
+            "duration_s": provenance.get("duration_s") if verdicts[name].state == "ran" else 0.0,
+            "original_duration_s": provenance.get("duration_s"),
+            "best": name == winner,
+            "baseline": name in spec.baselines,
+        })  # fmt: skip
+    return steps
+
+
+def _totals(verdicts: Mapping[str, Outcome]) -> dict[str, Any]:
+    """Counts, seconds of processor time spent, and seconds of computing that hits stood in for."""
+    states = [outcome.state for outcome in verdicts.values()]
+    spent = saved = 0.0
+    seen: set[str] = set()
+    for outcome in verdicts.values():
+        if outcome.key is None or outcome.result is None or outcome.key in seen:
+            continue
+        seen.add(outcome.key)
+        provenance = outcome.result["provenance"]
+        if outcome.state == "ran":
+            spent += provenance.get("cpu_s", 0.0)
+        elif outcome.state == "hit":
+            saved += provenance["duration_s"]
+    counts = {name: states.count(name) for name in ("ran", "hit", "failed", "skipped", "not_needed")}
+    return {**counts, "saved_s": round(saved, 3), "cpu_s": round(spent, 3)}
+
+
+def write_files(walk: Walk, store: Store, folder: Path) -> dict[str, list[str]]:
+    """Put the Files that the targets made below `folder`/NODE; {node: paths}."""
+    written: dict[str, list[str]] = {}
+    for name in walk.graph.targets:
+        outcome = walk.outcomes.get(name)
+        for artifact in outcome.outputs.values() if outcome else ():
+            if artifact.kind == "Files":
+                files = load(artifact, store)
+                files.write(folder / name)
+                written[name] = [str(folder / name / relative) for relative in files.contents]
+    return written
+
+
+def write_record(record: Mapping[str, Any], folder: Path) -> None:
+    """`record.json`, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f"{RECORD}.tmp"
+    temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False))
+    temporary.replace(folder / RECORD)
