@@ -1,4 +1,4 @@
-"""Grids: ranges to scales, the arithmetic of rounding, its equality with onnxruntime and torch bit for bit."""
+"""Grids: ranges to scales, the arithmetic of rounding, and bit equality with onnxruntime and torch."""
 
 from __future__ import annotations
 

@@ -1,0 +1,230 @@
+"""Observers: one pass, any batches, bounded memory; searched ranges against dense search and closed forms."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from qpipe.errors import InputError
+from qpipe.numerics.grid import encoding_from_range, quantize_dequantize
+from qpipe.numerics.observers import MOVING_AVERAGE, HistogramObserver, weight_encoding
+from qpipe.numerics.ranges import entropy_of_histograms
+from qpipe.numerics.scheme import Observer, TensorScheme
+
+ASYMMETRIC = TensorScheme(8, False, False)
+SYMMETRIC = TensorScheme(8, True, True)
+
+
+def _heavy(n: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_t(3, n).astype(np.float32)
+
+
+def _observed(*batches: np.ndarray, bins: int = 8192) -> HistogramObserver:
+    observer = HistogramObserver(bins, name="x")
+    for batch in batches:
+        observer.update(batch)
+    return observer
+
+
+def _error(x: np.ndarray, lo: float, hi: float, scheme: TensorScheme) -> float:
+    e = encoding_from_range(lo, hi, scheme)
+    return float(np.mean((quantize_dequantize(x, e) - x).astype(np.float64) ** 2))
+
+
+def test_the_histogram_counts_every_element_in_its_bin() -> None:
+    x = _heavy(50_000)
+    observer = _observed(x[:10], x[10:500], x[500:])
+    counts, edges = observer.histogram()
+    np.testing.assert_array_equal(counts, np.histogram(x.astype(np.float64), edges)[0])
+    assert 4096 < counts.size <= 8192
+    assert (observer.min, observer.max) == (x.min(), x.max())
+
+
+def test_neither_order_nor_batches_change_the_histogram() -> None:
+    x = _heavy(20_000)
+    x[:3] = [1e4, -2e4, 0.0]
+    one = _observed(x).state()
+    for batches in (np.array_split(x, 7), np.array_split(x[::-1], 100), [x[5000:], x[:5000]]):
+        other = _observed(*batches).state()
+        np.testing.assert_array_equal(one["counts"], other["counts"])
+        np.testing.assert_array_equal(one["integers"], other["integers"])
+
+
+@pytest.mark.parametrize("values", [[0.0], [3.0], [-3e38, 3e38], [1e-42, -1e-45], [-1e6, -1e-45], [5.0, 6.0]])
+def test_extreme_ranges_fit_the_bins(values: list[float]) -> None:
+    observer = _observed(*(np.array([v], np.float32) for v in values))
+    counts, edges = observer.histogram()
+    assert counts.sum() == len(values)
+    assert counts.size <= observer.bins
+    assert edges[0] <= max(min(values), -math.inf)
+    assert edges[-1] >= max(values)
+    for kind in get_args(Observer):
+        observer.encoding(replace(ASYMMETRIC, observer=kind))
+
+
+def test_a_state_goes_on_where_it_stopped() -> None:
+    x = _heavy(3000)
+    whole = _observed(x[:1000], x[1000:])
+    resumed = HistogramObserver.from_state(_observed(x[:1000]).state(), name="x")
+    resumed.update(x[1000:])
+    for name, value in whole.state().items():
+        np.testing.assert_array_equal(value, resumed.state()[name])
+
+
+def test_a_tensor_counts_as_its_array() -> None:
+    x = _heavy(1000).reshape(10, 100)
+    np.testing.assert_array_equal(_observed(x).state()["counts"], _observed_tensor(x).state()["counts"])
+
+
+def _observed_tensor(x: np.ndarray) -> HistogramObserver:
+    observer = HistogramObserver(name="x")
+    observer.update(torch.from_numpy(x))
+    return observer
+
+
+def test_minmax_and_moving_average_follow_their_definitions() -> None:
+    batches = [_heavy(100, seed) for seed in range(5)]
+    observer = _observed(*batches)
+    assert observer.range(ASYMMETRIC) == (min(map(np.min, batches)), max(map(np.max, batches)))
+    low, high = float(batches[0].min()), float(batches[0].max())
+    for batch in batches[1:]:
+        low += MOVING_AVERAGE * (float(batch.min()) - low)
+        high += MOVING_AVERAGE * (float(batch.max()) - high)
+    average = replace(ASYMMETRIC, observer="moving_average")
+    assert observer.range(average) == pytest.approx((low, high), rel=1e-12)
+
+
+@pytest.mark.parametrize("percentile", [99.0, 99.9, 99.99, 100.0])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_percentiles_agree_with_numpy_to_a_bin(percentile: float, symmetric: bool) -> None:
+    x = _heavy(200_000)
+    scheme = TensorScheme(8, symmetric, symmetric, observer="percentile", percentile=percentile)
+    lo, hi = _observed(x).range(scheme)
+    _, edges = _observed(x).histogram()
+    expected = np.percentile(np.abs(x) if symmetric else x, [100 - percentile, percentile])
+    # Interpolation differs where elements are sparse, in the tail: a relative slack beside the bin.
+    assert hi == pytest.approx(min(expected[1], x.max()), abs=2 * (edges[1] - edges[0]), rel=2e-3)
+    assert lo == pytest.approx(max(-expected[1] if symmetric else expected[0], x.min()), rel=2e-3, abs=0.05)
+
+
+@pytest.mark.parametrize("bitwidth", [2, 3, 4, 8, 16])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_mse_comes_within_two_percent_of_a_dense_search(bitwidth: int, symmetric: bool) -> None:
+    x = _heavy(20_000)
+    x[x < 0] *= 0.3
+    scheme = TensorScheme(bitwidth, symmetric, symmetric, observer="mse")
+    ours = _error(x, *_observed(x).range(scheme), scheme)
+    factors = np.linspace(0.02, 1, 60)
+    pairs = zip(factors, factors, strict=True) if symmetric else ((a, b) for a in factors for b in factors)
+    dense = min(_error(x, a * x.min(), b * x.max(), scheme) for a, b in pairs)
+    assert ours <= 1.02 * dense
+    assert ours <= 1.0001 * _error(x, float(x.min()), float(x.max()), scheme)
+
+
+def test_the_mse_range_of_a_gaussian_is_the_known_optimum() -> None:
+    # The uniform quantizer of 16 levels on N(0, 1): the error as an integral, for an independent answer.
+    grid = np.linspace(-9, 9, 400_001)
+    density = stats.norm.pdf(grid)
+
+    def distortion(step: float) -> float:
+        return float(np.trapezoid(density * (grid - step * np.clip(np.rint(grid / step), -8, 7)) ** 2, grid))
+
+    steps = np.linspace(0.2, 0.5, 121)
+    best = steps[int(np.argmin([distortion(s) for s in steps]))]
+    x = stats.norm.ppf((np.arange(200_000) + 0.5) / 200_000).astype(np.float32)
+    scheme = TensorScheme(4, True, True, observer="mse")
+    assert float(_observed(x).encoding(scheme).scale) == pytest.approx(best, rel=0.02)
+    assert float(weight_encoding(x, replace(scheme)).scale) == pytest.approx(best, rel=0.02)
+
+
+def test_sqnr_clips_less_than_mse() -> None:
+    observer = _observed(_heavy(50_000))
+    wide = observer.range(TensorScheme(4, True, True, observer="sqnr"))[1]
+    narrow = observer.range(TensorScheme(4, True, True, observer="mse"))[1]
+    assert narrow < wide < observer.max
+
+
+def test_entropy_drops_a_far_outlier_and_keeps_an_even_distribution() -> None:
+    scheme = replace(ASYMMETRIC, observer="entropy")
+    even = np.linspace(0, 1, 100_000, dtype=np.float32)
+    assert _observed(even).range(scheme)[1] == pytest.approx(1.0, rel=0.05)
+    far = _observed(even, np.array([8.0], np.float32))
+    assert 0.95 < far.range(scheme)[1] < 1.5
+
+
+def test_entropy_is_the_divergence_by_its_definition() -> None:
+    counts = np.array([[1.0, 3.0, 0.0, 4.0, 2.0, 6.0]])
+    edges = np.arange(7.0)[None]
+    scheme = TensorScheme(2, False, True)
+    # Scale 2, codes 0..3: bin centres 0.5 | 1.5 2.5 | 3.5 4.5 | 5.5 fall to codes 0, 1, 2, 3.
+    p = np.array([1, 3, 4, 2, 6]) / 16
+    q = np.array([1, 3, 3, 3, 6]) / 16
+    value = entropy_of_histograms(counts, edges, scheme)(np.array([2.0]), np.array([0.0]))
+    assert value[0] == pytest.approx(float(np.sum(p * np.log(p / q))))
+
+
+def test_infinities_are_left_out_and_counted_and_nan_is_refused_by_name() -> None:
+    observer = _observed(np.array([1.0, np.inf, -np.inf, -1.0], np.float32))
+    assert (observer.min, observer.max, observer.infinite) == (-1.0, 1.0, 2)
+    with pytest.raises(InputError, match="nan in 1 of 2 elements of tensor 'x'"):
+        observer.update(np.array([np.nan, 1], np.float32))
+    with pytest.raises(InputError, match="No data were observed for tensor 'x'"):
+        _observed().range(ASYMMETRIC)
+
+
+@pytest.mark.parametrize("kind", ["minmax", "percentile", "sqnr", "mse", "entropy"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_each_channel_is_searched_as_if_it_were_alone(kind: Observer, symmetric: bool) -> None:
+    w = _heavy(5 * 3 * 40).reshape(3, 5, 40) * np.array([1, 10, 0.1, 0, 3], np.float32)[:, None]
+    scheme = TensorScheme(4, True, symmetric, "per_channel", observer=kind)
+    together = weight_encoding(w, scheme, axis=1)
+    for channel in range(5):
+        alone = weight_encoding(w[:, channel], replace(scheme, granularity="per_tensor"))
+        assert together.scale[channel] == alone.scale
+        assert together.zero_point[channel] == alone.zero_point
+
+
+@pytest.mark.parametrize("kind", ["minmax", "percentile", "mse"])
+def test_each_block_is_searched_as_if_it_were_alone(kind: Observer) -> None:
+    w = _heavy(4 * 10 * 3).reshape(4, 10, 3)
+    scheme = TensorScheme(4, True, True, "per_block", 4, kind)
+    together = weight_encoding(w, scheme, axis=1)
+    assert together.scale.shape == (4, 3, 3)
+    assert quantize_dequantize(w, together).shape == w.shape
+    for i, block, k in np.ndindex(4, 3, 3):
+        part = w[i, 4 * block : 4 * block + 4, k]
+        alone = weight_encoding(part, TensorScheme(4, True, True, observer=kind))
+        assert together.scale[i, block, k] == alone.scale
+
+
+@pytest.mark.parametrize("bitwidth", [2, 4, 8])
+def test_a_searched_weight_grid_beats_minmax_and_matches_a_dense_search(bitwidth: int) -> None:
+    w = _heavy(3000).reshape(3, 1000)
+    scheme = TensorScheme(bitwidth, True, True, "per_channel", observer="mse")
+    e = weight_encoding(w, scheme)
+    for row, searched in zip(w, quantize_dequantize(w, e), strict=True):
+        limit = float(np.abs(row).max())
+        tensor = TensorScheme(bitwidth, True, True)
+        dense = min(_error(row, -f * limit, f * limit, tensor) for f in np.linspace(0.02, 1, 500))
+        assert np.mean((searched - row).astype(np.float64) ** 2) <= 1.01 * dense
+
+
+@pytest.mark.parametrize("kind", ["minmax", "sqnr", "mse", "entropy", "percentile"])
+def test_scales_that_must_be_powers_of_two_are(kind: Observer) -> None:
+    scheme = TensorScheme(4, True, True, observer=kind, power_of_two=True)
+    assert np.frexp(weight_encoding(_heavy(1000), scheme).scale)[0] == 0.5
+    assert np.frexp(_observed(_heavy(1000)).encoding(scheme).scale)[0] == 0.5
+
+
+def test_a_weight_that_is_not_a_number_is_refused_by_name() -> None:
+    for bad in (np.nan, np.inf):
+        with pytest.raises(InputError, match=r"fc\.weight"):
+            weight_encoding(
+                np.array([[bad, 1.0]], np.float32), replace(SYMMETRIC, observer="mse"), name="fc.weight"
+            )
