@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
+import sys
 import types
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from qpipe.errors import ConfigError
+from qpipe.errors import ConfigError, InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,3 +215,28 @@ def _dataclass(value: Any, hint: Any, address: str) -> Any:
         return hint(**{name: coerce(item, hints[name], f"{address}.{name}") for name, item in value.items()})
     except ValueError as error:
         raise ConfigError(f"{address}: {error}") from error
+
+
+def load_factory(factory: str) -> Callable[..., Any]:
+    """The function that `module:function` names, the module found from the working directory or installed.
+
+    Errors: InputError, naming what is missing; an exception inside the module's own code is chained to it.
+    """
+    module_name, _, function_name = factory.partition(":")
+    if not _names_a_function(factory):
+        raise InputError(f"{factory!r} names no Python function; it has to be 'module:function'.")
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    importlib.invalidate_caches()
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # the module is the user's: whatever its code raises is theirs to read
+        raise InputError(f"{factory}: cannot import {module_name} from {folder}: {error!r}") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        hint = nearest(function_name, names)
+        raise InputError(f"{factory}: module {module_name} has no function '{function_name}'.{hint}")
+    found: Callable[..., Any] = function
+    return found
