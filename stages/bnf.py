@@ -1,0 +1,234 @@
+"""Fold BatchNormalization into the layer before it, or behind it: the same function with fewer nodes.
+
+    factor = gamma / sqrt(var + epsilon)    shift = beta - mean * factor            y = factor * x + shift
+    before:  W' = W * factor (rows)         b' = b * factor + shift
+    behind:  W' = W * factor (columns)      b' = b + sum(W * shift)
+
+The layer before takes precedence. The layer behind can take it where nothing pads with zeros in between,
+since a zero that was padded was never shifted. What neither can take becomes Mul and Add, and is listed.
+After folding into the layer before, its outputs are distributed around beta with the spread gamma:
+`folded_statistics` keeps both, per channel.
+
+Assumes: BatchNormalization in inference mode with constant parameters. Arithmetic in float64, rounded once to
+float32.
+Source: Jacob et al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
+Inference, section 3.2, arXiv 1712.05877; the statistics: Nagel et al., Data-Free Quantization, arXiv
+1906.04721.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING
+
+from qpipe.errors import InputError
+from qpipe.stage import NULL, Context, stage
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+    from qpipe.model import Editor, Layer, Model
+    from qpipe.model.channels import Way
+
+    Vector = NDArray[np.float64]
+    Fold = Callable[[Vector, Vector, Vector, Vector], tuple[Vector, Vector]]
+
+RESHAPES = frozenset(("Identity", "Dropout", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze"))
+LINEAR = RESHAPES | {"GlobalAveragePool", "ReduceMean"}
+"""Operators that commute with factor * x + shift; AveragePool does where it counts no padding."""
+
+
+def affine(gamma: Vector, beta: Vector, mean: Vector, var: Vector, epsilon: float) -> tuple[Vector, Vector]:
+    """BatchNormalization as y = factor * x + shift; all (C,)."""
+    import numpy as np
+
+    factor = gamma / np.sqrt(var + epsilon)
+    return factor, beta - mean * factor
+
+
+def fold_before(weight: Vector, bias: Vector, factor: Vector, shift: Vector) -> tuple[Vector, Vector]:
+    """Weight (g, O/g, I/g, K) and bias (O,) of factor * (W x + b) + shift; factor and shift are (O,)."""
+    rows = weight.shape[:2]
+    return weight * factor.reshape(*rows, 1, 1), bias * factor + shift
+
+
+def fold_behind(weight: Vector, bias: Vector, factor: Vector, shift: Vector) -> tuple[Vector, Vector]:
+    """Weight (g, O/g, I/g, K) and bias (O,) of W (factor * x + shift) + b; factor and shift are (I,)."""
+    groups, _, columns, _ = weight.shape
+    moved = (weight * shift.reshape(groups, 1, columns, 1)).sum(axis=(2, 3)).reshape(-1)
+    return weight * factor.reshape(groups, 1, columns, 1), bias + moved
+
+
+def read_affine(node: ir.Node) -> tuple[Vector, Vector, Vector, Vector] | None:
+    """(factor, shift, gamma, beta) of a BatchNormalization node, None where it trains or its parameters are
+    computed.
+    """
+    import numpy as np
+
+    from qpipe.model.channels import constant
+
+    arrays = [constant(value) for value in node.inputs[1:5]]
+    trains: int = node.attributes.get_int("training_mode", 0)
+    if trains or any(array is None for array in arrays):
+        return None
+    gamma, beta, mean, var = (np.asarray(array, np.float64) for array in arrays)
+    return *affine(gamma, beta, mean, var, node.attributes.get_float("epsilon", 1e-5)), gamma, beta
+
+
+def commutes(node: ir.Node) -> str | None:
+    """Why factor * x + shift cannot be moved behind `node`, or None."""
+    pads = any(node.attributes.get_ints("pads", [])) or node.attributes.get_string("auto_pad", "").startswith(
+        "SAME"
+    )
+    counts: int = node.attributes.get_int("count_include_pad", 0)
+    if node.op_type in LINEAR or (node.op_type == "AveragePool" and not (pads and counts)):
+        return None
+    return f"'{node.name}' ({node.op_type}) does not commute with it"
+
+
+def pads_with_zeros(node: ir.Node) -> bool:
+    """Whether some outputs of the layer `node` see fewer than all of its kernel's inputs."""
+    if node.op_type == "ConvTranspose":
+        return True
+    automatic = node.attributes.get_string("auto_pad", "NOTSET") in ("SAME_UPPER", "SAME_LOWER")
+    return automatic or any(node.attributes.get_ints("pads", []))
+
+
+def layer_before(value: ir.Value, layers: Mapping[str, Layer]) -> Layer | None:
+    """The layer that feeds `norm` alone, its channels on the axis that `norm` takes for them; None where
+    there is none.
+    """
+    from qpipe.model.channels import dims
+
+    producer = value.producer()
+    if producer is None or len(value.uses()) != 1 or value.is_graph_output():
+        return None
+    layer = layers.get(str(producer.name))
+    return layer if layer and (layer.op_type != "MatMul" or len(dims(value)) == 2) else None
+
+
+def way_behind(norm: ir.Node, ends: Collection[ir.Node], shift: Vector) -> Way:
+    """The way from `norm` to the layer that can take it. Raises Blocked with the reason why there is none."""
+    from qpipe.model.channels import Blocked, follow
+
+    way = follow(norm.outputs[0], 1, ends, commutes)
+    if shift.any() and pads_with_zeros(way.end):
+        raise Blocked(f"'{way.end.name}' ({way.end.op_type}) pads with zeros")
+    return way
+
+
+def rewrite(editor: Editor, layer: Layer, fold: Fold, factor: Vector, shift: Vector) -> Layer:
+    """Set the layer's weight and bias to what `fold` makes of them; the layer as it is then."""
+    from qpipe.model.channels import bias_vector, grouped, own, set_bias, ungrouped
+
+    layer = own(editor, layer)
+    shape, axis = layer.weight_shape, layer.channel_axis
+    weight, bias = fold(
+        grouped(editor.param(layer.weight), layer.groups, axis), bias_vector(editor, layer), factor, shift
+    )
+    editor.set_param(layer.weight, ungrouped(weight, shape, axis))
+    return set_bias(editor, layer, bias) if layer.bias or bias.any() else layer
+
+
+def write_out(editor: Editor, norm: ir.Node, factor: Vector, shift: Vector) -> ir.Value:
+    """The value of Mul and Add, put in front of `norm`, that is to replace its output."""
+    import numpy as np
+    import onnx_ir
+
+    from qpipe.model.channels import dims
+
+    output = norm.outputs[0]
+    shape = (-1, *(1,) * (len(dims(norm.inputs[0])) - 2))
+    scale = editor.add_param(f"{norm.name}.factor", factor.astype(np.float32).reshape(shape))
+    offset = editor.add_param(f"{norm.name}.shift", shift.astype(np.float32).reshape(shape))
+    mul = onnx_ir.node("Mul", [norm.inputs[0], scale], name=f"{norm.name}_mul")
+    add = onnx_ir.node("Add", [mul.outputs[0], offset], name=f"{norm.name}_add")
+    for value in (mul.outputs[0], add.outputs[0]):
+        value.type, value.shape = output.type, output.shape
+    mul.outputs[0].name = f"{output.name}_scaled"
+    editor.graph.insert_before(norm, [mul, add])
+    return add.outputs[0]
+
+
+def remove(editor: Editor, norm: ir.Node, value: ir.Value, name: str | None) -> None:
+    """Remove `norm`; `value` takes the place of its output and is called `name` from now on."""
+    norm.outputs[0].replace_all_uses_with(value, replace_graph_outputs=True)
+    editor.graph.remove(norm, safe=True)
+    norm.outputs[0].name, value.name = None, name
+
+
+def fold(editor: Editor, norm: ir.Node, layers: dict[str, Layer]) -> tuple[str, str]:
+    """Take `norm` out of the graph; where it went (before, behind, written out, left), and the layer or
+    reason.
+
+    `layers` are keyed by the name of the node that gives their output, and follow what changes.
+    """
+    from dataclasses import replace
+
+    from qpipe.model.channels import Blocked, dims, input_channels
+
+    found = read_affine(norm)
+    if found is None:
+        return "left", "it trains, or its parameters are computed in the graph"
+    factor, shift, gamma, beta = found
+    data, name = norm.inputs[0], str(norm.outputs[0].name)
+    assert data is not None
+    if layer := layer_before(data, layers):
+        statistics = editor.metadata.setdefault("folded_statistics", {})
+        statistics.pop(layer.output, None)  # of an earlier normalization, one of two in a row
+        statistics[name] = {"gamma": gamma.tolist(), "beta": beta.tolist()}
+        del layers[layer.add or layer.name]
+        layer = replace(rewrite(editor, layer, fold_before, factor, shift), output=name)
+        layers[layer.add or layer.name] = layer
+        data = norm.inputs[0]  # read again: a MatMul may have got its Add
+        assert data is not None
+        remove(editor, norm, data, name)
+        return "before", layer.name
+    heads = {editor.node(layer.name): key for key, layer in layers.items()}
+    try:
+        way = way_behind(norm, heads, shift)
+    except Blocked as reason:
+        if len(dims(data)) < 2:
+            return (
+                "left",
+                f"the rank of its input is not known, and behind it {reason}",
+            )
+        remove(editor, norm, write_out(editor, norm, factor, shift), name)
+        return "written out", f"no layer alone feeds it, and behind it {reason}"
+    layer = layers.pop(heads[way.end])
+    columns = input_channels(layer)
+    spread = [way.channels.spread(vector, columns) for vector in (factor, shift)]
+    layer = rewrite(editor, layer, fold_behind, *spread)
+    layers[layer.add or layer.name] = layer
+    remove(editor, norm, data, data.name)
+    return "behind", layer.name
+
+
+@stage(version=1)
+def bnf(model: Model, *, ctx: Context = NULL) -> Model:
+    """The model without BatchNormalization: each one folded into a layer, or written out as Mul and Add.
+
+    A folded layer's output takes the name of the BatchNormalization's, since it holds the same numbers;
+    `metadata["folded_statistics"]` gives gamma and beta by that name. Errors: InputError for a quantized
+    model.
+    """
+    if model.encodings:
+        raise InputError(
+            "bnf changes weights, and this model's are quantized already. Put bnf before quantization."
+        )
+    editor = model.edit()
+    layers = {layer.add or layer.name: layer for layer in model.layers()}
+    went: dict[str, list[str]] = {}
+    for norm in [node for node in editor.graph if node.op_type == "BatchNormalization"]:
+        place, reason = fold(editor, norm, layers)
+        went.setdefault(place, []).append(str(norm.name))
+        if place in ("left", "written out"):
+            ctx.note(f"BatchNormalization '{norm.name}' was {place}: {reason}.")
+    ctx.note(
+        f"folded {len(went.get('before', []))} BatchNormalizations into the layer before, "
+        f"{len(went.get('behind', []))} into the layer behind."
+    )
+    editor.metadata["bnf"] = went
+    return editor.model()

@@ -1,0 +1,214 @@
+"""Bring samples in: an npz file, a folder of images, or a Python factory; the same files give the same bytes.
+
+An image becomes x = (pixel * scale - mean) / std, channel by channel, in float32, after its shorter side was
+resized to size / crop and the middle of `size` cut out (`fit: crop`), or after it was resized to `size` as it
+is (`fit: stretch`).
+
+Assumes: the first axis of every array counts the samples. An npz holds one array per model input, under the
+input's name, and `labels` where a metric needs them. Images have their class from a CSV (`filename,label`),
+or from one sub-folder per class, numbered in the order of their names.
+Source: own; the image preprocessing is the usual one of ImageNet classifiers.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from qpipe.errors import InputError
+from qpipe.param import load_factory
+from qpipe.stage import NULL, Context, Factory, Range, Samples, stage
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Arrays = dict[str, NDArray[Any]]
+
+
+def thinned(count: int, limit: int | None) -> list[int]:
+    """Indices of at most `limit` of `count` samples, evenly spread: data sorted by class keep every class."""
+    kept = count if limit is None else min(count, limit)
+    return [index * count // kept for index in range(kept)]
+
+
+def read_npz(path: Path, limit: int | None) -> Arrays:
+    """{name: array} of an npz file, at most `limit` samples. Errors: InputError for another file, or pickled
+    data.
+    """
+    import zipfile
+
+    import numpy as np
+
+    if not path.is_file():
+        raise InputError(f"There is no data file {path}.")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise InputError(
+                    f"{path} holds one array without a name. Save it with np.savez(path, <input>=…)."
+                )
+            arrays = {name: archive[name] for name in archive.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} cannot be read as npz without pickle: {error}") from error
+    return {
+        name: array[thinned(len(array), limit)] if array.ndim and limit is not None else array
+        for name, array in arrays.items()
+    }
+
+
+def from_factory(factory: str, split: str, limit: int | None) -> Arrays:
+    """{name: array} of what `module:function` returns for `split`: a mapping of arrays, or an iterable of
+    them.
+    """
+    import numpy as np
+
+    returned = load_factory(factory)(split=split)
+    if isinstance(returned, Mapping):
+        arrays = {str(name): _array(value) for name, value in returned.items()}
+        return {
+            n: a[thinned(len(a), limit)] if a.ndim and limit is not None else a for n, a in arrays.items()
+        }
+    if not isinstance(returned, Iterable):
+        raise InputError(
+            f"{factory} returned {type(returned).__name__}; it has to return a mapping of arrays by input "
+            "name, or an iterable of such mappings."
+        )
+    batches = list(_batches(factory, returned, limit))
+    if not batches:
+        raise InputError(f"{factory} yields no batch for split '{split}'.")
+    return {name: np.concatenate([batch[name] for batch in batches])[:limit] for name in batches[0]}
+
+
+def _batches(factory: str, batches: Iterable[Any], limit: int | None) -> Iterator[Arrays]:
+    """Batches as {name: array} until `limit` samples are there; all must carry the names of the first."""
+    names: list[str] | None = None
+    taken = 0
+    for index, batch in enumerate(batches):
+        if not isinstance(batch, Mapping):
+            raise InputError(
+                f"{factory} yields {type(batch).__name__} as batch {index}; each batch has to be a mapping "
+                "of arrays by input name (and `labels`)."
+            )
+        arrays = {str(name): _array(value) for name, value in batch.items()}
+        names = names or sorted(arrays)
+        if sorted(arrays) != names:
+            raise InputError(f"{factory}: batch {index} holds {sorted(arrays)}, the first one {names}.")
+        if any(array.ndim == 0 for array in arrays.values()):
+            raise InputError(
+                f"{factory}: batch {index} holds a single number; the first axis counts the samples."
+            )
+        yield arrays
+        taken += min((len(array) for array in arrays.values()), default=0)
+        if limit is not None and taken >= limit:
+            return
+
+
+def _array(value: Any) -> NDArray[Any]:
+    import numpy as np
+
+    return np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
+
+
+def check_arrays(source: str, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Errors: InputError, one line naming the array: none at all, empty, no sample axis, other lengths, NaN,
+    inf.
+    """
+    import numpy as np
+
+    if not set(arrays) - {"labels"}:
+        raise InputError(f"{source} holds no array for a model input, only {sorted(arrays)}.")
+    first = next(name for name in arrays if name != "labels")
+    for name, array in arrays.items():
+        if array.dtype.kind not in "fiub":
+            raise InputError(f"{source}: array '{name}' has dtype {array.dtype}; it has to hold numbers.")
+        if array.ndim == 0:
+            raise InputError(
+                f"{source}: array '{name}' is a single number; its first axis has to count the samples."
+            )
+        if array.size == 0:
+            raise InputError(f"{source}: array '{name}' is empty, shape {array.shape}.")
+        if len(array) != len(arrays[first]):
+            raise InputError(
+                f"{source}: array '{name}' has {len(array)} samples, '{first}' has {len(arrays[first])}."
+            )
+        if array.dtype.kind == "f" and (bad := _first_not_finite(array)) is not None:
+            found = "NaN" if np.isnan(array[bad]).any() else "inf"
+            raise InputError(f"{source}: array '{name}' holds {found}, first in sample {bad}.")
+
+
+def _first_not_finite(array: NDArray[Any]) -> int | None:
+    """Index of the first sample with NaN or inf; one sample at a time, so that the data are not copied."""
+    import numpy as np
+
+    return next((index for index, sample in enumerate(array) if not np.isfinite(sample).all()), None)
+
+
+def from_images(
+    folder: Path, labels: Path | None, limit: int | None, name: str, ctx: Context, **how: Any
+) -> Arrays:
+    """{name: images} and their `labels`, where the folder or the CSV gives any; `how` fills Preprocessing."""
+    if importlib.util.find_spec("PIL") is None:
+        raise InputError("Reading images needs Pillow: pip install 'qpipe[images]'.")
+    from qpipe.numerics.images import Preprocessing, find_images, stack_images
+
+    size = how["size"]
+    if size is not None and (len(size) != 2 or min(size) < 1):
+        raise InputError(f"size has to be [height, width], got {list(size)}.")
+    files, classes = find_images(folder, labels)
+    kept = thinned(len(files), limit)
+    arrays: Arrays = {
+        name: stack_images([files[index] for index in kept], Preprocessing(**how), ctx.progress)
+    }
+    return arrays if classes is None else {**arrays, "labels": classes[kept]}
+
+
+@stage(version=1)
+def load_data(
+    *,
+    path: Path | None = None,
+    images: Path | None = None,
+    labels: Path | None = None,
+    factory: Factory | None = None,
+    split: str = "calibration",
+    limit: Annotated[int, Range(ge=1)] | None = None,
+    input_name: str = "image",
+    size: tuple[int, ...] | None = None,
+    fit: Literal["crop", "stretch"] = "crop",
+    crop: Annotated[float, Range(gt=0, le=1)] = 1.0,
+    mode: Literal["RGB", "BGR", "L"] = "RGB",
+    scale: Annotated[float, Range(gt=0)] = 1 / 255,
+    mean: tuple[float, ...] = (0.0,),
+    std: tuple[float, ...] = (1.0,),
+    layout: Literal["NCHW", "NHWC"] = "NCHW",
+    ctx: Context = NULL,
+) -> Samples:
+    """Samples from one source: `path` (npz), `images` (a folder, with `labels`) or `factory` (with `split`).
+
+    `limit` keeps that many samples, evenly spread (of a factory's batches: the first ones). `input_name`
+    names the model input that images go to; `size`, `fit`, `crop`, `mode`, `scale`, `mean`, `std` and
+    `layout` say how they are prepared. Errors: InputError, one line, for a source
+    that cannot be read or arrays that cannot serve.
+    """
+    given = {"path": path, "images": images, "factory": factory}
+    sources = [name for name, value in given.items() if value is not None]
+    if len(sources) != 1:
+        raise InputError(
+            f"load_data takes one of path, images and factory, got {' and '.join(sources) or 'none'}."
+        )
+    if labels is not None and images is None:
+        raise InputError(f"`labels` goes with `images`; with `{sources[0]}` they are the array named labels.")
+    source = str(given[sources[0]])
+    if path is not None:
+        arrays = read_npz(path, limit)
+    elif factory is not None:
+        arrays = from_factory(factory, split, limit)
+    elif images is not None:
+        arrays = from_images(
+            images, labels, limit, input_name, ctx,
+            size=size, fit=fit, ratio=crop, mode=mode, scale=scale, mean=mean, std=std, layout=layout,
+        )  # fmt: skip
+    check_arrays(source, arrays)
+    targets = arrays.pop("labels", None)
+    return Samples(arrays, targets)
