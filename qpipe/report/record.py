@@ -206,7 +206,7 @@ def _parity(name: str, scores: Mapping[str, Any]) -> Parity:
 
 
 def _histogram(raw: Any, limit: int = 8) -> list[float]:
-    """Counts by number of grid steps, from {steps: count}, [count, …] or {tensor: either}; the last is open."""
+    """Counts by number of grid steps, from {steps: count}, [count, …] or {tensor: either}; last: the tail."""
     counts: dict[int, float] = {}
     for steps_, count in _pairs(raw):
         slot = min(abs(steps_), limit)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
+from qpipe.report.text import clip
+
 GAP = "  "
 _CODES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "blue": "34"}
 
@@ -64,5 +66,7 @@ def _row(
 
 def wrap(text: str, width: int, max_lines: int | None = None, ellipsis: str = "...") -> list[str]:
     """`text` in lines of at most `width` characters (at least 8), at most `max_lines` of them."""
+    if max_lines == 1:
+        return [clip(text, max(8, width), ellipsis)]
     lines = textwrap.wrap(text, max(8, width), max_lines=max_lines, placeholder=f" {ellipsis}")
     return lines or [""]

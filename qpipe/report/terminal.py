@@ -67,8 +67,8 @@ class Terminal:
     """Shows a run on `stream` (default: standard error).
 
     `live` draws bars that move; by default where the stream is a terminal and this is not CI. Else plain
-    lines, at most one every 10 s for each running node. `quiet` shows failures alone. Safe to call from several
-    threads; use it as a context manager, or call `close`, so that an interrupt leaves the terminal as it was.
+    lines, at most one every 10 s for each running node. `quiet` shows failures alone. Safe to call from
+    several threads; use it as a context manager, or call `close`, so that an interrupt restores the terminal.
     """
 
     def __init__(
