@@ -47,7 +47,9 @@ def open_pool(store: Store, run: RunSpec, log: Path | None = None) -> Pool:
     return Processes(store.root, workers, threads, log) if workers else InProcess(store, threads)
 
 
-def execute(walks: Sequence[Walk], rebuild: Callable[[], Sequence[Walk]], store: Store, run: RunSpec, pool: Pool, view: View) -> Sequence[Walk]:
+def execute(
+    walks: Sequence[Walk], rebuild: Callable[[], Sequence[Walk]], store: Store, run: RunSpec, pool: Pool, view: View
+) -> Sequence[Walk]:
     """Run what `walks` lack, until every target of each has its outcome; the walks as they ended.
 
     A damaged blob that comes to light on reading is moved aside by the store; then everything is planned anew with
@@ -126,7 +128,7 @@ class _Run:
                 if key not in self._blocked:
                     self._blocked[key] = time.monotonic()
                     self._queue.remove(key)
-                    self._view.message(f"{action.node}: another process computes it; waiting.")
+                    self._view.message(f"{self._name(key)}: another process computes it; waiting.")
                 continue
             self._take_from_queue(key)
             found = None if action.always else self._store.result(key)
@@ -134,8 +136,12 @@ class _Run:
                 self._conclude(key, found, "hit")
                 continue
             self._running[key] = time.monotonic()
-            self._view.started(action.node, action.stage)
+            self._view.started(self._name(key), action.stage)
             self._pool.submit(request(action, self._options.device))
+
+    def _name(self, key: str) -> str:
+        walk, action = self._wanted[key][0]
+        return walk.label + action.node
 
     def _take_from_queue(self, key: str) -> None:
         if key in self._blocked:
@@ -157,9 +163,8 @@ class _Run:
     def _handle(self, key: str, event: Event) -> None:
         if key not in self._wanted:
             return
-        node = self._wanted[key][0][1].node
         if event["event"] == "progress":
-            self._view.progress(node, event["done"], event["total"], event["what"])
+            self._view.progress(self._name(key), event["done"], event["total"], event["what"])
             return
         self._running.pop(key, None)
         if event["event"] == "done":
@@ -188,18 +193,19 @@ class _Run:
     def _conclude(self, key: str, result: dict[str, Any], verdict: str) -> None:
         """Tell every node that wanted the key; the first carries the verdict, the others hit."""
         self._unlock(key)
+        duration = result["provenance"]["duration_s"] if verdict == "ran" else 0.0
         for i, (walk, action) in enumerate(self._wanted.pop(key)):
-            walk.finish(action.node, result, "ran" if verdict == "ran" and i == 0 else "hit")
-            if i == 0:
-                duration = result["provenance"]["duration_s"] if verdict == "ran" else 0.0
-                self._view.finished(action.node, verdict, duration, result.get("notes", ()))
+            state = "ran" if verdict == "ran" and i == 0 else "hit"
+            walk.finish(action.node, result, state)
+            self._view.finished(walk.label + action.node, state, duration, result.get("notes", ()))
+            duration = 0.0
         self._advance()
 
     def _fail(self, key: str, error: Event) -> None:
         self._unlock(key)
         for walk, action in self._wanted.pop(key):
             walk.fail(action.node, error)
-            self._view.failed(action.node, error["message"])
+            self._view.failed(walk.label + action.node, error["message"])
         self._stopped = self._stopped or not self._options.keep_going
         self._advance()
 

@@ -129,7 +129,7 @@ def decide(node: NodeSpec, inputs: Mapping[str, tuple[Artifact, ...]], keyring: 
         missing = store.complete(result)
         if not missing:
             return hit(key, result)
-    previous = _previous(node, store)
+    previous = previous_result(node, store)
     if node.stage.always:
         reasons: tuple[str, ...] = ("reads the outside world every time",)
     elif missing:
@@ -147,7 +147,7 @@ def hit(key: str, result: Mapping[str, Any], state: State = "hit", reasons: tupl
     return Outcome(state, outputs, key, reasons, result)
 
 
-def _previous(node: NodeSpec, store: Store) -> dict[str, Any] | None:
+def previous_result(node: NodeSpec, store: Store) -> dict[str, Any] | None:
     """The action result that this node of this stage had last, for reasons and expected times."""
     key = store.index.get("history", f"{node.stage.name}/{node.name}")
     return store.result(key) if isinstance(key, str) else None
@@ -191,8 +191,9 @@ def _short(value: Any) -> str:
 class Walk:
     """One graph on its way through the cache: what is settled, what is asked for, what has to run."""
 
-    def __init__(self, graph: Graph, keyring: Keyring, store: Store) -> None:
+    def __init__(self, graph: Graph, keyring: Keyring, store: Store, label: str = "") -> None:
         self.graph = graph
+        self.label = label
         self.outcomes: dict[str, Outcome] = {}
         self.running: dict[str, Action] = {}
         self._keyring = keyring

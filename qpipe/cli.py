@@ -1,0 +1,189 @@
+"""The edge: the command line, Hydra, and what a person sees.
+
+    qpipe [run|plan|why NODE|graph [FILE]|stages [NAME]|report [RUN]|cache ls|verify] [Hydra overrides …] [-m]
+
+Exit status: 0 all done; 1 a node failed; 2 the config or an input is wrong; 3 the goal was not met; 4
+`run.expect=cached` and something had to run; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from qpipe.catalog import catalog, schema
+from qpipe.errors import ConfigError, QpipeError
+from qpipe.sweep import INTERRUPTED, Job
+
+COMMANDS = ("run", "plan", "why", "graph", "stages", "report", "cache")
+WITHOUT_CONFIG = ("stages", "report")
+PACKAGE = Path(__file__).parent
+
+Many = Callable[[Sequence[Job]], int]
+"""A command: it takes the composed jobs (one, or all of a sweep) and returns the exit status."""
+
+
+def main() -> None:
+    """Entry point of the `qpipe` command."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line; its exit status."""
+    command, rest = split_command(arguments)
+    try:
+        _register()
+        many, rest = _command(command, rest)
+        if many is None:
+            return 0
+        return _compose(many, command, rest)
+    except QpipeError as error:
+        say(f"qpipe: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        say("qpipe: interrupted")
+        return INTERRUPTED
+
+
+def say(line: str) -> None:
+    """One line to the person, on standard error."""
+    print(line, file=sys.stderr)
+
+
+def split_command(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """(command, the other arguments); without a command it is `run`."""
+    if arguments and arguments[0] in COMMANDS:
+        return arguments[0], list(arguments[1:])
+    return "run", list(arguments)
+
+
+def _command(name: str, rest: list[str]) -> tuple[Many | None, list[str]]:
+    """The function behind a command, and the arguments that are left for Hydra; None where all is done."""
+    from qpipe import commands
+
+    if name == "stages":
+        print(commands.show_stages(rest))
+        return None, []
+    if name == "report":
+        print(commands.show_report(rest))
+        return None, []
+    if name in ("why", "cache"):
+        if not rest or "=" in rest[0] or rest[0].startswith("-"):
+            example = {"why": "why NODE", "cache": "cache ls|verify"}[name]
+            raise ConfigError(f"{name}: names nothing. Say `qpipe {example}`.")
+        subject, *rest = rest
+        function = commands.why if name == "why" else commands.cache
+        return lambda jobs: function(jobs, subject), rest
+    if name == "graph":
+        file = None
+        if rest and "=" not in rest[0] and not rest[0].startswith("-"):
+            file, *rest = rest
+        return lambda jobs: commands.graph(jobs, file), rest
+    return {"run": commands.run, "plan": commands.plan}[name], rest
+
+
+def _register() -> None:
+    """Tell Hydra what a qpipe config may hold: the resolvers, a schema for every stage, the launcher."""
+    from hydra_plugins.qpipe.launcher import QpipeLauncher
+
+    OmegaConf.register_new_resolver("qpipe.file", lambda name: str(PACKAGE / name), replace=True)
+    OmegaConf.register_new_resolver("qpipe.run_id", lambda: secrets.token_hex(2), use_cache=True, replace=True)
+    store = ConfigStore.instance()
+    base = OmegaConf.create({"stages": {}})
+    OmegaConf.set_struct(base["stages"], False)  # nodes and params are checked by qpipe.spec, in its own words
+    store.store(name="qpipe_base", node=base)
+    for name, stage in catalog().items():
+        store.store(group="stage", name=name, node=schema(stage))
+    Plugins.instance().register(QpipeLauncher)
+    store.store(group="hydra/launcher", name="qpipe", node={"_target_": "hydra_plugins.qpipe.launcher.QpipeLauncher"})
+
+
+def _compose(many: Many, command: str, rest: list[str]) -> int:
+    """Let Hydra compose the config and hand the jobs to `many`; mistakes that Hydra finds become one line."""
+    status: list[int] = []
+
+    def task(config: DictConfig) -> None:
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        overrides = tuple(HydraConfig.get().overrides.task)
+        status.append(_carry_out(many, lambda: [make_job(config, folder, overrides)], [folder]))
+
+    def sweep(configs: Sequence[tuple[DictConfig, Path, tuple[str, ...]]]) -> None:
+        label = "#{} " if len(configs) > 1 else ""
+
+        def build() -> list[Job]:
+            return [make_job(*config, label.format(i)) for i, config in enumerate(configs)]
+
+        status.append(_carry_out(many, build, [folder for _, folder, _ in configs]))
+
+    task.qpipe_sweep = sweep  # type: ignore[attr-defined]  # the launcher finds it here
+    quiet = [] if command == "run" else ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra.sweep.dir=.", "hydra.sweep.subdir=."]
+    sys.argv = [sys.argv[0], *rest, *quiet]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us, not as Hydra's traceback
+    try:
+        hydra.main(version_base="1.3", config_path="pkg://qpipe.conf", config_name="config")(task)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(one_line(error)) from error
+    return max(status, default=0)
+
+
+def one_line(error: BaseException) -> str:
+    """An error of Hydra's or OmegaConf's in one line."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    kept = [line for line in lines if line and not line.startswith(("full_key:", "object_type=", "reference_type="))]
+    return " ".join(kept)
+
+
+def _carry_out(many: Many, build: Callable[[], Sequence[Job]], folders: Sequence[Path]) -> int:
+    """Build the jobs and run the command; where the config or the input was wrong, leave no folder behind."""
+    try:
+        status = many(build())
+    except QpipeError as error:
+        say(f"qpipe: {error}")
+        status = error.exit_code
+    if status == ConfigError.exit_code or status == 4:
+        for folder in folders:
+            remove_folder(folder)
+    return status
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a run folder and its parents as far as they are empty; never the working directory."""
+    if folder.resolve() == Path.cwd() or not folder.is_dir():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    for parent in list(folder.parents)[:3]:
+        if parent.resolve() == Path.cwd():
+            return
+        with suppress(OSError):
+            parent.rmdir()
+
+
+def make_job(config: DictConfig, folder: Path, overrides: tuple[str, ...], label: str = "") -> Job:
+    """The job of one composed config. Errors: ConfigError."""
+    from qpipe.spec import read_spec
+
+    spec = read_spec(config)
+    import yaml
+
+    text = yaml.safe_dump(dict(spec.resolved), sort_keys=False, allow_unicode=True)
+    return Job(spec, folder, overrides, text, label)
+
+
+def command_line() -> list[str]:
+    """The command as it was typed, for the record."""
+    return ["qpipe", *sys.argv[1:]]
+
+

@@ -1,0 +1,215 @@
+"""The commands behind `qpipe`, each a function from jobs (one, or all of a sweep) to an exit status."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qpipe.catalog import catalog, plain
+from qpipe.errors import ConfigError, QpipeError
+from qpipe.param import describe, listed, nearest
+from qpipe.plan import Outcome, Walk, previous_result
+from qpipe.record import RECORD
+from qpipe.report.table import table
+from qpipe.report.terminal import Row, Terminal
+from qpipe.spec import FirstWithin
+from qpipe.stage import REQUIRED
+from qpipe.store import Store
+from qpipe.sweep import Job, open_store, plan_jobs, run_jobs
+
+
+class Screen(Terminal):
+    """A Terminal that is shown plans and records of jobs."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__()
+        self._store = store
+
+    def planned_jobs(self, plans: Iterable[tuple[Job, Walk]]) -> None:
+        self.planned([row for _, walk in plans for row in rows(walk, self._store)])
+
+    def ended_jobs(self, records: Sequence[tuple[Job, dict[str, Any]]]) -> None:
+        self.close()
+        for job, record in records:
+            _write_report(record, job.folder)
+        if len(records) == 1:
+            self.show(records[0][1], sys.stdout)
+        else:
+            print("\n".join(sweep_table(records)))
+
+
+def run(jobs: Sequence[Job]) -> int:
+    """Carry the pipelines out, show how it goes, leave a record of each."""
+    with open_store(jobs[0].spec) as store, Screen(store) as screen:
+        return run_jobs(jobs, store, screen, ["qpipe", *jobs[0].overrides])
+
+
+def plan(jobs: Sequence[Job]) -> int:
+    """Say what would run, what the cache has, and why. Writes nothing but the memo of file digests."""
+    with open_store(jobs[0].spec) as store:
+        walks = plan_jobs(jobs, store)
+        screen = Terminal(sys.stdout, live=False)
+        screen.planned([row for walk in walks for row in rows(walk, store)])
+        if jobs[0].spec.run.expect == "cached":
+            return 4 if any(row.verdict in ("run", "wait") for walk in walks for row in rows(walk, store)) else 0
+    return 0
+
+
+def rows(walk: Walk, store: Store) -> list[Row]:
+    """The plan's lines for one walk, in the order of the config."""
+    return [_row(walk, name, outcome, store) for name, outcome in walk.verdicts().items()]
+
+
+def _row(walk: Walk, name: str, outcome: Outcome, store: Store) -> Row:
+    node = walk.graph.node(name)
+    if isinstance(node, FirstWithin):
+        return Row(walk.label + name, "first_within", outcome.state, outcome.reasons)
+    expected = None
+    if outcome.state in ("run", "wait") and (before := previous_result(node, store)):
+        expected = before["provenance"]["duration_s"]
+    return Row(walk.label + name, node.stage.name, outcome.state, outcome.reasons, expected)
+
+
+def why(jobs: Sequence[Job], name: str) -> int:
+    """Say what the verdict of one node is made of: its key's ingredients, and what changed since it last ran."""
+    with open_store(jobs[0].spec) as store:
+        for walk in plan_jobs(jobs, store):
+            print("\n".join(_why(walk, name)))
+    return 0
+
+
+def _why(walk: Walk, name: str) -> list[str]:
+    nodes = walk.graph.spec.nodes
+    if name not in nodes:
+        raise ConfigError(f"why: no node '{name}'.{nearest(name, nodes)} Nodes: {listed(nodes)}.")
+    if name in walk.graph.disabled:
+        return [f"{walk.label}{name}: disabled"]
+    outcome = walk.verdicts()[name]
+    lines = [f"{walk.label}{name}: {outcome.state}", *(f"  because {reason}" for reason in outcome.reasons)]
+    action = walk.running.get(name)
+    ingredients = action.ingredients if action else (outcome.result or {}).get("ingredients")
+    if outcome.key:
+        lines.append(f"  key      {outcome.key}")
+    for group, values in (ingredients or {}).items():
+        if isinstance(values, Mapping):
+            lines += [f"  {group:8} {key} = {json.dumps(value)}" for key, value in values.items()]
+        else:
+            lines.append(f"  {group:8} {values}")
+    lines += [f"  output   {port} = {made.kind} {made.digest}" for port, made in outcome.outputs.items()]
+    return lines
+
+
+def graph(jobs: Sequence[Job], file: str | None) -> int:
+    """Print the pipeline with its verdicts, or draw it to an .svg or .png file."""
+    from qpipe.report.graph import draw_graph, graph_text
+
+    with open_store(jobs[0].spec) as store:
+        walk = plan_jobs(jobs[:1], store)[0]
+        nodes = {row.node: {"stage": row.stage, "verdict": row.verdict, "label": row.node} for row in rows(walk, store)}
+    edges = [(source, target, port) for source, target, port in walk.graph.edges()]
+    if file is None:
+        print(graph_text(nodes, edges))
+        return 0
+    if Path(file).suffix not in (".svg", ".png"):
+        raise ConfigError(f"graph: draws to .svg or .png, got '{file}'. Give the file one of these endings.")
+    draw_graph(nodes, edges, Path(file))
+    print(f"drawn to {file}")
+    return 0
+
+
+def show_stages(arguments: Sequence[str]) -> str:
+    """The list of stages, or one with its ports and params."""
+    if not arguments:
+        lines = table([(name, stage.summary) for name, stage in catalog().items()], 110, flexible=1)
+        return "\n".join(line for block in lines for line in block)
+    stage = catalog().find(arguments[0], "stages")
+    found = [("port", port.name, port.kind + (" (optional)" if port.optional else ""), "") for port in stage.ports.values()]
+    for param in stage.params.values():
+        default = "required" if param.default is REQUIRED else json.dumps(plain(param.default))
+        found.append(("param", param.name, describe(param.hint), str(stage.config.get(param.name, default))))
+    found += [("output", name, kind, "") for name, kind in stage.outputs.items()]
+    lines = table(found, 110, flexible=2)
+    return "\n".join([f"{stage.name}: {stage.summary}", "", *(line for block in lines for line in block)])
+
+
+def show_report(arguments: Sequence[str]) -> str:
+    """The closing table of a run again; without a folder, of the last run below outputs/."""
+    from qpipe.report.closing import closing_table
+
+    folder = Path(arguments[0]) if arguments else _last_run()
+    path = folder / RECORD if folder.is_dir() else folder
+    try:
+        record = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(f"report: no record at '{path}'. Give the folder of a run.") from error
+    except ValueError as error:
+        raise ConfigError(f"report: '{path}' is not a record: {error}.") from error
+    return closing_table(record, 110) + f"\nthe whole report: {_write_report(record, path.parent)}"
+
+
+def _last_run() -> Path:
+    records = sorted(Path("outputs").glob(f"*/*/**/{RECORD}"), key=lambda path: path.stat().st_mtime)
+    if not records:
+        raise ConfigError("report: no run below outputs/. Run `qpipe` first, or give the folder of a run.")
+    return records[-1].parent
+
+
+def _write_report(record: Mapping[str, Any], folder: Path) -> Path:
+    from qpipe.report.html import write_report
+
+    path = folder / "report.html"
+    if folder.is_dir():
+        write_report(record, path)
+    return path
+
+
+def sweep_table(records: Sequence[tuple[Job, Mapping[str, Any]]]) -> list[str]:
+    """One line a trial: what it overrode, its best score, its distance from float, what ran and what hit."""
+    found = [("#", "overrides", "score", "drop", "goal", "ran", "hit", "folder")]
+    for i, (job, record) in enumerate(records):
+        goal, totals = record["goal"], record["totals"]
+        drop = None if goal["reached"] is None or goal["float"] is None else goal["float"] - goal["reached"]
+        verdict = {True: "met", False: "missed", None: "-"}[goal["met"]]
+        figures = [f"{value:.4f}" if value is not None else "-" for value in (goal["reached"], drop)]
+        found.append((str(i), " ".join(job.overrides), *figures, verdict, str(totals["ran"]), str(totals["hit"]), str(job.folder)))
+    return [line for block in table(found, 140, right=(2, 3, 5, 6), flexible=1) for line in block]
+
+
+def cache(jobs: Sequence[Job], subject: str) -> int:
+    """`ls`: what the cache holds; `verify`: read every blob against its digest."""
+    known = {"ls": _cache_ls, "verify": _cache_verify}
+    if subject not in known:
+        raise ConfigError(f"cache: no command '{subject}'.{nearest(subject, known)} Commands: {listed(known)}.")
+    with open_store(jobs[0].spec) as store:
+        return known[subject](store)
+
+
+def _cache_ls(store: Store) -> int:
+    found = [("key", "stage", "outputs", "seconds")]
+    for key in sorted(store.keys()):
+        result = store.result(key)
+        if result is not None and "stage" in result["ingredients"] and "memo" not in result["ingredients"]:
+            kinds = ", ".join(output["kind"] for output in result["outputs"].values())
+            found.append((key[:16], result["ingredients"]["stage"], kinds, f"{result['provenance']['duration_s']:.2f}"))
+    size = sum(size for _, size in store.blobs())
+    print("\n".join(line for block in table(found, 110, right=(3,)) for line in block))
+    print(f"{len(found) - 1} results, {size / 1e6:.1f} MB in {store.root}")
+    return 0
+
+
+def _cache_verify(store: Store) -> int:
+    damaged = checked = 0
+    for digest, _ in list(store.blobs()):
+        checked += 1
+        try:
+            store.open(digest)
+        except QpipeError as error:
+            damaged += 1
+            print(error)
+    incomplete = [key for key in store.keys() if (result := store.result(key)) is None or store.complete(result)]
+    print(f"{checked} blobs read, {damaged} damaged, {len(incomplete)} results incomplete (they run again when asked for)")
+    return 1 if damaged else 0
+

@@ -1,0 +1,156 @@
+"""Many pipelines, one graph: the jobs of a sweep are planned against one cache and share every action they have in
+common. A single run is a sweep of one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from qpipe.errors import ConfigError, QpipeError
+from qpipe.executor import View, execute, exit_code, open_pool
+from qpipe.graph import build_graph
+from qpipe.plan import Keyring, Outcome, Walk
+from qpipe.record import RunInfo, build_record, write_files, write_record
+from qpipe.spec import PipelineSpec
+from qpipe.store import Store
+
+GOAL_MISSED = 3
+NOT_CACHED = 4
+INTERRUPTED = 130
+
+
+class Watch(View, Protocol):
+    """A View that also hears of the plan before, and of the records after."""
+
+    def planned_jobs(self, plans: Sequence[tuple[Job, Walk]]) -> None: ...
+    def ended_jobs(self, records: Sequence[tuple[Job, dict[str, Any]]]) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One pipeline: its spec, the folder it leaves its record in, and how it was asked for."""
+
+    spec: PipelineSpec
+    folder: Path
+    overrides: tuple[str, ...] = ()
+    config_text: str = ""
+    label: str = ""
+
+
+def open_store(spec: PipelineSpec) -> Store:
+    """The cache: `cache.dir`, else $QPIPE_CACHE_DIR, else the user's cache folder."""
+    folder = spec.cache_dir or os.environ.get("QPIPE_CACHE_DIR")
+    if not folder:
+        from platformdirs import user_cache_dir
+
+        folder = user_cache_dir("qpipe")
+    return Store(Path(folder).expanduser().absolute())
+
+
+def plan_jobs(jobs: Sequence[Job], store: Store) -> list[Walk]:
+    """A walk for every job, as far as the cache carries it. Errors: ConfigError, with the job it is in."""
+    keyring = Keyring(store)
+    walks = []
+    for job in jobs:
+        try:
+            walk = Walk(build_graph(job.spec), keyring, store, job.label)
+            walk.advance()
+        except ConfigError as error:
+            raise ConfigError(f"{job.label}{error}") from error
+        walks.append(walk)
+    return walks
+
+
+def run_jobs(jobs: Sequence[Job], store: Store, watch: Watch, command: Sequence[str]) -> int:
+    """Carry all jobs out and write their records; the exit status of the worst."""
+    started = time.time()
+    walks: Sequence[Walk] = plan_jobs(jobs, store)
+    watch.planned_jobs(list(zip(jobs, walks, strict=True)))
+    options = jobs[0].spec.run
+    if options.expect == "cached" and (missing := _would_run(walks)):
+        watch.message(f"run.expect=cached, and {len(missing)} nodes would have to run: {', '.join(missing[:8])}.")
+        return NOT_CACHED
+    interrupted = False
+    if any(walk.running for walk in walks):
+        log = jobs[0].folder / "workers.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        pool = open_pool(store, options, log)
+        try:
+            walks = execute(walks, lambda: plan_jobs(jobs, store), store, options, pool, watch)
+        except KeyboardInterrupt:
+            interrupted = True
+            watch.message("Interrupted. What was finished is in the cache; the same command goes on from there.")
+        finally:
+            pool.close()
+            with suppress(OSError):
+                if log.stat().st_size == 0:
+                    log.unlink()
+    return _conclude(jobs, walks, store, watch, RunInfo(command, jobs[0].folder, started, time.time(), interrupted))
+
+
+def _would_run(walks: Sequence[Walk]) -> list[str]:
+    return [
+        f"{walk.label}{name}"
+        for walk in walks
+        for name, outcome in walk.verdicts().items()
+        if outcome.state in ("run", "wait")
+    ]
+
+
+def _conclude(jobs: Sequence[Job], walks: Sequence[Walk], store: Store, watch: Watch, info: RunInfo) -> int:
+    status = INTERRUPTED if info.interrupted else exit_code(walks)
+    records = []
+    for job, walk in zip(jobs, walks, strict=True):
+        own = dataclasses.replace(info, folder=job.folder)
+        files = write_files(walk, store, job.folder) if status in (0, 1) else {}
+        record = build_record(walk, store, own, files)
+        if status != QpipeError.exit_code + 1:
+            write_record(record, job.folder)
+            (job.folder / "config.yaml").write_text(job.config_text)
+        records.append((job, record))
+    if len(jobs) > 1:
+        write_sweep(records, walks, jobs[0].folder.parent)
+    watch.ended_jobs(records)
+    if status == 0 and any(record["goal"]["met"] is False for _, record in records):
+        return GOAL_MISSED
+    return status
+
+
+def write_sweep(records: Sequence[tuple[Job, Mapping[str, Any]]], walks: Sequence[Walk], folder: Path) -> None:
+    """`sweep.json`: every distinct action once, and for each trial its overrides, leaf nodes and scores."""
+    actions: dict[str, dict[str, Any]] = {}
+    for walk in walks:
+        for name, outcome in walk.verdicts().items():
+            if outcome.key is not None and (outcome.key not in actions or outcome.state == "ran"):
+                actions[outcome.key] = {"node": name, "verdict": outcome.state, **_cost(outcome)}
+    trials = [
+        {
+            "overrides": list(job.overrides),
+            "run_dir": str(job.folder),
+            "status": record["status"],
+            "leaves": list(walk.graph.targets),
+            "goal": record["goal"],
+            "best": record["best"],
+            "scores": {step["node"]: step["score"] for step in record["ladder"]},
+            "keys": {name: node["key"] for name, node in record["nodes"].items()},
+        }
+        for (job, record), walk in zip(records, walks, strict=True)
+    ]
+    content = json.dumps({"schema": 1, "actions": actions, "trials": trials}, indent=1)
+    temporary = folder / "sweep.json.tmp"
+    temporary.write_text(content)
+    temporary.replace(folder / "sweep.json")
+
+
+def _cost(outcome: Outcome) -> dict[str, Any]:
+    provenance = (outcome.result or {}).get("provenance", {})
+    return {"duration_s": provenance.get("duration_s"), "cpu_s": provenance.get("cpu_s")}
+
+
