@@ -1,0 +1,34 @@
+"""The ONNX operators in torch, one small function each; `OPERATORS` is the table."""
+
+from __future__ import annotations
+
+from qpipe.model.operators import (
+    activation,
+    conv,
+    elementwise,
+    index,
+    matmul,
+    norm,
+    pool,
+    recurrent,
+    reduce,
+    resize,
+    shape,
+)
+from qpipe.model.operators.registry import OPERATORS, Operator
+
+__all__ = [
+    "OPERATORS",
+    "Operator",
+    "activation",
+    "conv",
+    "elementwise",
+    "index",
+    "matmul",
+    "norm",
+    "pool",
+    "recurrent",
+    "reduce",
+    "resize",
+    "shape",
+]

@@ -1,0 +1,370 @@
+"""ONNX graph -> torch.fx.GraphModule: one ONNX node, one fx node of the same name, differentiable.
+
+    placeholders        the graph's inputs, in order
+    parameters          the float initializers; `trainable` ones require gradients
+    buffers             BatchNormalization's statistics, integer constants
+    <value>__quantizer  a FakeQuantize right after the node that produces the value, and on weights and biases
+
+Names are the ONNX names with every character that Python does not allow in a name replaced by `_`. The maps
+from the ONNX names are in `module.meta`: "parameters" (initializer -> attribute) and "quantizers" (value ->
+attribute); `node.meta` holds "onnx_name" (nodes only) and "outputs" (the ONNX values it stands for).
+
+What is computed from shapes stays on the CPU, as tensors or Python numbers, wherever the module lives: a
+batch dimension stays dynamic and no GPU waits. A value moves to the device where an operator takes it as data.
+"""
+
+from __future__ import annotations
+
+import keyword
+import operator as python_operator
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import fx
+
+from qpipe.errors import InputError
+from qpipe.model.bias import BIAS_MAX, BIAS_MIN, QuantizedBias, effective_encodings, quantized_biases
+from qpipe.model.operators import OPERATORS
+from qpipe.model.operators.host import host_constant, to_device
+from qpipe.numerics.fake_quantize import FakeQuantize, fake_quantize
+from qpipe.numerics.grid import Encoding, same_grid
+
+if TYPE_CHECKING:
+    from qpipe.model.model import Model
+
+MOVING = frozenset(
+    {"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather", "Expand", "Tile"}
+    | {"DepthToSpace", "SpaceToDepth", "Identity", "MaxPool", "GlobalMaxPool"}
+)
+"""Their outputs hold values of their first input: on the same grid a second quantizer is redundant."""
+BOUNDING = frozenset({"Min", "Max", "Clip", "Relu", "Pad", "Concat"})
+"""Operators whose output may share the quantizer of their first input, but has to be rounded again."""
+_HOST_OUTPUT = frozenset({"Shape", "Size", "Range", "ConstantOfShape"})
+_LARGEST_HOST_CONSTANT = 64
+
+
+def supported_ops() -> frozenset[tuple[str, str]]:
+    """The operators, as (domain, name), that a graph may hold."""
+    return frozenset(("", name) for name in OPERATORS) | {("", "Constant")}
+
+
+def to_torch(
+    model: Model, quantized: bool = True, trainable: Iterable[str] = (), device: str = "cpu"
+) -> fx.GraphModule:
+    """`model` as a torch.fx module on `device`: its inputs in order -> one tensor, or a tuple of outputs.
+
+    `quantized` inserts fake-quantize at the model's encodings. Parameters whose ONNX names are in `trainable`
+    require gradients. All tensors are copies. Raises InputError for unsupported operators, all listed, and
+    ValueError for a trainable name that is no float initializer.
+    """
+    encodings = effective_encodings(model) if quantized else {}
+    biases = quantized_biases(model) if quantized else {}
+    module = build(model.graph, encodings, biases, tuple(trainable))
+    return module.to(device)
+
+
+def build(
+    graph: ir.Graph,
+    encodings: dict[str, Encoding] | None = None,
+    biases: dict[tuple[str, int], QuantizedBias] | None = None,
+    trainable: tuple[str, ...] = (),
+) -> fx.GraphModule:
+    """`graph` as a torch.fx module on the CPU; see `to_torch`."""
+    unsupported = [
+        f"node {node.name!r} ({node.domain or 'ai.onnx'}.{node.op_type})"
+        for node in graph
+        if (_domain(node), node.op_type) not in supported_ops()
+    ]
+    if unsupported:
+        raise InputError(f"Operators that cannot be computed in torch: {'; '.join(unsupported)}.")
+    builder = _Builder(graph, encodings or {}, biases or {}, trainable)
+    return builder.module()
+
+
+def sanitize(name: str) -> str:
+    """`name` as a Python name."""
+    cleaned = re.sub(r"\W", "_", name, flags=re.ASCII)
+    return f"_{cleaned}" if not cleaned or cleaned[0].isdigit() or keyword.iskeyword(cleaned) else cleaned
+
+
+def value_nodes(module: fx.GraphModule) -> dict[str, fx.Node]:
+    """The fx node that holds each ONNX value as its consumers see it, so behind its quantizer."""
+    return {name: node for node in module.graph.nodes for name in node.meta.get("outputs", ())}
+
+
+def fake_quantize_bias(
+    bias: torch.Tensor, s_x: torch.Tensor, s_w: torch.Tensor, repeats: int
+) -> torch.Tensor:
+    """`bias` rounded to the int32 grid with scale s_x * s_w; `s_w` is () or one scale per output channel."""
+    scale = s_x * s_w
+    scale = scale.repeat(repeats) if scale.ndim else scale
+    zero = torch.zeros_like(scale, dtype=torch.int32)
+    axis = bias.ndim - 1 if scale.ndim else None
+    return fake_quantize(bias, scale, zero, BIAS_MIN, BIAS_MAX, axis)
+
+
+class _Builder:
+    """The state of one translation; `module()` runs it."""
+
+    def __init__(
+        self,
+        graph: ir.Graph,
+        encodings: dict[str, Encoding],
+        biases: dict[tuple[str, int], QuantizedBias],
+        trainable: tuple[str, ...],
+    ) -> None:
+        self.onnx, self.encodings, self.biases = graph, encodings, biases
+        self.root, self.graph = torch.nn.Module(), fx.Graph()
+        self.env: dict[ir.Value, fx.Node] = {}
+        self.moved: dict[ir.Value, fx.Node] = {}
+        self.host = host_values(graph)
+        self.statistics = _statistics(graph)
+        self.trainable = self._check_trainable(trainable)
+        self.taken = {sanitize(str(node.name)) for node in graph}
+        self.attributes: set[str] = set()
+        self.parameters: dict[str, str] = {}
+        self.quantizers: dict[str, str] = {}
+
+    def module(self) -> fx.GraphModule:
+        """The whole graph, translated."""
+        for value in self.onnx.inputs:
+            node = self.graph.placeholder(self._free(str(value.name)))
+            self._provide(value, node)
+        for onnx_node in self.onnx:
+            if onnx_node.op_type != "Constant":
+                self._node(onnx_node)
+        outputs = tuple(self._device(value) for value in self.onnx.outputs)
+        self.graph.output(outputs[0] if len(outputs) == 1 else outputs)
+        module = fx.GraphModule(self.root, self.graph, class_name="OnnxModule")
+        self._add_aliases(module)
+        module.meta["parameters"] = dict(self.parameters)
+        module.meta["quantizers"] = dict(self.quantizers)
+        return module
+
+    def _node(self, node: ir.Node) -> None:
+        op = OPERATORS[node.op_type]
+        args = tuple(self._argument(node, i, value, i in op.numbers) for i, value in enumerate(node.inputs))
+        kwargs = {name: value for a in node.attributes.values() for name, value in _attribute(a)}
+        named = [i for i, output in enumerate(node.outputs) if output.name and (i == 0 or _wanted(output))]
+        several = op.many or (bool(op.more) and any(named))
+        if op.more and several:
+            kwargs[op.more] = True
+        if node.op_type == "Split" and len(node.inputs) == 1:
+            kwargs["num_outputs"] = len(node.outputs)
+        name = sanitize(str(node.name))
+        call = self.graph.create_node("call_function", op.function, args, kwargs, name=name)
+        call.meta["onnx_name"] = str(node.name)
+        if not several:
+            self._provide(node.outputs[0], call)
+            return
+        for i in named:
+            item = self.graph.create_node(
+                "call_function",
+                python_operator.getitem,
+                (call, i),
+                name=self._free(str(node.outputs[i].name)),
+            )
+            self._provide(node.outputs[i], item)
+
+    def _argument(self, node: ir.Node, position: int, value: ir.Value | None, number: bool) -> Any:
+        if value is None:
+            return None
+        array = constant(value)
+        if number and array is not None:
+            return _literal(array.tolist())
+        bias = self.biases.get((str(node.name), position))
+        if bias is not None:
+            return self._bias(value, bias)
+        if node.op_type not in ("Shape", "Size") and _stays(node, self.host):
+            return self.env[value] if array is None else self._host_constant(array)
+        return self.env[value] if number and value in self.host else self._device(value)
+
+    def _device(self, value: ir.Value) -> fx.Node:
+        """The fx node that holds `value` where the module lives."""
+        if constant(value) is not None and value not in self.env:
+            self._provide(value, self._initializer(value))
+        node = self.env[value]
+        if value not in self.host:
+            return node
+        if value not in self.moved:
+            if not hasattr(self.root, "_anchor"):
+                self.root.register_buffer("_anchor", torch.empty(0), persistent=False)
+            anchor = self.graph.get_attr("_anchor")
+            self.moved[value] = self.graph.create_node(
+                "call_function", to_device, (node, anchor), name=self._free(f"{value.name}__device")
+            )
+        return self.moved[value]
+
+    def _host_constant(self, array: np.ndarray[Any, Any]) -> fx.Node:
+        dtype = torch.from_numpy(np.zeros((), array.dtype)).dtype
+        return self.graph.call_function(host_constant, (_literal(array.tolist()), dtype))
+
+    def _initializer(self, value: ir.Value) -> fx.Node:
+        """An attribute of the module for the initializer, and the fx node that reads it."""
+        name, tensor = str(value.name), _tensor(constant(value))
+        attribute = self._attribute_name(name)
+        if tensor.is_floating_point() and value not in self.statistics:
+            parameter = torch.nn.Parameter(tensor, requires_grad=name in self.trainable)
+            self.root.register_parameter(attribute, parameter)
+        else:
+            self.root.register_buffer(attribute, tensor)
+        self.parameters[name] = attribute
+        return self.graph.create_node("get_attr", attribute, name=self._free(attribute))
+
+    def _provide(self, value: ir.Value, node: fx.Node) -> None:
+        """`node` computes `value`; its consumers get what its quantizer, if it has one, makes of that."""
+        name = str(value.name)
+        node.meta["outputs"] = (name,)
+        encoding = self.encodings.get(name)
+        self.env[value] = node if encoding is None else self._quantizer(value, node, encoding)
+
+    def _quantizer(self, value: ir.Value, node: fx.Node, encoding: Encoding) -> fx.Node:
+        name, source = str(value.name), self._shared_source(value, encoding)
+        producer = value.producer()
+        if source is not None and producer is not None:
+            self.quantizers[name] = self.quantizers[source]
+            if producer.op_type in MOVING:
+                return node
+        else:
+            self.quantizers[name] = self._attribute_name(f"{name}__quantizer")
+            self.root.add_module(self.quantizers[name], FakeQuantize.from_encoding(encoding))
+        made = self.graph.create_node(
+            "call_module", self.quantizers[name], (node,), name=self._free(f"{name}__quantizer")
+        )
+        made.meta["outputs"] = (name,)
+        return made
+
+    def _shared_source(self, value: ir.Value, encoding: Encoding) -> str | None:
+        """The producer's input whose quantizer has the same grid, where the operator allows to share it."""
+        node = value.producer()
+        if node is None or node.op_type not in MOVING | BOUNDING or node.inputs[0] is None:
+            return None
+        source = str(node.inputs[0].name)
+        known = self.encodings.get(source)
+        return source if known and source in self.quantizers and same_grid(known, encoding) else None
+
+    def _bias(self, value: ir.Value, bias: QuantizedBias) -> fx.Node:
+        float_bias = self._device(value)
+        self._device(self.onnx.initializers[bias.weight])
+        scales = [self.graph.get_attr(f"{self.quantizers[name]}.scale") for name in (bias.input, bias.weight)]
+        args: tuple[Any, ...] = (float_bias, *scales, bias.repeats)
+        made = self.graph.create_node(
+            "call_function", fake_quantize_bias, args, name=self._free(f"{bias.name}__quantizer")
+        )
+        made.meta["outputs"] = ()
+        return made
+
+    def _add_aliases(self, module: fx.GraphModule) -> None:
+        """Every quantized value answers to `<value>__quantizer`, also where it shares another's quantizer."""
+        for name, attribute in self.quantizers.items():
+            alias = sanitize(f"{name}__quantizer")
+            if alias != attribute and not hasattr(module, alias):
+                module.add_module(alias, module.get_submodule(attribute))
+
+    def _check_trainable(self, names: tuple[str, ...]) -> frozenset[str]:
+        known = self.onnx.initializers
+        for name in names:
+            array = constant(known[name]) if name in known else None
+            if array is None or not np.issubdtype(array.dtype, np.floating):
+                raise ValueError(f"trainable: the model has no float parameter {name!r}.")
+        return frozenset(names)
+
+    def _free(self, wanted: str) -> str:
+        """A name for an fx node that no ONNX node and no other fx node has."""
+        name, number = sanitize(wanted), 0
+        base = name
+        while name in self.taken:
+            number += 1
+            name = f"{base}_{number}"
+        self.taken.add(name)
+        return name
+
+    def _attribute_name(self, wanted: str) -> str:
+        """A name for an attribute of the module; torch's own names are not available."""
+        name, number = sanitize(wanted), 0
+        base = name
+        while (
+            name in self.attributes or hasattr(fx.GraphModule, name) or name in ("training", "meta", "graph")
+        ):
+            number += 1
+            name = f"{base}_{number}"
+        self.attributes.add(name)
+        return name
+
+
+def host_values(graph: ir.Graph) -> set[ir.Value]:
+    """The values that follow from shapes and small constants alone; they are computed on the CPU."""
+    host: set[ir.Value] = set()
+    for node in graph:
+        if node.op_type in _HOST_OUTPUT or _stays(node, host):
+            host.update(node.outputs)
+    return host
+
+
+def constant(value: ir.Value) -> np.ndarray[Any, Any] | None:
+    """The array that `value` always is: an initializer's, or a Constant node's; otherwise None."""
+    if value.is_initializer() and value.const_value is not None:
+        return np.asarray(value.const_value.numpy())
+    node = value.producer()
+    if node is None or node.op_type != "Constant":
+        return None
+    from qpipe.model.invariants import constant_tensor
+
+    tensor = constant_tensor(node)
+    return None if tensor is None else np.asarray(tensor.numpy())
+
+
+def _stays(node: ir.Node, host: set[ir.Value]) -> bool:
+    """Whether a node's inputs are host values and constants small enough to be written into the code."""
+    given = [value for value in node.inputs if value is not None]
+    return any(value in host for value in given) and all(value in host or _small(value) for value in given)
+
+
+def _small(value: ir.Value) -> bool:
+    """Integers and single numbers; a float vector is a parameter, and stays one."""
+    array = constant(value)
+    if array is None:
+        return False
+    return array.size <= (_LARGEST_HOST_CONSTANT if array.dtype.kind in "iub" else 1)
+
+
+def _statistics(graph: ir.Graph) -> set[ir.Value]:
+    """Running means and variances."""
+    found = (node.inputs[3:5] for node in graph if node.op_type == "BatchNormalization")
+    return {value for pair in found for value in pair if value is not None}
+
+
+def _wanted(output: ir.Value) -> bool:
+    return bool(output.uses()) or output.is_graph_output()
+
+
+def _domain(node: ir.Node) -> str:
+    return "" if node.domain == "ai.onnx" else node.domain
+
+
+def _literal(data: Any) -> Any:
+    """Lists as tuples, at every depth: fx wants immutable arguments."""
+    return tuple(_literal(item) for item in data) if isinstance(data, list) else data
+
+
+def _tensor(array: np.ndarray[Any, Any] | None) -> torch.Tensor:
+    """A copy of `array`; bfloat16, which numpy borrows from ml_dtypes, goes through its bits."""
+    assert array is not None
+    if array.dtype.name == "bfloat16":
+        return torch.tensor(array.view(np.int16)).view(torch.bfloat16)
+    return torch.tensor(array)
+
+
+def _attribute(attribute: ir.Attr) -> list[tuple[str, Any]]:
+    """The keyword arguments for one attribute: a tensor of one number becomes the number and its type."""
+    if attribute.type == ir.AttributeType.TENSOR:
+        tensor = attribute.as_tensor()
+        return [(attribute.name, tensor.numpy().reshape(-1)[0].item()), ("dtype", int(tensor.dtype))]
+    value = attribute.value
+    if isinstance(value, (list, tuple)):
+        value = tuple(v.decode() if isinstance(v, bytes) else v for v in value)
+    return [(attribute.name, value.decode() if isinstance(value, bytes) else value)]
