@@ -1,21 +1,107 @@
+"""The canonical form: one way to write a model down, in which every stage finds what it looks for.
+
+    functions inlined                    opset 21                        float32
+    constants folded, parameters not     nodes that compute nothing out  equal nodes merged
+    BatchNormalization kept              Transpose(W) stored             pads, group, kernel_shape written out
+    every node and value named           shapes inferred                 unsupported nodes refused, all listed
+
+Parameters keep the names and values that the source gives them; equal ones are not merged.
+"""
+
 from __future__ import annotations
+
+from collections.abc import Collection
 
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from qpipe.model.invariants import remove_dead_nodes, restore
+from qpipe.model import layer_forms, rewrites
+from qpipe.model.check import check_supported, refuse_quantized
+from qpipe.model.floats import to_float32
+from qpipe.model.folding import fold_constants, fold_weights
+from qpipe.model.invariants import drop_unused_initializers, lift_constants, remove_dead_nodes, restore
+from qpipe.model.naming import assign_names
+from qpipe.model.opsets import to_canonical_opset
 from qpipe.model.shapes import infer_shapes
 
+SIMPLIFICATIONS: tuple[rewrites.Rule, ...] = (
+    rewrites.trim_inputs,
+    rewrites.cast_like_to_cast,
+    rewrites.inline_decided_if,
+    rewrites.known_shape,
+    rewrites.known_reshape,
+    rewrites.merge_transposes,
+    rewrites.merge_reshapes,
+    rewrites.skip_nothing,
+    layer_forms.transpose_parameter,
+    layer_forms.explicit_attributes,
+    layer_forms.pad_into_conv,
+    layer_forms.gemm_input_first,
+)
+_ROUNDS = 10
+"""Folding makes shapes known and known shapes make constants; the deepest chain seen took 4 rounds."""
 
-def canonicalize(model: ir.Model) -> tuple[ir.Model, list[str]]:
+
+def canonicalize(model: ir.Model, parameters: Collection[str] | None = None) -> tuple[ir.Model, list[str]]:
+    """The canonical form of `model`, which is used up, and sentences about what was changed on the way.
+
+    `parameters` are the initializers that folding leaves alone; by default all of floats that are no scalar.
+    Raises InputError for what cannot be taken, all of it listed."""
+    refuse_quantized(model)
     if model.functions:
-        common.InlinePass()(model)
-    if model.opset_imports.get("", 0) < 21:
-        from onnxscript import version_converter
-
-        version_converter.convert_version(model, 21, fallback=True)
-    common.IdentityEliminationPass()(model)
+        model = common.InlinePass()(model).model
+        model.functions.clear()
+    model = to_canonical_opset(model)
+    notes = to_float32(model)
+    graph = model.graph
+    for value in [value for value in graph.inputs if value.is_initializer()]:
+        graph.inputs.remove(value)
+    kept = frozenset(_float_parameters(graph) if parameters is None else parameters)
+    lift_constants(graph)
+    graph.sort()
+    _name_dynamic_dimensions(graph)
+    assign_names(model)
+    simplify(model, kept)
+    notes += fold_weights(model)
     remove_dead_nodes(model)
+    drop_unused_initializers(graph)
     restore(model)
     infer_shapes(model)
-    return model, []
+    check_supported(model)
+    return model, notes
+
+
+def simplify(model: ir.Model, parameters: Collection[str]) -> None:
+    """Fold, rewrite and merge until nothing changes, in place."""
+    for _ in range(_ROUNDS):
+        infer_shapes(model)
+        changed = rewrites.apply(model.graph, SIMPLIFICATIONS)
+        changed |= fold_constants(model, parameters)
+        changed |= common.CommonSubexpressionEliminationPass()(model).modified
+        remove_dead_nodes(model)
+        if not changed:
+            return
+
+
+def _float_parameters(graph: ir.Graph) -> list[str]:
+    return [
+        name
+        for name, value in graph.initializers.items()
+        if value.const_value is not None
+        and value.const_value.dtype == ir.DataType.FLOAT
+        and len(value.const_value.shape)
+    ]
+
+
+def _name_dynamic_dimensions(graph: ir.Graph) -> None:
+    """A dimension of an input that is open and has no name is the batch, or `<input>_dim<axis>`."""
+    for value in graph.inputs:
+        if value.shape is None:
+            continue
+        dims: list[int | str | None] = [dim if isinstance(dim, int) else dim.value for dim in value.shape]
+        named = [_dimension_name(value, axis) if dim is None else dim for axis, dim in enumerate(dims)]
+        value.shape = ir.Shape(named)
+
+
+def _dimension_name(value: ir.Value, axis: int) -> str:
+    return "batch" if axis == 0 else f"{value.name}_dim{axis}"

@@ -49,7 +49,9 @@ def lift_constants(graph: ir.Graph) -> None:
         tensor = constant_tensor(node)
         if tensor is None or output.is_graph_output():
             continue
-        value = ir.Value(name=output.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape))
+        value = ir.Value(
+            name=output.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy())
+        )
         value.const_value = tensor
         output.replace_all_uses_with(value)
         graph.remove(node, safe=True)

@@ -99,6 +99,7 @@ class Model:
         """The model in canonical form. Raises InputError for what cannot be taken, all of it listed."""
         from qpipe.model.canonical import canonicalize
 
+        source: onnx_ir.Model
         source = proto.clone() if isinstance(proto, onnx_ir.Model) else onnx_ir.from_proto(proto)
         model, notes = canonicalize(source)
         return cls(model, metadata={"notes": notes} if notes else {})

@@ -34,7 +34,7 @@ def tensor_bytes(tensor: ir.TensorProtocol) -> memoryview:
     if tensor.dtype.bitwidth < 8:
         return memoryview(tensor.tobytes())
     array = np.ascontiguousarray(tensor.numpy())
-    return memoryview(array.reshape(-1).view(np.uint8)) if array.size else memoryview(b"")
+    return array.reshape(-1).view(np.uint8).data if array.size else memoryview(b"")
 
 
 def graph_proto(
@@ -52,7 +52,7 @@ def graph_proto(
         if inline_bytes is not None and tensor.nbytes > inline_bytes:
             outside[name] = tensor
             value.const_value = ir.ExternalTensor(
-                name, None, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape), name=name
+                name, None, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name
             )
         else:
             value.const_value = _plain(tensor, name)

@@ -22,7 +22,7 @@ def read_onnx(path: Path) -> ir.Model:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
     if not data:
         raise InputError(f"{path} is empty (0 bytes). Export the model again.")
-    model = ir.from_proto(_parsed(path, data))
+    model: ir.Model = ir.from_proto(_parsed(path, data))
     _attach_external(model, path)
     return model
 

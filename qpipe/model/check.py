@@ -1,0 +1,199 @@
+"""What a model must not contain, and whether an import kept what the source computes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qpipe.errors import InputError
+
+if TYPE_CHECKING:
+    from qpipe.model.model import Model
+
+Array = npt.NDArray[Any]
+TOLERANCE = 1e-4
+"""The largest relative error of float arithmetic that may lie between the source and its canonical form."""
+
+_CONTROL = frozenset({"If", "Loop", "Scan"})
+_QUANTIZED = frozenset(
+    {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul"}
+    | {"ConvInteger", "MatMulInteger"}
+)
+
+
+def unsupported(model: ir.Model) -> list[str]:
+    """What cannot be taken, one clause each: `node 'x' (op Foo, domain bar): reason`."""
+    from qpipe.model.fx import supported_ops
+
+    known = supported_ops()
+    found = [clause for value in model.graph.inputs if (clause := _bad_input(value)) is not None]
+    for node in model.graph:
+        reason = _reason(node, known)
+        if reason is not None:
+            domain = node.domain or "ai.onnx"
+            found.append(f"node {node.name!r} (op {node.op_type}, domain {domain}): {reason}")
+    return found
+
+
+def check_supported(model: ir.Model) -> None:
+    """Raise one InputError that lists everything that `unsupported` finds."""
+    clauses = unsupported(model)
+    if clauses:
+        count = "one part" if len(clauses) == 1 else f"{len(clauses)} parts"
+        listed = "\n".join(f"  - {clause}" for clause in clauses)
+        raise InputError(f"The model has {count} that cannot be taken:\n{listed}")
+
+
+def refuse_quantized(model: ir.Model) -> None:
+    """Raise InputError for a model that is quantized already."""
+    nodes = [node for graph in model.graphs() for node in graph if node.op_type in _QUANTIZED]
+    if nodes:
+        raise InputError(
+            f"The model is quantized already: it has {len(nodes)} nodes such as {nodes[0].name!r} "
+            f"({nodes[0].op_type}). Give the float model that it was made from."
+        )
+
+
+def _bad_input(value: ir.Value) -> str | None:
+    if not isinstance(value.type, ir.TensorType) or value.dtype is None:
+        return f"input {value.name!r}: it is no tensor (sequences, maps and optionals are not supported)"
+    if value.dtype == ir.DataType.STRING:
+        return f"input {value.name!r}: it holds strings"
+    if value.shape is None:
+        return f"input {value.name!r}: its number of dimensions is not said"
+    return None
+
+
+def _reason(node: ir.Node, known: frozenset[tuple[str, str]]) -> str | None:
+    if node.op_type in _CONTROL and not node.domain:
+        return "control flow that depends on the data is not supported"
+    if (node.domain, node.op_type) not in known:
+        return "operators of this domain are not known" if node.domain else "the operator is not supported"
+    for output in node.outputs:
+        if output.type is not None and not isinstance(output.type, ir.TensorType):
+            return f"its output {output.name!r} is no tensor"
+    return None
+
+
+def verify_import(model: Model, source: str | Path | bytes, seed: int = 0, batch: int = 2) -> dict[str, Any]:
+    """Compare what three runs compute from the same random inputs: `source` (an ONNX file or its bytes) in
+    onnxruntime, `model` in onnxruntime, and `model.to_torch(quantized=False)`.
+
+    `{"onnxruntime": e1, "torch": e2, "tolerance": …, "equal": …, "first_difference": None or {…}}`: the
+    errors are the largest over the outputs of max |a - b| / max |a|. Where torch is off, `first_difference`
+    is the first node in the graph's order whose value differs: `{"node", "op_type", "value", "error"}`."""
+    inputs = random_inputs(model, seed, batch)
+    wanted = _run_source(source, inputs)
+    found = model.session(quantized=False).run(None, inputs)
+    e1 = max(map(relative_error, wanted, found), default=0.0)
+    computed = _run_torch(model, inputs)
+    e2 = max(map(relative_error, wanted, computed), default=0.0)
+    equal = e1 <= TOLERANCE and e2 <= TOLERANCE
+    return {
+        "onnxruntime": e1,
+        "torch": e2,
+        "tolerance": TOLERANCE,
+        "equal": equal,
+        "first_difference": None if e2 <= TOLERANCE else first_difference(model, inputs),
+    }
+
+
+def random_inputs(model: Model, seed: int = 0, batch: int = 2) -> dict[str, Array]:
+    """Standard normal floats, integers of 0 and 1 (valid as indices, masks and token types alike); a dynamic
+    first dimension is `batch`, any other 8."""
+    rng = np.random.default_rng(seed)
+    arrays: dict[str, Array] = {}
+    for index, spec in enumerate(model.inputs):
+        first = spec.shape[0] if spec.shape else None
+        shape = [size if isinstance(size, int) else batch if size == first else 8 for size in spec.shape]
+        dtype = np.dtype(spec.dtype)
+        if dtype.kind == "f":
+            arrays[spec.name] = rng.standard_normal(shape).astype(dtype)
+        else:
+            ones = np.ones(shape) if index else rng.integers(0, 2, shape)
+            arrays[spec.name] = ones.astype(dtype)
+    return arrays
+
+
+def relative_error(wanted: Array, found: Array) -> float:
+    """max |wanted - found| / max |wanted|; infinite where shapes, or which numbers are finite, differ."""
+    if wanted.shape != found.shape:
+        return float("inf")
+    a, b = wanted.astype(np.float64), found.astype(np.float64)
+    finite = np.isfinite(a)
+    if not np.array_equal(a[~finite], b[~finite], equal_nan=True) or not np.isfinite(b[finite]).all():
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    return float(np.abs(a[finite] - b[finite]).max() / max(float(np.abs(a[finite]).max()), 1e-12))
+
+
+def first_difference(model: Model, inputs: Mapping[str, Array]) -> dict[str, Any] | None:
+    """The first node whose value in torch is off from that in onnxruntime, given the same inputs."""
+    names = [str(output.name) for node in model.graph for output in node.outputs[:1]]
+    session = model.session(quantized=False, outputs=names)
+    wanted = dict(zip(names, session.run(None, dict(inputs)), strict=True))
+    found = _torch_values(model, inputs)
+    for node in model.graph:
+        name = str(node.outputs[0].name)
+        error = relative_error(np.asarray(wanted[name]), found[name]) if name in found else 0.0
+        if error > TOLERANCE:
+            return {"node": node.name, "op_type": node.op_type, "value": name, "error": error}
+    return None
+
+
+def _run_source(source: str | Path | bytes, inputs: Mapping[str, Array]) -> list[Array]:
+    import onnxruntime
+
+    from qpipe.model.session import session_options
+
+    given = source if isinstance(source, bytes) else str(source)
+    try:
+        session = onnxruntime.InferenceSession(given, session_options(), providers=["CPUExecutionProvider"])
+        feeds = {item.name: _as_type(inputs[item.name], item.type) for item in session.get_inputs()}
+        return [np.asarray(array) for array in session.run(None, feeds)]
+    except Exception as error:  # onnxruntime's errors have no common type
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"onnxruntime cannot run the model as it is: {first}") from error
+
+
+def _as_type(array: Array, declared: str) -> Array:
+    """`array` in the source's own float type, where the import converted it."""
+    types = {"tensor(float16)": np.float16, "tensor(double)": np.float64}
+    return array.astype(types[declared]) if declared in types else array
+
+
+def _run_torch(model: Model, inputs: Mapping[str, Array]) -> list[Array]:
+    import torch
+
+    module = model.to_torch(quantized=False)
+    with torch.no_grad():
+        results = module(*(torch.from_numpy(inputs[spec.name]) for spec in model.inputs))
+    tensors = (results,) if isinstance(results, torch.Tensor) else results
+    return [np.asarray(tensor.numpy()) for tensor in tensors]
+
+
+def _torch_values(model: Model, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """Every first output of a node, as the torch module computes it, by the name of its ONNX value."""
+    import torch
+
+    module = model.to_torch(quantized=False)
+    values: dict[str, Array] = {}
+
+    class Recorder(torch.fx.Interpreter):
+        def run_node(self, n: torch.fx.Node) -> Any:
+            result = super().run_node(n)
+            outputs = n.meta.get("outputs") or ()
+            first = result[0] if isinstance(result, (tuple, list)) and result else result
+            if outputs and isinstance(first, torch.Tensor):
+                values[outputs[0]] = first.detach().numpy()
+            return result
+
+    with torch.no_grad():
+        Recorder(module).run(*(torch.from_numpy(inputs[spec.name]) for spec in model.inputs))
+    return values
