@@ -11,7 +11,7 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from qpipe.model.naming import SCOPE, assign_names
+from qpipe.model.naming import MODULE_CLASS, SCOPE, assign_names
 from qpipe.model.shapes import complete, infer_shapes
 
 OPSET = 21
@@ -19,7 +19,7 @@ OPSET = 21
 IR_VERSION = 10
 PERMUTATION = "permutation"
 """Key in an initializer's metadata: the permutation that was applied to the parameter that its name names."""
-_KEPT = (SCOPE, "module_class", PERMUTATION)
+_KEPT = (SCOPE, MODULE_CLASS, PERMUTATION)
 
 
 def restore(model: ir.Model) -> None:

@@ -13,6 +13,8 @@ import onnx_ir as ir
 
 SCOPE = "scope"
 """Key in a node's metadata: the dotted path of the torch module that made the node."""
+MODULE_CLASS = "module_class"
+"""Key in a node's metadata: the class of that module."""
 
 
 class Names:
