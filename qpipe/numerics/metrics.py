@@ -1,0 +1,122 @@
+"""Scores of a model's outputs, one number each, higher is better, independent of the size of batches.
+
+top1, top5   share of samples whose label is the best, or among the five best
+sqnr_db      10 log10(sum r^2 / sum (y - r)^2) over all elements, y the outputs and r the reference
+cosine       mean over samples of <y, r> / (|y| |r|), a sample flattened
+mse          mean (y - r)^2; the one function here where lower is better: `METRICS["mse"]` is its negative
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qpipe.errors import InputError
+
+Array = npt.NDArray[Any]
+
+HIGHEST_SQNR_DB = 300.0
+"""What equal tensors score, instead of an infinity that JSON cannot hold; float32 noise ends near 150."""
+
+
+def top1(outputs: Array, labels: Array) -> float:
+    """The share of labels that have the highest output; see `ranks`."""
+    return _share_above(outputs, labels, 1)
+
+
+def top5(outputs: Array, labels: Array) -> float:
+    """The share of labels among the five highest outputs; see `ranks`."""
+    return _share_above(outputs, labels, 5)
+
+
+def ranks(outputs: Array, labels: Array) -> npt.NDArray[np.int64]:
+    """Each label's place among the classes, 0 the highest; ties go to the lower class number.
+
+    The classes lie on the last axis when `labels` has the shape of the rest, else on axis 1. Negative labels
+    are left out. An output vector that holds a nan ranks its label last. Raises InputError where shapes or
+    labels do not fit.
+    """
+    outputs, labels = np.asarray(outputs), np.asarray(labels)
+    if labels.ndim == outputs.ndim and labels.shape[-1] == 1:
+        labels = labels[..., 0]
+    if (
+        outputs.ndim > 1
+        and labels.shape != outputs.shape[:-1]
+        and labels.shape == outputs.shape[:1] + outputs.shape[2:]
+    ):
+        outputs = np.moveaxis(outputs, 1, -1)
+    if outputs.ndim < 1 or labels.shape != outputs.shape[:-1]:
+        raise InputError(f"Labels of shape {labels.shape} do not fit outputs of shape {outputs.shape}.")
+    classes = outputs.shape[-1]
+    scores, wanted = outputs.reshape(-1, classes), labels.reshape(-1).astype(np.int64)
+    scores, wanted = scores[wanted >= 0], wanted[wanted >= 0]
+    if not wanted.size:
+        raise InputError("There is no label to compare the outputs with.")
+    if wanted.max() >= classes:
+        raise InputError(f"Label {wanted.max()} is beyond the {classes} classes of the outputs.")
+    own = np.take_along_axis(scores, wanted[:, None], 1)
+    before = (scores > own) | ((scores == own) & (np.arange(classes) < wanted[:, None]))
+    return np.asarray(np.where(np.isnan(scores).any(1), classes, before.sum(1)), np.int64)
+
+
+def sqnr_db(outputs: Array, reference: Array) -> float:
+    """The signal-to-quantization-noise ratio in dB, at most `HIGHEST_SQNR_DB`; nan scores as noise alone."""
+    y, r = _pair(outputs, reference)
+    signal, noise = float(np.sum(r * r)), float(np.sum((y - r) ** 2))
+    if noise == 0.0:
+        return HIGHEST_SQNR_DB
+    if not math.isfinite(noise) or signal == 0.0:
+        return -HIGHEST_SQNR_DB
+    return max(-HIGHEST_SQNR_DB, min(HIGHEST_SQNR_DB, 10.0 * math.log10(signal / noise)))
+
+
+def cosine(outputs: Array, reference: Array) -> float:
+    """The mean cosine of each sample's outputs and reference; two zero vectors agree, nan scores -1."""
+    y, r = _pair(outputs, reference)
+    y, r = y.reshape(len(y), -1), r.reshape(len(r), -1)
+    lengths = np.linalg.norm(y, axis=1) * np.linalg.norm(r, axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        value = np.where(lengths == 0, np.all(y == r, axis=1), np.sum(y * r, axis=1) / lengths)
+    return float(np.mean(np.nan_to_num(value, nan=-1.0)))
+
+
+def mse(outputs: Array, reference: Array) -> float:
+    """The mean squared error, lower is better; infinite where the outputs hold a nan."""
+    y, r = _pair(outputs, reference)
+    value = float(np.mean((y - r) ** 2))
+    return math.inf if math.isnan(value) else value
+
+
+def negative_mse(outputs: Array, reference: Array) -> float:
+    """The mean squared error with its sign turned, so that higher is better."""
+    return -mse(outputs, reference)
+
+
+METRICS: Mapping[str, Callable[[Array, Array], float]] = {
+    "top1": top1,
+    "top5": top5,
+    "sqnr_db": sqnr_db,
+    "cosine": cosine,
+    "mse": negative_mse,
+}
+"""By name, higher is better: of (outputs, labels) for top1 and top5, (outputs, reference) else."""
+
+LABELLED = frozenset({"top1", "top5"})
+"""The metrics that need labels; the others compare with the float model's outputs."""
+
+
+def _share_above(outputs: Array, labels: Array, places: int) -> float:
+    return float(np.mean(ranks(outputs, labels) < places))
+
+
+def _pair(outputs: Array, reference: Array) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    y, r = np.asarray(outputs, np.float64), np.asarray(reference, np.float64)
+    if y.shape != r.shape or not y.size:
+        raise InputError(
+            f"Outputs of shape {y.shape} cannot be compared with a reference of shape {r.shape}."
+        )
+    return (y.reshape(1), r.reshape(1)) if y.ndim == 0 else (y, r)
