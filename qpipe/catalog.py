@@ -5,6 +5,7 @@ Only modules are listed at first; a stage's module is imported when its name is 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import pkgutil
 from collections.abc import Iterator, Mapping
@@ -46,7 +47,7 @@ class Catalog(Mapping[str, Stage]):
             found = getattr(importlib.import_module(module), attribute).__stage__
             if any(param in RESERVED for param in (*found.params, *found.ports)):
                 raise ConfigError(f"stages: '{name}' has a param called one of {RESERVED}, which the language uses.")
-            self._loaded[name] = found
+            self._loaded[name] = dataclasses.replace(found, name=name)
         return self._loaded[name]
 
     def __iter__(self) -> Iterator[str]:

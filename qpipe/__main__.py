@@ -1,0 +1,5 @@
+"""`python -m qpipe` is `qpipe`."""
+
+from qpipe.cli import main
+
+main()

@@ -1,0 +1,30 @@
+"""Fixtures that every test may use."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qpipe.catalog import catalog
+from tests.toy import Toy
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Toy:
+    """A folder with the toy plug-in, its own cache and the command line."""
+    return Toy(tmp_path)
+
+
+@pytest.fixture
+def toy_stages(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Toy]:
+    """The toy plug-in inside this process: `catalog()` knows its stages until the test ends."""
+    monkeypatch.syspath_prepend(toy.folder / "plugin")
+    monkeypatch.setenv("TOY_LOG", str(toy.log))
+    catalog.cache_clear()
+    yield toy
+    catalog.cache_clear()
+    for name in ("toy_stages", "toy_formula"):
+        sys.modules.pop(name, None)

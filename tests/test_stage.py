@@ -1,0 +1,85 @@
+"""A function's signature as ports, params and outputs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, NamedTuple
+
+import pytest
+
+from qpipe.catalog import schema
+from qpipe.stage import NULL, REQUIRED, Context, Port, Range, Samples, Scores, describe_function, stage
+
+if TYPE_CHECKING:
+    from qpipe.model import Model
+
+
+class Split(NamedTuple):
+    train: Samples
+    test: Samples
+
+
+def tuned(
+    model: Model,
+    data: Samples | None,
+    extra: list[Scores],
+    choice: Scores | None = None,
+    *,
+    iterations: Annotated[int, Range(ge=1)] = 10,
+    scheme: str,
+    ctx: Context = NULL,
+) -> Model:
+    """Tunes."""
+    return model
+
+
+def test_ports_params_and_outputs_are_read_off_the_signature() -> None:
+    found = describe_function(tuned, 1, {"data": "calibration"}, False)
+    assert found.ports == {
+        "model": Port("model", "Model"),
+        "data": Port("data", "Samples", optional=True),
+        "extra": Port("extra", "Scores", many=True),
+        "choice": Port("choice", "Scores", optional=True),
+    }
+    assert list(found.params) == ["iterations", "scheme"]
+    assert found.params["scheme"].default is REQUIRED
+    assert found.outputs == {"model": "Model"}
+    assert found.takes_context
+    assert found.summary == "Tunes."
+
+
+def test_a_named_tuple_gives_several_outputs() -> None:
+    def split(data: Samples) -> Split:
+        return Split(data, data)
+
+    found = describe_function(split, 1, {}, False)
+    assert found.outputs == {"train": "Samples", "test": "Samples"}
+    assert found.unpack(Split("a", "b")) == {"train": "a", "test": "b"}  # type: ignore[arg-type]
+
+
+def test_the_decorated_function_stays_the_function() -> None:
+    @stage(version=3)
+    def double(scores: Scores) -> Scores:
+        return Scores({"score": 2 * scores.values["score"]})
+
+    assert double(Scores({"score": 2})).values["score"] == 4
+    assert double.__stage__.version == 3  # type: ignore[attr-defined]
+
+
+def test_the_schema_holds_every_name_once_with_its_default() -> None:
+    found = schema(describe_function(tuned, 1, {"data": "calibration", "scheme": "${scheme}"}, False))
+    assert found == {
+        "uses": "tuned", "enabled": True, "model": "???", "data": "calibration", "extra": "???", "choice": None,
+        "iterations": 10, "scheme": "${scheme}",
+    }  # fmt: skip
+
+
+def test_a_return_type_that_is_no_kind_is_refused() -> None:
+    def wrong(scores: Scores) -> int:
+        return 1
+
+    with pytest.raises(TypeError, match="returns <class 'int'>"):
+        describe_function(wrong, 1, {}, False)
+
+
+def test_the_seed_of_a_context_depends_on_names_alone() -> None:
+    assert Context().seed("conv1") == Context().seed("conv1") != Context().seed("conv2")
