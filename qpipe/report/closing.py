@@ -11,6 +11,7 @@ from qpipe.report.table import paint, table, wrap
 
 MANY_NOTES = 5
 INDENT = "  "
+_STYLES = {"failed": "red", "skipped": "dim", "not_needed": "dim"}
 
 
 def closing_table(
@@ -46,7 +47,7 @@ def _ladder(record: Mapping[str, Any], width: int, fancy: bool, colour: bool) ->
             step.label,
             text.score(step.score, step.metric) + ("" if one else f" {step.metric}"),
             "" if step.baseline else text.change(step.drop, step.metric),
-            step.verdict,
+            step.verdict.replace("_", " "),
             step.time,
         )
         for step in steps
@@ -56,7 +57,7 @@ def _ladder(record: Mapping[str, Any], width: int, fancy: bool, colour: bool) ->
     yield INDENT + paint(lines[0][0], "bold", colour)
     yield INDENT + paint(rule, "dim", colour)
     for step, row in zip(steps, lines[1:], strict=True):
-        style = "red" if step.verdict == "failed" else "bold" if step.best else ""
+        style = _STYLES.get(step.verdict, "bold" if step.best else "")
         yield from (INDENT + paint(line, style, colour) for line in row)
 
 

@@ -1,10 +1,10 @@
 """Where the boxes and lines of a drawn pipeline go: layers from left to right, few crossings, straight lines.
 
-Layer of a node: the longest path to it. An edge over several layers runs through a bend in each layer between, and
-the edges of one source share their bends, so that a data set used by many nodes stays one line until it branches.
-Order within a layer: barycenters, swept forth and back (Sugiyama, Tagawa, Toda, "Methods for visual understanding
-of hierarchical system structures", 1981). Heights: each node as near to its neighbours' mean as order and gaps
-allow, by pooling adjacent violators. Every pass is iterative, and nearly linear in nodes and bends.
+Layer of a node: the longest path to it. An edge over several layers runs through a bend in each layer
+between, and the edges of one source share their bends, so that a data set used by many nodes stays one line
+until it branches. Order within a layer: barycenters, swept forth and back (Sugiyama, Tagawa, Toda, "Methods
+for visual understanding of hierarchical system structures", 1981). Heights: each node as near to its
+neighbours' mean as order and gaps allow, by pooling adjacent violators. All of it iterative.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Line:
-    """A curve that leaves and arrives level, or, `straight`, the passage through a layer; `arrow`: to a box."""
+    """A curve that leaves and arrives level; `straight`: through a layer; `arrow`: it ends at a box."""
 
     start: tuple[float, float]
     end: tuple[float, float]

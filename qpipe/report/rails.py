@@ -24,7 +24,7 @@ def graph_text(
     width: int = 100,
     fancy: bool = False,
 ) -> str:
-    """The pipeline in lines of at most `width` characters: rails, name, stage, verdict, and what each port takes.
+    """The pipeline in lines of at most `width` characters: rails, name, stage, verdict, what each port takes.
 
     Marks: = hit, + run, ? wait, x failed, / skipped, - disabled; a node that is only asked for lazily by
     `first_within` is named behind a "?" there. Errors: ValueError for a cycle.

@@ -14,6 +14,7 @@ from typing import Any
 from qpipe.report import text
 
 Record = Mapping[str, Any]
+MOST_STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,11 @@ class Parity:
     shares: tuple[float, ...]
     values: float | None
     facts: tuple[tuple[str, str], ...]
+
+    @property
+    def open_ended(self) -> bool:
+        """Whether the last share counts larger distances too."""
+        return len(self.shares) > MOST_STEPS
 
     @property
     def sentence(self) -> str:
@@ -205,7 +211,7 @@ def _parity(name: str, scores: Mapping[str, Any]) -> Parity:
     return Parity(name, shares, total or None, facts)
 
 
-def _histogram(raw: Any, limit: int = 8) -> list[float]:
+def _histogram(raw: Any, limit: int = MOST_STEPS) -> list[float]:
     """Counts by number of grid steps, from {steps: count}, [count, …] or {tensor: either}; last: the tail."""
     counts: dict[int, float] = {}
     for steps_, count in _pairs(raw):

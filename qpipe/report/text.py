@@ -70,6 +70,13 @@ def amount(difference: float, metric: str) -> str:
     return score(difference, metric)
 
 
+def tick(value: float, metric: str, step: float) -> str:
+    """A number at an axis whose numbers are `step` apart, with as many digits as that needs."""
+    factor = 100 if metric in PERCENT_METRICS else 1
+    digits = max(0, math.ceil(-math.log10(step * factor) - 1e-9)) if step > 0 else 2
+    return _signed(f"{value * factor:.{min(digits, 6)}f}") + (" %" if factor == 100 else "")
+
+
 def share(value: float) -> str:
     """A share in [0, 1] in per cent; never "100 %" for less than all, nor "0 %" for more than none."""
     if value in (0.0, 1.0):
@@ -89,7 +96,10 @@ def number(value: object) -> str:
 
 def clean(text: object) -> str:
     """`text` on one line and without characters that would steer a terminal (control, bidirectional)."""
-    return " ".join("".join(_visible(character) for character in str(text)).split())
+    text = str(text)
+    if not text.isprintable():
+        text = "".join(map(_visible, text))
+    return " ".join(text.split())
 
 
 def clean_lines(text: object) -> str:
