@@ -1,0 +1,155 @@
+"""evaluate: scores are those that numpy computes from onnxruntime's outputs."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+from qpipe.stages.evaluate import evaluate
+
+from qpipe.errors import InputError, StageError
+from qpipe.numerics.grid import Encoding
+from qpipe.stage import Samples
+
+RNG = np.random.default_rng(3)
+
+
+@pytest.fixture
+def classifier(network):
+    return network(
+        """n (float[N,3,6,6] x) => (float[N,8] y) {
+            t = Conv<pads=[1,1,1,1]>(x, w, b)  r = Relu(t)  m = GlobalAveragePool(r)  f = Flatten(m)
+            y = Gemm<transB=1>(f, v, c) }""",
+        {"w": (4, 3, 3, 3), "b": (4,), "v": (8, 4), "c": (8,)},
+    )
+
+
+@pytest.fixture
+def quantized(classifier):
+    """Coarse weights, 3 bits: scores move, but stay finite."""
+    grid = Encoding(3, True, True, np.float32(0.7), np.int32(0))
+    return classifier.with_encodings({"w": grid, "v": grid})
+
+
+@pytest.fixture
+def data():
+    return Samples({"x": RNG.normal(size=(41, 3, 6, 6)).astype(np.float32)}, RNG.integers(0, 8, 41))
+
+
+def rounded(model):
+    """The model with its weights rounded by hand."""
+    params = {name: model.param(name) for name in ("w", "v")}
+    scale = np.float32(0.7)
+    return model.with_encodings({}).with_params(
+        {name: np.clip(np.rint(array / scale), -4, 3) * scale for name, array in params.items()}
+    )
+
+
+def test_top1_and_top5_count_the_labels(classifier, data, run):
+    (logits,) = run(classifier, data.arrays)
+    order = np.argsort(-logits, axis=1)
+    for metric, places in [("top1", 1), ("top5", 5)]:
+        scores = evaluate(classifier, data, metric=metric, batch_size=16).values
+        expected = np.mean([label in row[:places] for row, label in zip(order, data.labels, strict=True)])
+        assert scores["score"] == pytest.approx(expected, abs=1e-12)
+        assert (scores["metric"], scores["n"]) == (metric, 41)
+
+
+def test_scores_against_the_float_model(classifier, quantized, data, run):
+    (y,), (r,) = run(rounded(quantized), data.arrays), run(classifier, data.arrays)
+    y, r = y.astype(np.float64), r.astype(np.float64)
+    cosine = np.mean(np.sum(y * r, 1) / np.linalg.norm(y, axis=1) / np.linalg.norm(r, axis=1))
+    expected = {
+        "sqnr_db": 10 * np.log10(np.sum(r**2) / np.sum((y - r) ** 2)),
+        "cosine": cosine,
+        "mse": -np.mean((y - r) ** 2),
+    }
+    for metric, score in expected.items():
+        found = evaluate(quantized, data, classifier, metric=metric).values["score"]
+        assert found == pytest.approx(score, rel=1e-4), metric
+
+
+def test_the_float_weights_score_when_asked(classifier, quantized, data):
+    assert evaluate(quantized, data, metric="top1", quantized=False).values["score"] == pytest.approx(
+        evaluate(classifier, data, metric="top1").values["score"]
+    )
+
+
+def test_the_score_does_not_depend_on_the_batch_size(classifier, quantized, data):
+    scores = {
+        size: evaluate(quantized, data, classifier, metric="sqnr_db", batch_size=size).values["score"]
+        for size in (1, 7, 64)
+    }
+    assert max(scores.values()) - min(scores.values()) < 1e-3
+
+
+def test_the_limit_takes_the_first_samples_and_their_labels(classifier, data):
+    head = evaluate(classifier, data.head(10), metric="top1").values["score"]
+    limited = evaluate(classifier, data, metric="top1", limit=10).values
+    assert (limited["score"], limited["n"]) == (head, 10)
+
+
+@pytest.fixture
+def own_metrics(tmp_path, monkeypatch):
+    (tmp_path / "own_metrics_for_test.py").write_text(
+        "def share_positive(outputs, labels):\n    return (outputs > 0).mean()\n"
+        "def count_labels(outputs, labels):\n    return len(labels) + 0 * outputs.sum()\n"
+        "def broken(outputs, labels):\n    return {}['accuracy']\n"
+        "def text(outputs, labels):\n    return 'good'\n"
+        "def many(outputs, labels):\n    return outputs.mean(axis=0)\n"
+        "def nan(outputs, labels):\n    return float('nan')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    yield "own_metrics_for_test"
+    sys.modules.pop("own_metrics_for_test", None)
+    if str(tmp_path) in sys.path:
+        sys.path.remove(str(tmp_path))
+
+
+def test_a_metric_of_the_users_own(classifier, data, run, own_metrics):
+    (logits,) = run(classifier, data.arrays)
+    found = evaluate(classifier, data, metric=f"{own_metrics}:share_positive").values
+    assert found["score"] == pytest.approx(np.mean(logits > 0), abs=2 / logits.size)
+    assert found["metric"] == f"{own_metrics}:share_positive"
+    labels = evaluate(classifier, data, metric=f"{own_metrics}:count_labels", limit=9).values
+    assert labels["score"] == pytest.approx(9)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("broken", "The metric {}:broken raised KeyError: 'accuracy'"),
+        ("text", "The metric {}:text returned 'good'; it has to return one number."),
+        ("many", "The metric {}:many returned an array of shape (8,); it has to return one number."),
+        ("nan", "The metric {}:nan returned nan; a score has to be finite."),
+    ],
+)
+def test_a_metric_that_fails_is_named_in_one_line(classifier, data, own_metrics, function, message):
+    with pytest.raises(StageError) as caught:
+        evaluate(classifier, data, metric=f"{own_metrics}:{function}")
+    assert str(caught.value) == message.format(own_metrics)
+
+
+def test_missing_labels_and_float_model_are_refused(classifier, data):
+    with pytest.raises(InputError, match="The metric 'top1' needs labels, and the data have none"):
+        evaluate(classifier, Samples(data.arrays), metric="top1")
+    with pytest.raises(InputError, match="'sqnr_db' compares with the float model: wire `float_model`"):
+        evaluate(classifier, data, metric="sqnr_db")
+
+
+def test_several_outputs_count_alike(network):
+    model = network(
+        "n (float[N,4] x) => (float[N,3] y, float[N,5] z) { y = MatMul(x, v)  z = MatMul(x, w) }",
+        {"v": (4, 3), "w": (4, 5)},
+    )
+    grid = Encoding(4, True, True, np.float32(0.3), np.int32(0))
+    quantized = model.with_encodings({"v": grid, "w": grid})
+    x = RNG.normal(size=(20, 4)).astype(np.float32)
+    scores = []
+    for name in ("v", "w"):
+        w = model.param(name)
+        error = x @ (np.clip(np.rint(w / np.float32(0.3)), -8, 7) * np.float32(0.3) - w)
+        scores.append(10 * np.log10(np.sum((x @ w) ** 2) / np.sum(error**2)))
+    found = evaluate(quantized, Samples({"x": x}), model, metric="sqnr_db").values["score"]
+    assert found == pytest.approx(np.mean(scores), rel=1e-4)
