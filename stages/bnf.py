@@ -167,7 +167,7 @@ def fold(editor: Editor, norm: ir.Node, layers: dict[str, Layer]) -> tuple[str, 
     """
     from dataclasses import replace
 
-    from qpipe.model.channels import Blocked, dims, input_channels
+    from qpipe.model.channels import Blocked, dims
 
     found = read_affine(norm)
     if found is None:
@@ -198,9 +198,7 @@ def fold(editor: Editor, norm: ir.Node, layers: dict[str, Layer]) -> tuple[str, 
         remove(editor, norm, write_out(editor, norm, factor, shift), name)
         return "written out", f"no layer alone feeds it, and behind it {reason}"
     layer = layers.pop(heads[way.end])
-    columns = input_channels(layer)
-    spread = [way.channels.spread(vector, columns) for vector in (factor, shift)]
-    layer = rewrite(editor, layer, fold_behind, *spread)
+    layer = rewrite(editor, layer, fold_behind, way.channels.spread(factor), way.channels.spread(shift))
     layers[layer.add or layer.name] = layer
     remove(editor, norm, data, data.name)
     return "behind", layer.name

@@ -38,11 +38,6 @@ def ungrouped(array: NDArray[np.float64], shape: tuple[int, ...], channel_axis: 
     return np.ascontiguousarray(ordered).reshape(shape).astype(np.float32)
 
 
-def input_channels(layer: Layer) -> int:
-    """The number of input channels (I), over all groups."""
-    return layer.weight_shape[0] if layer.channel_axis == 1 else layer.weight_shape[1] * layer.groups
-
-
 def own(editor: Editor, layer: Layer) -> Layer:
     """The layer with a weight and a bias that no other node reads: a copy of each one that is shared."""
     weight = _private(editor, layer.weight, editor.node(layer.name))
@@ -101,9 +96,14 @@ class Channels:
     axis: int
     inner: int = 1
 
-    def spread(self, vector: NDArray[np.float64], size: int) -> NDArray[np.float64]:
-        """(C,) -> (size,): the entry of each position's channel, along an axis of `size` entries."""
-        return np.resize(np.repeat(vector, self.inner), size)
+    def spread(self, vector: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(C,) -> (C * inner,): for each position on the axis the entry of its channel."""
+        return np.repeat(vector, self.inner)
+
+    def gathered(self, vector: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(C * inner,) -> (C,): the largest entry of each channel."""
+        largest: NDArray[np.float64] = vector.reshape(-1, self.inner).max(axis=1)
+        return largest
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,8 @@ def test_the_layer_behind_takes_what_no_layer_before_can(network, run, behind, e
     model = network(
         f"n (float[N,6,4,4] x) => (float[N,o,p,q] y) {{ u = {NORM.format('x')}  {behind} }}",
         {name: shape for name, shape in {
-            "w": grouped_conv, "h": (4, 6, 2, 2), "v": (6, 2, 3, 3), "k": (6, 5), "q": (5, 96), "c": (5,), **BN,
+            "w": grouped_conv, "h": (4, 6, 2, 2), "v": (6, 2, 3, 3), "k": (6, 5), "q": (5, 96), "c": (5,),
+            **BN,
         }.items() if f"{name})" in behind or f"{name}," in behind or name in BN},
     )  # fmt: skip
     folded = bnf(model)

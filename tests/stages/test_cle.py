@@ -1,0 +1,294 @@
+"""cle: the float model computes what it did, and the ranges that a pair or a triple ends with are equal."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from qpipe.stages.cle import clamped, cle, scales
+
+from qpipe.errors import InputError
+from qpipe.stage import Samples
+
+UNEVEN = np.exp(np.random.default_rng(3).normal(size=8) * 1.5).astype(np.float32)
+
+
+def image(*shape, seed=1):
+    return {"x": np.random.default_rng(seed).normal(size=shape).astype(np.float32)}
+
+
+def uneven(*shape, axis=0, seed=0):
+    """A random weight whose channels along `axis` differ in range by a factor of about a hundred."""
+    weight = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+    factors = np.resize(UNEVEN, shape[axis]).reshape([-1 if a == axis else 1 for a in range(len(shape))])
+    return weight * factors
+
+
+def rows(weight):
+    return np.abs(weight).reshape(len(weight), -1).max(axis=1)
+
+
+def columns(weight):
+    return np.abs(weight).swapaxes(0, 1).reshape(weight.shape[1], -1).max(axis=1)
+
+
+def ops(model):
+    return [node.op_type for node in model.graph]
+
+
+def check_same(run, before, after, feeds, tolerance=5e-6):
+    for expected, found in zip(run(before, feeds), run(after, feeds), strict=True):
+        assert np.abs(expected - found).max() <= tolerance * np.abs(expected).max()
+
+
+def pair(network, between, second="Conv(t, v)", params=None, dims="4,6,6"):
+    return network(
+        f"n (float[N,{dims}] x) => (float y) {{ s = Conv(x, w, b)  {between}  y = {second} }}",
+        {"w": uneven(8, 4, 3, 3), "b": (8,), "v": (5, 8, 3, 3), **(params or {})},
+    )
+
+
+def test_a_pair_ends_with_the_geometric_mean_of_its_ranges(network, run):
+    model = pair(network, "t = Relu(s)")
+    equalized = cle(model)
+    wanted = np.sqrt(rows(model.param("w")) * columns(model.param("v")))
+    np.testing.assert_allclose(rows(equalized.param("w")), wanted, rtol=1e-5)
+    np.testing.assert_allclose(columns(equalized.param("v")), wanted, rtol=1e-5)
+    check_same(run, model, equalized, image(2, 4, 6, 6))
+
+
+def test_a_depthwise_triple_ends_with_the_cube_root(network, run):
+    model = network(
+        """n (float[N,4,6,6] x) => (float y) {
+            s = Conv(x, w, b)  t = Relu(s)
+            d = Conv<group=8, pads=[1,1,1,1]>(t, k, c)  e = Relu(d)  y = Conv(e, v) }""",
+        {"w": uneven(8, 4, 1, 1), "b": (8,), "k": uneven(8, 1, 3, 3, seed=2), "c": (8,), "v": (5, 8, 1, 1)},
+    )
+    equalized = cle(model, iterations=1)
+    ranges = rows(model.param("w")) * rows(model.param("k")) * columns(model.param("v"))
+    for found in (rows(equalized.param("w")), rows(equalized.param("k")), columns(equalized.param("v"))):
+        np.testing.assert_allclose(found, np.cbrt(ranges), rtol=1e-5)
+    check_same(run, model, equalized, image(2, 4, 6, 6))
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        "t = Relu(s)",
+        "t = LeakyRelu<alpha=0.3>(s)",
+        "t = PRelu(s, slope)",
+        "r = Relu(s)  t = MaxPool<kernel_shape=[2,2], pads=[1,0,1,0]>(r)",
+        "r = Relu(s)  t = AveragePool<kernel_shape=[2,2], pads=[1,1,1,1], count_include_pad=1>(r)",
+        "r = Pad(s, pads)  t = Relu(r)",
+        'r = Pad<mode="reflect">(s, pads)  t = Identity(r)',
+        "t = Clip(s, zero, six)",
+        "t = Clip(s, minus, six)",
+        "t = Clip(s, , six)",
+        "t = Clip(s, minus)",
+        "r = Min(s, bounds)  t = Max(r, minus)",
+        "t = Resize(s, , factors)",
+    ],
+)
+def test_what_lies_between_two_convolutions_keeps_its_function(network, run, between):
+    extra = {
+        "slope": np.random.default_rng(5).normal(size=(8, 1, 1)).astype(np.float32),
+        "pads": np.array([0, 0, 1, 2, 0, 0, 0, 1]),
+        "zero": np.array(0, np.float32), "six": np.array(1.5, np.float32),
+        "minus": np.array(-0.7, np.float32),
+        "bounds": UNEVEN.reshape(8, 1, 1), "factors": np.array([1, 1, 2, 2], np.float32),
+    }  # fmt: skip
+    model = pair(network, between, params={k: v for k, v in extra.items() if k in between})
+    equalized = cle(model)
+    assert list(equalized.metadata["cle"]["pairs"]), equalized.metadata["cle"]
+    assert np.ptp(np.log(rows(equalized.param("w")))) < np.ptp(np.log(rows(model.param("w"))))
+    feeds = image(2, 4, 6, 6)
+    if "Clip" in between or "Min" in between:
+        unbounded = run(pair(network, "t = Relu(s)"), feeds)[0]
+        assert not np.allclose(run(model, feeds)[0], unbounded), (
+            "the bounds are not reached: nothing is tested"
+        )
+    check_same(run, model, equalized, feeds)
+
+
+@pytest.mark.parametrize(
+    ("text", "params"),
+    [
+        (
+            """n (float[N,4,6,6] x) => (float y) {
+                s = Conv(x, w, b)  t = Relu(s)  p = GlobalAveragePool(t)  f = Flatten(p)  y = Gemm(f, v) }""",
+            {"w": uneven(8, 4, 3, 3), "b": (8,), "v": (8, 5)},
+        ),
+        (
+            """n (float[N,4,6,6] x) => (float y) {
+                s = Conv(x, w)  t = Clip(s, zero, one)  f = Flatten(t)  y = Gemm<transB=1>(f, v, b) }""",
+            {"w": uneven(8, 4, 3, 3), "b": (5,), "v": (5, 128)},
+        ),
+        (
+            "n (float[N,4] x) => (float y) { s = Gemm(x, w, b)  t = Clip(s, zero, one)  y = Gemm(t, v) }",
+            {"w": uneven(4, 8, axis=1), "b": (8,), "v": (8, 5)},
+        ),
+        (
+            """n (float[N,3,4] x) => (float y) {
+                m = MatMul(x, w)  s = Add(m, b)  t = Clip(s, zero, one)  y = MatMul(t, v) }""",
+            {"w": uneven(4, 8, axis=1), "b": (8,), "v": (8, 5)},
+        ),
+        (
+            """n (float[N,4,6,6] x) => (float y) {
+                s = Conv<group=2>(x, w, b)  t = Clip(s, zero, one)
+                y = ConvTranspose<group=4, strides=[2,2]>(t, v) }""",
+            {"w": uneven(8, 2, 3, 3), "b": (8,), "v": (8, 3, 2, 2)},
+        ),
+        (
+            """n (float[N,4,6,6] x) => (float y) {
+                s = ConvTranspose<group=2, pads=[1,1,0,0]>(x, w, b)  t = Clip(s, zero, one)
+                y = Conv<group=4>(t, v) }""",
+            {"w": uneven(4, 4, 3, 3, axis=1), "b": (8,), "v": (4, 2, 1, 1)},
+        ),
+        (
+            """n (float[N,4,9] x) => (float y) {
+                s = Conv(x, w, b)  t = Relu(s)  d = Conv<group=8>(t, k)  y = Conv(d, v) }""",
+            {"w": uneven(8, 4, 3), "b": (8,), "k": (16, 1, 2), "v": (5, 16, 1)},
+        ),
+        (
+            """n (float[N,4,6,6] x) => (float y) {
+                s = Conv(x, w, b)  r = Relu(s)  q = Transpose<perm=[0,2,3,1]>(r)  y = MatMul(q, v) }""",
+            {"w": uneven(8, 4, 3, 3), "b": (8,), "v": (8, 5)},
+        ),
+        (
+            """n (float[N,4,6,6] x) => (float y) {
+                s = Conv(x, w, b)  r = Relu(s)  q = ReduceMean<keepdims=0>(r, axes)  y = Gemm(q, v) }""",
+            {"w": uneven(8, 4, 3, 3), "b": (8,), "v": (8, 5), "axes": np.array([2, 3])},
+        ),
+    ],
+)
+def test_every_kind_of_layer_and_layout_keeps_its_function(network, run, text, params):
+    bounds = {"zero": np.array(0, np.float32), "one": np.array(1, np.float32)}
+    model = network(text, {**params, **(bounds if "zero" in text else {})})
+    equalized = cle(model)
+    assert equalized.metadata["cle"]["pairs"], equalized.metadata["cle"]
+    assert not np.allclose(equalized.param("w"), model.param("w"))
+    shape = [2, *(int(size) for size in model.inputs[0].shape[1:])]
+    check_same(run, model, equalized, image(*shape))
+
+
+def relu6(network, bound=1.0):
+    params = {"zero": np.array(0, np.float32), "six": np.array(bound, np.float32)}
+    return pair(network, "t = Clip(s, zero, six)", params=params)
+
+
+def test_relu6_becomes_relu_and_a_bound_for_each_channel(network):
+    model = relu6(network)
+    equalized = cle(model)
+    assert ops(equalized) == ["Conv", "Relu", "Min", "Conv"]
+    scale = rows(model.param("w")) / rows(equalized.param("w"))
+    bound = equalized.graph.node(3 - 1).inputs[1].const_value.numpy()
+    assert bound.shape == (8, 1, 1)
+    np.testing.assert_allclose(bound.reshape(-1), 1 / scale, rtol=1e-5)
+
+
+def test_relu6_becomes_relu_only_where_no_sample_reaches_it(network, run):
+    data = Samples(image(20, 4, 6, 6))
+    low = cle(relu6(network, 1.0), data, relu6="replace_if_unused")
+    assert ops(low) == ["Conv", "Relu", "Min", "Conv"]
+    model = relu6(network, 500.0)
+    high = cle(model, data, relu6="replace_if_unused")
+    assert ops(high) == ["Conv", "Relu", "Conv"]
+    assert high.metadata["cle"]["replaced"]
+    check_same(run, model, high, image(2, 4, 6, 6))
+
+
+def test_replacing_relu6_needs_data(network):
+    with pytest.raises(InputError, match="replace_if_unused needs samples"):
+        cle(relu6(network), relu6="replace_if_unused")
+
+
+def test_a_second_run_moves_nothing(network, run):
+    once = cle(relu6(network))
+    twice = cle(once)
+    np.testing.assert_allclose(twice.param("w"), once.param("w"), rtol=1e-5)
+    check_same(run, once, twice, image(2, 4, 6, 6))
+
+
+@pytest.mark.parametrize(
+    ("between", "reason"),
+    [
+        ("t = Sigmoid(s)", "is not homogeneous"),
+        ("t = HardSwish(s)", "is not homogeneous"),
+        ("a = Abs(s)  t = Add(s, a)", "is read 2 times, by"),
+        ("t = Pad(s, pads, one)", "pads with something else than zero"),
+    ],
+)
+def test_a_layer_that_must_stay_is_listed_with_its_reason(network, run, notes, between, reason):
+    extra = {"pads": np.array([0, 0, 1, 1, 0, 0, 1, 1]), "one": np.array(1, np.float32)}
+    model = pair(network, between, params={k: v for k, v in extra.items() if k in between})
+    left = cle(model, ctx=notes)
+    assert any(reason in why for why in left.metadata["cle"]["refused"].values())
+    assert any(reason in note for note in notes.notes)
+    assert np.array_equal(left.param("w"), model.param("w"))
+    check_same(run, model, left, image(2, 4, 6, 6))
+
+
+def test_an_output_of_the_model_and_a_shared_weight_are_refused(network, run):
+    model = network(
+        """n (float[N,4,6,6] x) => (float y, float t) {
+            s = Conv(x, w)  t = Relu(s)  u = Conv(t, w)  v = Relu(u)  a = Conv(v, w)  y = Relu(a) }""",
+        {"w": uneven(4, 4, 1, 1)},
+    )
+    left = cle(model)
+    reasons = list(left.metadata["cle"]["refused"].values())
+    assert "is an output of the model" in reasons[0]
+    assert "is shared" in reasons[1]
+    check_same(run, model, left, image(2, 4, 6, 6))
+
+
+def test_a_dead_channel_keeps_a_scale_near_the_others(network, run):
+    weight = uneven(8, 4, 3, 3)
+    weight[2] = 0
+    weight[5] *= 1e-12
+    model = pair(network, "t = Relu(s)", params={"w": weight, "b": np.full(8, 3, np.float32)})
+    equalized = cle(model, max_scale=20)
+    found = equalized.metadata["cle"]["pairs"]
+    (report,) = found.values()
+    assert report["largest"] / report["smallest"] <= 400
+    assert np.abs(equalized.param("b")).max() < 1e3
+    check_same(run, model, equalized, image(2, 4, 6, 6))
+
+
+def test_folded_statistics_are_divided_along(network):
+    statistics = {"s": {"gamma": [1.0] * 8, "beta": [2.0] * 8}}
+    model = pair(network, "t = Relu(s)").with_metadata({"folded_statistics": statistics})
+    equalized = cle(model)
+    scale = rows(model.param("w")) / rows(equalized.param("w"))
+    np.testing.assert_allclose(equalized.metadata["folded_statistics"]["s"]["beta"], 2 / scale, rtol=1e-5)
+    np.testing.assert_allclose(equalized.param("b"), model.param("b") / scale, rtol=1e-5)
+
+
+def test_the_source_is_not_touched(network):
+    model = relu6(network)
+    before = {name: array.copy() for name, array in model.params.items()}
+    cle(model)
+    assert ops(model) == ["Conv", "Clip", "Conv"]
+    assert all(np.array_equal(model.param(name), array) for name, array in before.items())
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(2, 5))
+def test_n_layers_in_a_row_end_with_one_range_that_is_their_geometric_mean(seed, count):
+    ranges = np.exp(np.random.default_rng(seed).normal(size=(count, 6)))
+    found = scales(list(ranges))
+    after = [ranges[0] / found[0]]
+    after += [ranges[k] * found[k - 1] / found[k] for k in range(1, count - 1)]
+    after += [ranges[-1] * found[-1]]
+    for one in after:
+        np.testing.assert_allclose(one, np.prod(ranges, axis=0) ** (1 / count), rtol=1e-9)
+
+
+def test_two_layers_get_the_papers_scale():
+    first, second = np.array([4.0, 0.5]), np.array([1.0, 2.0])
+    (found,) = scales([first, second])
+    np.testing.assert_allclose(found, first / np.sqrt(first * second))
+
+
+def test_clamped_scales_stay_near_their_median():
+    np.testing.assert_allclose(clamped(np.array([1e-9, 1.0, 2.0, 3.0, 1e9]), 10), [0.2, 1, 2, 3, 20])
