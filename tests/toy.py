@@ -31,12 +31,17 @@ def number(*, value: Annotated[float, Range(ge=-1000, le=1000)] = 1.0) -> Scores
     called("number")
     return Scores({"score": value, "metric": "toy"})
 
+def tick(i):
+    called("tick")
+    time.sleep(0.1)
+    return i
+
 @stage(version=1)
 def add(scores: Scores, *, amount: int = 1, seconds: float = 0.0, ctx: Context = NULL) -> Scores:
     """Adds."""
     called("add")
     for i in range(int(seconds * 10)):
-        ctx.memo("tick", lambda i: (time.sleep(0.1), i)[1], i)
+        ctx.memo("tick", tick, i)
         ctx.progress(i + 1, int(seconds * 10), "ticks")
     return Scores({"score": toy_formula.add(scores.values["score"], amount), "metric": "toy"})
 

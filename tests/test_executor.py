@@ -1,0 +1,279 @@
+"""Real runs of the toy pipeline through the real command line: what runs, what hits, what a failure costs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+
+from tests.toy import FORMULA, SOURCE, Toy
+
+CHAIN = {
+    "a": {"uses": "toy_number", "value": 3},
+    "b": {"uses": "toy_add", "scores": "a"},
+    "c": {"uses": "toy_sign", "scores": "b"},
+    "d": {"uses": "toy_add", "scores": "c"},
+}
+
+
+def verdicts(toy: Toy) -> dict[str, str]:
+    return {name: node["verdict"] for name, node in toy.record()["nodes"].items()}
+
+
+def test_the_second_run_is_all_hits_and_calls_nothing(toy: Toy) -> None:
+    toy.pipeline(CHAIN)
+    assert toy.run().returncode == 0
+    assert toy.calls() == ["number", "add", "sign", "add"]
+    first = toy.record()
+    assert toy.run().returncode == 0
+    assert toy.calls() == []
+    assert set(verdicts(toy).values()) == {"hit"}
+    again = toy.record()
+    assert again["totals"]["hit"] == 4
+    for name, node in first["nodes"].items():
+        assert again["nodes"][name]["outputs"] == node["outputs"]
+        assert again["nodes"][name]["original_duration_s"] == node["duration_s"]
+
+
+def test_a_changed_param_reruns_its_descendants_up_to_the_early_cut_off(toy: Toy) -> None:
+    toy.pipeline(CHAIN)
+    toy.run()
+    toy.calls()
+    plan = toy.run("plan", "stages.b.amount=7")
+    assert "param amount: 1 -> 7" in plan.stdout
+    assert toy.calls() == []
+    assert toy.run("run", "stages.b.amount=7").returncode == 0
+    assert toy.calls() == ["add", "sign"]  # sign makes the same bytes, so d hits
+    assert verdicts(toy) == {"a": "hit", "b": "ran", "c": "ran", "d": "hit"}
+    assert toy.run().returncode == 0  # A -> B -> A
+    assert toy.calls() == []
+
+
+def test_a_renamed_node_and_shuffled_keys_hit(toy: Toy) -> None:
+    toy.pipeline(CHAIN)
+    toy.run()
+    toy.calls()
+    toy.pipeline({
+        "z": {"scores": "y", "uses": "toy_sign"},
+        "y": {"scores": "x", "uses": "toy_add"},
+        "x": {"value": 3, "uses": "toy_number"},
+        "w": {"scores": "z", "uses": "toy_add"},
+    })  # fmt: skip
+    assert toy.run().returncode == 0
+    assert toy.calls() == []
+
+
+def test_an_int_where_the_type_says_float_is_the_same_key(toy: Toy) -> None:
+    toy.pipeline(CHAIN)
+    toy.run()
+    toy.calls()
+    toy.run("run", "stages.a.value=3.0")
+    assert toy.calls() == []
+
+
+def test_a_comment_or_a_reformatted_file_hits_and_a_changed_formula_in_another_module_runs(toy: Toy) -> None:
+    toy.pipeline(CHAIN)
+    toy.run()
+    toy.calls()
+    stages = toy.folder / "plugin" / "toy_stages.py"
+    stages.write_text("# a comment\n" + SOURCE.replace('"""Adds."""', '"""Adds one to\n    the other."""').replace(
+        "Scores({\"score\": value, \"metric\": \"toy\"})", "Scores(\n        {'score': value, 'metric': 'toy'},\n    )"
+    ))  # fmt: skip
+    toy.run()
+    assert toy.calls() == []
+    toy.formula.write_text(FORMULA.replace("a + b", "b + a + 0"))
+    plan = toy.run("plan")
+    assert "code changed" in plan.stdout
+    toy.run()
+    assert sorted(toy.calls()) == ["add", "add", "number", "sign"]
+    toy.formula.write_text(FORMULA)
+    toy.run()
+    assert toy.calls() == []
+
+
+def test_a_path_counts_by_its_content(toy: Toy) -> None:
+    number = toy.folder / "number.txt"
+    number.write_text("5")
+    toy.pipeline({"r": {"uses": "toy_read", "path": "number.txt"}})
+    toy.run()
+    assert toy.calls() == ["read"]
+    moved = toy.folder / "elsewhere.txt"
+    number.rename(moved)
+    toy.run("run", "stages.r.path=elsewhere.txt")
+    assert toy.calls() == []
+    moved.write_text("6")
+    toy.run("run", "stages.r.path=elsewhere.txt")
+    assert toy.calls() == ["read"]
+
+
+def test_a_failure_stops_only_what_depends_on_it_and_is_not_cached(toy: Toy) -> None:
+    toy.pipeline({
+        "a": {"uses": "toy_number"},
+        "bad": {"uses": "toy_boom", "scores": "a"},
+        "after": {"uses": "toy_add", "scores": "bad"},
+        "good": {"uses": "toy_add", "scores": "a"},
+    })  # fmt: skip
+    run = toy.run()
+    assert run.returncode == 1
+    assert verdicts(toy) == {"a": "ran", "bad": "failed", "after": "skipped", "good": "ran"}
+    assert "RuntimeError: it went wrong" in run.stdout
+    assert "Traceback" not in run.stdout + run.stderr
+    assert "it went wrong" in toy.record()["nodes"]["bad"]["error"]["traceback"]
+    toy.calls()
+    assert toy.run().returncode == 1
+    assert toy.calls() == ["boom"]
+
+
+def test_a_worker_that_dies_is_its_nodes_failure(toy: Toy) -> None:
+    toy.pipeline({
+        "a": {"uses": "toy_number"},
+        "bad": {"uses": "toy_boom", "scores": "a", "how": "kill"},
+        "good": {"uses": "toy_add", "scores": "a", "amount": 4},
+    })  # fmt: skip
+    assert toy.run("run", "run.workers=1").returncode == 1
+    assert verdicts(toy) == {"a": "ran", "bad": "failed", "good": "ran"}
+    assert "signal 9" in toy.record()["nodes"]["bad"]["error"]["message"]
+
+
+def test_in_this_process_the_outputs_are_the_same(toy: Toy) -> None:
+    toy.pipeline(CHAIN)
+    toy.run("run", "run.workers=0", f"cache.dir={toy.folder}/one")
+    first = toy.record()
+    toy.run("run", f"cache.dir={toy.folder}/two")
+    second = toy.record()
+    assert first["totals"]["ran"] == second["totals"]["ran"] == 4
+    for name in CHAIN:
+        assert first["nodes"][name]["outputs"] == second["nodes"][name]["outputs"]
+
+
+def test_a_killed_run_resumes_inside_the_stage_and_ends_with_the_same_digests(toy: Toy) -> None:
+    toy.pipeline({"a": {"uses": "toy_number"}, "b": {"uses": "toy_add", "scores": "a", "seconds": 4}})
+    toy.run("run", f"cache.dir={toy.folder}/undisturbed")
+    undisturbed = toy.record()["nodes"]["b"]["outputs"]
+    assert toy.calls().count("tick") == 40
+    process = subprocess.Popen(toy.command(), env=toy.environment, cwd=toy.folder, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(list((toy.folder / "cache").glob("actions/*/*.json"))) < 10:  # a number, and nine ticks of forty
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    time.sleep(0.5)  # its workers end by themselves
+    assert toy.run().returncode == 0
+    assert toy.record()["nodes"]["b"]["outputs"] == undisturbed
+    assert toy.calls().count("tick") in (40, 41)  # the one that was under way may run twice
+
+
+def test_two_runs_at_once_execute_each_action_once(toy: Toy) -> None:
+    toy.pipeline({"a": {"uses": "toy_number"}, "b": {"uses": "toy_add", "scores": "a", "seconds": 2}})
+    both = [subprocess.Popen(toy.command(), env=toy.environment, cwd=toy.folder) for _ in range(2)]
+    assert [process.wait(60) for process in both] == [0, 0]
+    calls = toy.calls()
+    assert (calls.count("number"), calls.count("add"), calls.count("tick")) == (1, 1, 20)
+
+
+def test_a_damaged_blob_is_noticed_and_healed(toy: Toy) -> None:
+    toy.pipeline(CHAIN)
+    toy.run()
+    toy.calls()
+    digest = toy.record()["nodes"]["b"]["outputs"]["scores"]["digest"]
+    blob = toy.folder / "cache" / "blobs" / digest[:2] / digest
+    content = bytearray(blob.read_bytes())
+    content[len(content) // 2] ^= 1
+    os.chmod(blob, 0o644)
+    blob.write_bytes(content)
+    run = toy.run("run", "stages.c.uses=toy_add")  # reads b's output
+    assert run.returncode == 0
+    assert "damaged" in run.stderr
+    assert toy.calls()[0] == "add"
+    assert toy.run().returncode == 0
+
+
+def test_a_deleted_blob_is_a_miss(toy: Toy) -> None:
+    toy.pipeline(CHAIN)
+    toy.run()
+    toy.calls()
+    digest = toy.record()["nodes"]["b"]["outputs"]["scores"]["digest"]
+    (toy.folder / "cache" / "blobs" / digest[:2] / digest).unlink()
+    assert "lost 1 of its blobs" in toy.run("plan").stdout
+    toy.run()
+    assert toy.calls() == ["add"]
+
+
+def test_first_within_runs_nothing_behind_its_stop(toy: Toy) -> None:
+    def pipeline(max_drop: float) -> None:
+        steps = {f"m{i}": {"uses": "toy_number", "value": value} for i, value in enumerate((5.0, 9.0, 9.8, 9.9))}
+        toy.pipeline({
+            "float": {"uses": "toy_number", "value": 10},
+            **steps,
+            "f": {"uses": "toy_files", "scores": "best.scores"},
+            "best": {
+                "uses": "first_within", "reference": "float", "max_drop": max_drop,
+                "candidates": [{"model": "source", "scores": f"m{i}"} for i in range(4)],
+            },
+        })  # fmt: skip
+
+    pipeline(0.5)
+    run = toy.run("plan")
+    assert run.returncode == 2, "no node makes a model here"
+    assert "no node 'source'" in run.stderr
+
+
+def test_expect_cached_ends_with_4_and_runs_nothing(toy: Toy) -> None:
+    toy.pipeline(CHAIN)
+    run = toy.run("run", "run.expect=cached")
+    assert run.returncode == 4
+    assert toy.calls() == []
+    toy.run()
+    toy.calls()
+    assert toy.run("run", "run.expect=cached").returncode == 0
+
+
+def test_a_sweep_runs_every_distinct_action_once(toy: Toy) -> None:
+    toy.pipeline(CHAIN)
+    run = toy.run("-m", "stages.b.amount=1,2,3", "stages.d.amount=1,2")
+    assert run.returncode == 0, run.stderr
+    calls = toy.calls()
+    assert calls.count("number") == 1
+    assert calls.count("sign") == 3
+    assert calls.count("add") == 3 + 2  # d hits wherever sign made the same bytes
+    sweep = json.loads(next(toy.folder.glob("outputs/*/*-sweep/sweep.json")).read_text())
+    assert len(sweep["trials"]) == 6
+    assert sweep["trials"][0]["overrides"][-2:] == ["stages.b.amount=1", "stages.d.amount=1"]
+
+
+def test_files_of_a_target_lie_in_the_run_folder(toy: Toy) -> None:
+    toy.pipeline({"a": {"uses": "toy_number", "value": 2}, "out": {"uses": "toy_files", "scores": "a"}})
+    for _ in range(2):
+        toy.run()
+        paths = toy.record()["files"]["out"]
+        assert [open(path).read() for path in paths] == ["2.0"]
+
+
+@pytest.mark.parametrize("words", [("run", "stages.b.amuont=3"), ("run", "stages.a.value=x"), ("run", "pipeline=nope"), ("run", "nope=1")])
+def test_a_mistake_ends_with_2_one_line_and_nothing_left_behind(toy: Toy, words: tuple[str, ...]) -> None:
+    toy.pipeline(CHAIN)
+    run = toy.run(*words)
+    assert run.returncode == 2
+    assert len(run.stderr.strip().splitlines()) == 1, run.stderr
+    assert not list((toy.folder).glob("outputs/**/*"))
+    assert toy.calls() == []
+
+
+def test_ctrl_c_ends_with_130_and_the_next_run_goes_on(toy: Toy) -> None:
+    toy.pipeline({"a": {"uses": "toy_number"}, "b": {"uses": "toy_add", "scores": "a", "seconds": 30}})
+    process = subprocess.Popen(toy.command(), env=toy.environment, cwd=toy.folder, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while len(list((toy.folder / "cache").glob("actions/*/*.json"))) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Interrupted." in stderr
+    assert "Traceback" not in stderr
+    assert toy.record()["status"] == "interrupted"
