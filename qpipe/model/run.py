@@ -46,11 +46,12 @@ def batches(
         rows = np.arange(start, start + step) if fixed else np.arange(start, min(start + step, total))
         plain = rows[-1] < total
         parts = (array[start : int(rows[-1]) + 1] if plain else array[rows % total] for array in inputs)
-        yield Batch(tuple(parts), min(step, total - start))
+        yield Batch(tuple(np.ascontiguousarray(part) for part in parts), min(step, total - start))
 
 
 def sample_count(model: Model, arrays: Mapping[str, Array], limit: int | None = None) -> int:
-    """How many samples `batches` goes through."""
+    """How many samples `batches` goes through. Raises InputError where an input has no array."""
+    _refuse_missing(model, arrays)
     count = min(len(arrays[spec.name]) for spec in model.inputs)
     return count if limit is None else min(count, limit)
 
@@ -70,13 +71,17 @@ def fitting(model: Model, arrays: Mapping[str, Array]) -> tuple[Array, ...]:
     Floats become the input's float type and integers its integer type. Raises InputError, one sentence that
     says what the model wants, for an array that is missing, of another kind, or of another shape.
     """
+    _refuse_missing(model, arrays)
+    return tuple(_as_input(spec, arrays[spec.name]) for spec in model.inputs)
+
+
+def _refuse_missing(model: Model, arrays: Mapping[str, Array]) -> None:
     missing = [spec.name for spec in model.inputs if spec.name not in arrays]
     if missing:
         raise InputError(
             f"The data hold no array for the model's input {', '.join(map(repr, missing))}; "
             f"they hold {', '.join(map(repr, sorted(arrays)))}."
         )
-    return tuple(_as_input(spec, arrays[spec.name]) for spec in model.inputs)
 
 
 def _as_input(spec: ValueSpec, array: Array) -> Array:
@@ -116,7 +121,7 @@ def run(
         if backend == "simulation"
         else _onnxruntime(model, quantized, threads)
     )
-    total = sample_count(model, arrays, limit) if fitting(model, arrays) else 0
+    total = sample_count(model, arrays, limit)
     names = [spec.name for spec in model.outputs]
     parts: dict[str, list[Array]] = {name: [] for name in names}
     done = 0
@@ -155,8 +160,7 @@ def _onnxruntime(
     names = [spec.name for spec in model.inputs]
 
     def infer(arrays: tuple[Array, ...]) -> list[Array]:
-        fed = {name: np.ascontiguousarray(array) for name, array in zip(names, arrays, strict=True)}
-        outputs: list[Array] = session.run(None, fed)
+        outputs: list[Array] = session.run(None, dict(zip(names, arrays, strict=True)))
         return outputs
 
     return infer

@@ -5,15 +5,19 @@ onnxruntime.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import yaml
 from numpy.typing import NDArray
 
 from qpipe.model import Model
+from qpipe.model.target import Target
+from qpipe.param import coerce
 from qpipe.stage import Context
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -69,3 +73,12 @@ class Notes(Context):
 @pytest.fixture
 def notes() -> Notes:
     return Notes()
+
+
+@pytest.fixture
+def target() -> Target:
+    """The shipped target `onnxruntime`, read as a pipeline reads it."""
+    table = yaml.safe_load((Path(__file__).parents[2] / "conf" / "target" / "onnxruntime.yaml").read_text())
+    found = coerce(table, Target, "target")
+    assert isinstance(found, Target)
+    return found

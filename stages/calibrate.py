@@ -1,0 +1,83 @@
+"""Give every tensor that the target quantizes its grid, from one pass of the float model over samples.
+
+The target says where quantizers stand and which values share one grid, the scheme how each grid is made.
+Observers see the float model's values in a stream, so memory does not grow with the number of samples;
+weights are searched exactly.
+
+    range [lo, hi] by the observer -> scale = (hi - lo) / (qmax - qmin), zero exactly representable
+
+Assumes: samples like those that the model will see. Weights that a method has tuned, whose encodings are
+frozen, keep their grid. Values are not rounded here: the encodings are simulated, and written by `export`.
+Source: own; the observers' sources are in qpipe.numerics.observers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+from qpipe.model.target import Target
+from qpipe.numerics.scheme import Granularity, Scheme, TensorScheme
+from qpipe.stage import NULL, Context, Range, Samples, Scores, stage
+
+if TYPE_CHECKING:
+    from qpipe.model import Model
+
+
+def chosen(scheme: Scheme, choice: Scores | None, granularity: Granularity | None) -> Scheme:
+    """The scheme with the observers of `choice` and the granularity of weights, where they are given."""
+    weight, activation = scheme.weight, scheme.activation
+    if granularity is not None:
+        block_size = weight.block_size if granularity == "per_block" else 0
+        weight = replace(weight, granularity=granularity, block_size=block_size)
+    if choice is not None:
+        weight = with_choice(weight, choice.values, "weight")
+        activation = activation and with_choice(activation, choice.values, "activation")
+    return replace(scheme, weight=weight, activation=activation)
+
+
+def with_choice(scheme: TensorScheme, choice: dict[str, Any], side: str) -> TensorScheme:
+    """`scheme` with the observer, and its percentile, that `choice` names for `side` (weight, …)."""
+    observer = choice.get(f"{side}_observer")
+    if observer is None:
+        return scheme
+    return replace(
+        scheme, observer=observer, percentile=choice.get(f"{side}_percentile") or scheme.percentile
+    )
+
+
+@stage(version=1, config={"data": "calibration", "scheme": "${scheme}", "target": "${target}"})
+def calibrate(
+    model: Model,
+    data: Samples,
+    choice: Scores | None = None,
+    *,
+    scheme: Scheme,
+    target: Target,
+    weight_granularity: Granularity | None = None,
+    batch_size: Annotated[int, Range(ge=1)] = 32,
+    limit: Annotated[int, Range(ge=1)] | None = None,
+    ctx: Context = NULL,
+) -> Model:
+    """The model with an encoding for every weight and activation that `target` quantizes.
+
+    `choice`, from `quantscheme_select`, replaces the scheme's observers; `weight_granularity` replaces the
+    scheme's. `limit` takes that many samples, None all. Errors: InputError for data that do not fit the model
+    or hold nan, naming the tensor, and for a model in which the target quantizes nothing.
+    """
+    from qpipe.errors import InputError
+    from qpipe.model.calibration import activation_encodings, observed, observed_groups, weight_encodings
+    from qpipe.model.placement import place
+
+    placement = place(model, target, chosen(scheme, choice, weight_granularity))
+    if not placement.weights and not placement.activations:
+        raise InputError(f"The target '{target.name}' quantizes nothing in this model.")
+    observers = observed(
+        model, data.arrays, observed_groups(placement), ctx.memo, batch_size=batch_size, limit=limit,
+        device=ctx.device, progress=lambda done, total: ctx.progress(done, total, "samples"),
+    )  # fmt: skip
+    encodings = {**activation_encodings(placement, observers), **weight_encodings(model, placement)}
+    kept = sorted(name for name, encoding in encodings.items() if encoding.frozen)
+    if kept:
+        ctx.note(f"Tuned before, so their grid stays: {', '.join(kept)}.")
+    return model.with_encodings(encodings)

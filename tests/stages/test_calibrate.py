@@ -1,0 +1,158 @@
+"""calibrate: grids follow the ranges that onnxruntime's values have, where the target wants them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from qpipe.stages.calibrate import calibrate
+
+from qpipe.errors import InputError
+from qpipe.numerics.grid import encoding_from_range, same_grid
+from qpipe.numerics.observers import HistogramObserver, weight_encoding
+from qpipe.numerics.scheme import Scheme, TensorScheme
+from qpipe.stage import Context, Samples, Scores
+
+WEIGHT, ACTIVATION = TensorScheme(8, True, True), TensorScheme(8, False, False)
+SCHEME = Scheme(WEIGHT, ACTIVATION)
+GRAPH = """n (float[N,3,6,6] x) => (float[N,5] y) {
+    t = Conv<pads=[1,1,1,1]>(x, w, b)  r = Relu(t)
+    u = Conv<pads=[1,1,1,1]>(r, k)  s = Add(u, r)
+    m = MaxPool<kernel_shape=[2,2], strides=[2,2]>(s)
+    g = GlobalAveragePool(m)  f = Flatten(g)  y = Gemm<transB=1>(f, v, c) }"""
+PARAMS = {"w": (4, 3, 3, 3), "b": (4,), "k": (4, 4, 3, 3), "v": (5, 4), "c": (5,)}
+
+
+@pytest.fixture
+def model(network):
+    return network(GRAPH, PARAMS)
+
+
+@pytest.fixture
+def data():
+    return Samples({"x": np.random.default_rng(2).normal(size=(23, 3, 6, 6)).astype(np.float32)})
+
+
+def values(model, data, names):
+    """What onnxruntime computes for the values `names`."""
+    session = model.session(quantized=False, outputs=list(names))
+    return dict(zip(names, session.run(None, data.arrays), strict=True))
+
+
+def test_minmax_grids_cover_the_values_of_onnxruntime(model, data, target):
+    calibrated = calibrate(model, data, scheme=SCHEME, target=target, batch_size=5)
+    assert set(calibrated.encodings) == {"w", "k", "v", "x", "r", "u", "s", "m", "g", "f", "y"}
+    seen = values(model, data, ["r", "u", "g", "y"])
+    for name, array in {**seen, "x": data.arrays["x"]}.items():
+        expected = encoding_from_range(array.min(), array.max(), ACTIVATION)
+        np.testing.assert_allclose(calibrated.encodings[name].scale, expected.scale, rtol=1e-5)
+        assert calibrated.encodings[name].zero_point == expected.zero_point
+    for name in ("w", "k", "v"):
+        assert same_grid(calibrated.encodings[name], weight_encoding(model.param(name), WEIGHT))
+        assert not calibrated.encodings[name].frozen
+        np.testing.assert_array_equal(calibrated.param(name), model.param(name))
+
+
+def test_values_that_are_only_moved_share_one_grid(model, data, target):
+    encodings = calibrate(model, data, scheme=SCHEME, target=target).encodings
+    assert same_grid(encodings["s"], encodings["m"])
+    assert same_grid(encodings["g"], encodings["f"])
+    seen = values(model, data, ["s", "m"])
+    both = np.concatenate([seen["s"].reshape(-1), seen["m"].reshape(-1)])
+    observer = HistogramObserver()
+    observer.update(both)
+    percentile = replace(ACTIVATION, observer="percentile", percentile=90.0)
+    scheme = replace(SCHEME, activation=percentile)
+    found = calibrate(model, data, scheme=scheme, target=target).encodings["m"]
+    np.testing.assert_allclose(found.scale, observer.encoding(percentile).scale, rtol=1e-3)
+
+
+def test_batches_and_the_order_of_samples_do_not_matter(model, data, target):
+    scheme = replace(SCHEME, activation=replace(ACTIVATION, observer="mse"))
+    turned = Samples({"x": data.arrays["x"][::-1]})
+    encodings = [
+        calibrate(model, samples, scheme=scheme, target=target, batch_size=size).encodings
+        for samples, size in [(data, 23), (data, 4), (turned, 7)]
+    ]
+    for other in encodings[1:]:
+        for name, encoding in encodings[0].items():
+            np.testing.assert_allclose(other[name].scale, encoding.scale, rtol=1e-4)
+
+
+def test_the_choice_replaces_the_observers(model, data, target):
+    choice = Scores(
+        {"weight_observer": "mse", "activation_observer": "percentile", "activation_percentile": 95.0}
+    )
+    found = calibrate(model, data, choice, scheme=SCHEME, target=target).encodings
+    direct = Scheme(
+        replace(WEIGHT, observer="mse"), replace(ACTIVATION, observer="percentile", percentile=95.0)
+    )
+    expected = calibrate(model, data, scheme=direct, target=target).encodings
+    plain = calibrate(model, data, scheme=SCHEME, target=target).encodings
+    assert all(same_grid(found[name], expected[name]) for name in expected)
+    assert not same_grid(found["r"], plain["r"])
+
+
+def test_the_granularity_of_weights_can_be_replaced(model, data, target):
+    found = calibrate(model, data, scheme=SCHEME, target=target, weight_granularity="per_channel").encodings
+    assert found["w"].granularity == "per_channel"
+    largest = np.abs(model.param("w")).max(axis=(1, 2, 3))
+    np.testing.assert_allclose(found["w"].scale, largest / 127, rtol=1e-6)
+
+
+def test_weights_only_needs_no_activations(model, data, target):
+    found = calibrate(model, data, scheme=Scheme(WEIGHT, None), target=target).encodings
+    assert set(found) == {"w", "k", "v"}
+
+
+def test_tuned_weights_keep_their_grid(model, data, target, notes):
+    own = replace(weight_encoding(model.param("w"), TensorScheme(4, True, True)), frozen=True)
+    found = calibrate(
+        model.with_encodings({"w": own}), data, scheme=SCHEME, target=target, ctx=notes
+    ).encodings
+    assert found["w"].frozen
+    assert same_grid(found["w"], own)
+    assert notes.notes == ["Tuned before, so their grid stays: w."]
+
+
+class Remembering(Context):
+    """Keeps the inputs and the results of memo, and serves them."""
+
+    def __init__(self) -> None:
+        self.kept: dict = {}
+        self.calls = 0
+
+    def memo(self, name, fn, *inputs):
+        from qpipe.hashing import digest
+
+        key = digest(name, list(inputs))
+        if key not in self.kept:
+            self.calls += 1
+            self.kept[key] = fn(*inputs)
+        return self.kept[key]
+
+
+def test_one_observer_pass_serves_every_scheme(model, data, target):
+    ctx = Remembering()
+    schemes = [SCHEME, Scheme(replace(WEIGHT, bitwidth=4), replace(ACTIVATION, bitwidth=16, observer="sqnr"))]
+    for scheme in schemes:
+        remembered = calibrate(model, data, scheme=scheme, target=target, ctx=ctx).encodings
+        fresh = calibrate(model, data, scheme=scheme, target=target).encodings
+        assert all(same_grid(remembered[name], fresh[name]) for name in fresh)
+    assert ctx.calls == 1
+    calibrate(model, data, scheme=SCHEME, target=target, limit=9, ctx=ctx)
+    other = model.with_params({"k": model.param("k") * 2})
+    calibrate(other, data, scheme=SCHEME, target=target, ctx=ctx)
+    assert ctx.calls == 3
+
+
+def test_data_that_do_not_fit_are_refused(model, target):
+    wrong = Samples({"image": np.zeros((2, 3, 6, 6), np.float32)})
+    with pytest.raises(InputError, match="no array for the model's input 'x'; they hold 'image'"):
+        calibrate(model, wrong, scheme=SCHEME, target=target)
+
+
+def test_a_target_that_quantizes_nothing_is_refused(model, data, target):
+    with pytest.raises(InputError, match="The target 'none' quantizes nothing in this model"):
+        calibrate(model, data, scheme=SCHEME, target=replace(target, name="none", exclude=(".*",)))
