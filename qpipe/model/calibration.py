@@ -25,9 +25,13 @@ Observers = dict[Group, HistogramObserver]
 
 
 def observed_groups(placement: Placement) -> tuple[Group, ...]:
-    """The activations that need data, in groups that share one grid; most groups are one value."""
+    """The activations that need data, in groups that share one grid; most groups are one value.
+
+    A value that is cut down to another one of its group is left out: its range does not count.
+    """
     grouped = {name for group in placement.shared for name in group}
-    return (*placement.shared, *((name,) for name in placement.activations if name not in grouped))
+    watched = (tuple(name for name in group if name not in placement.follows) for group in placement.shared)
+    return (*watched, *((name,) for name in placement.activations if name not in grouped))
 
 
 def observe(
@@ -127,6 +131,7 @@ def activation_encodings(placement: Placement, observers: Observers) -> dict[str
     for group, observer in observers.items():
         encoding = observer.encoding(placement.activations[group[0]])
         found.update(dict.fromkeys(group, encoding))
+    found.update({name: found[last] for name, last in placement.follows.items()})
     return found
 
 

@@ -10,7 +10,8 @@ from the ONNX names are in `module.meta`: "parameters" (initializer -> attribute
 attribute); `node.meta` holds "onnx_name" (nodes only) and "outputs" (the ONNX values it stands for).
 
 What is computed from shapes stays on the CPU, as tensors or Python numbers, wherever the module lives: a
-batch dimension stays dynamic and no GPU waits. A value moves to the device where an operator takes it as data.
+batch dimension stays dynamic and no GPU waits. A value moves to the device where an operator takes it as
+data.
 """
 
 from __future__ import annotations

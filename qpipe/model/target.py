@@ -29,8 +29,9 @@ class Target:
     - `quantize`: operator -> rule;
     - `weights`: operators whose weight (an initializer, input 1) has a grid, and whose bias is int32;
     - `fused`: operator -> activations computed in the same kernel, so no quantizer stands between;
-    - `share`: operators whose outputs are on the grid of their first input, since they only move or bound
-      values; `share_all`: those whose inputs all share one grid with the output;
+    - `share`: operators whose outputs are on the grid of their inputs, since they only move values;
+    - `bound`: operators that cut values off; one that alone reads its input puts it on the grid of its
+      output, where what would be cut off saturates;
     - `softmax`: fix the grid of a Softmax's output at scale 2^-bitwidth with zero point qmin;
     - `composite`: operators that mark the inside of a function written out (Gelu, RMS norm, …), which runs in
       float between its input and its output;
@@ -44,7 +45,7 @@ class Target:
     weights: tuple[str, ...] = ("Conv", "ConvTranspose", "Gemm", "MatMul")
     fused: dict[str, tuple[str, ...]] = field(default_factory=dict)
     share: tuple[str, ...] = ()
-    share_all: tuple[str, ...] = ()
+    bound: tuple[str, ...] = ()
     softmax: bool = True
     composite: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -55,7 +56,7 @@ class Target:
                 re.compile(expression)
             except re.error as error:
                 raise ValueError(f"exclude: {expression!r} is no regular expression: {error}.") from error
-        both = sorted({*self.share, *self.share_all} & set(self.quantize))
+        both = sorted(set(self.share) & set(self.quantize))
         if both:
             raise ValueError(f"{', '.join(both)} cannot stand in both quantize and share.")
 

@@ -105,10 +105,9 @@ def average_pool(
     rank = len(kernel_shape)
     plain = place == base and place.symmetric and set(place.dilations) == {1}
     if plain and all(2 * p <= k for p, k in zip(place.begins, place.kernel, strict=True)):
-        pooled = _AVERAGE[rank](
+        return _AVERAGE[rank](
             x, place.kernel, place.strides, place.begins, count_include_pad=bool(count_include_pad)
         )
-        return pooled
     ones = torch.ones((1, 1, *spatial), dtype=x.dtype, device=x.device)
     inside = padded(ones, base.begins, base.ends, float(count_include_pad))
     beyond = tuple(e - b for e, b in zip(place.ends, base.ends, strict=True))

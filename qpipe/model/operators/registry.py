@@ -2,8 +2,8 @@
 
 A function takes the ONNX inputs positionally (None where an optional one is absent) and the ONNX attributes
 as keyword arguments. It returns one tensor, or a tuple when the operator has several outputs. `numbers` names
-the inputs by position that steer the computation (a shape, axes, bounds): a constant there arrives as a Python
-number or a nested tuple, anything else as a tensor that the function reads with `ints` or `number`.
+the inputs by position that steer the computation (a shape, axes, bounds): a constant there arrives as a
+Python number or a nested tuple, anything else as a tensor that the function reads with `ints` or `number`.
 """
 
 from __future__ import annotations

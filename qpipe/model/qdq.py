@@ -1,0 +1,224 @@
+"""A quantized model as standard ONNX: QuantizeLinear and DequantizeLinear (QDQ) at the encodings.
+
+    activation v    v__float -> QuantizeLinear -> v__quantized -> DequantizeLinear -> v
+    weight w        w__quantized (int4, int8 or int16 codes) -> DequantizeLinear -> w
+    bias b          b__quantized (int32 codes, scale s_x * s_w) -> DequantizeLinear -> b
+
+The dequantized value has the name, so every reader of `v`, and whoever asks a session for it, gets the
+rounded one; a graph input alone keeps its own name, and its readers get `v__dequantized`. Inputs and outputs
+of the graph stay float. Codes narrower than the types that ONNX has (3 bits, 6 bits) are stored in the next
+wider type; an activation is clipped to its codes' range first.
+
+Source: ONNX operators QuantizeLinear and DequantizeLinear, opset 21.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from qpipe.errors import InputError
+from qpipe.model.bias import QuantizedBias, bias_codes, bias_scale, effective_encodings, quantized_biases
+from qpipe.numerics.grid import Array, Encoding, quantize
+
+if TYPE_CHECKING:
+    import onnx
+
+    from qpipe.model.model import Model
+
+
+Uses = tuple[tuple[ir.Node, int], ...]
+"""Who reads a value: (node, input position)."""
+
+
+def to_qdq(model: Model) -> onnx.ModelProto:
+    """`model` with a QDQ pair at every encoding, opset 21, self-contained.
+
+    Raises InputError for an encoding that ONNX has no integer type for (more than 16 bits).
+    """
+    return ir.to_proto(qdq_model(model))
+
+
+def qdq_model(model: Model) -> ir.Model:
+    """What `to_qdq` writes, as an onnx_ir model of its own; big tensors that stay float are shared."""
+    encodings = effective_encodings(model)
+    clone = model.ir.clone()
+    graph = clone.graph
+    nodes = {str(node.name): node for node in graph}
+    activations = [*graph.inputs, *(output for node in graph for output in node.outputs)]
+    # Biases first: a weight that also serves as a bias must not be replaced there by its own codes.
+    for bias in quantized_biases(model).values():
+        _insert_bias(graph, nodes[bias.node], bias, encodings)
+    for name in [name for name in graph.initializers if name in encodings]:
+        _insert_weight(graph, graph.initializers[name], encodings[name])
+    for value in activations:
+        encoding = encodings.get(str(value.name))
+        if encoding is not None:
+            _insert_activation(graph, value, encoding)
+    for name in [name for name, value in graph.initializers.items() if not value.uses()]:
+        if not graph.initializers[name].is_graph_output():
+            del graph.initializers[name]
+    return clone
+
+
+def storage(encoding: Encoding) -> ir.DataType:
+    """The narrowest ONNX integer type that holds the codes of `encoding`."""
+    for bits, signed, unsigned in (
+        (4, ir.DataType.INT4, ir.DataType.UINT4),
+        (8, ir.DataType.INT8, ir.DataType.UINT8),
+        (16, ir.DataType.INT16, ir.DataType.UINT16),
+    ):
+        if encoding.bitwidth <= bits:
+            return signed if encoding.signed else unsigned
+    raise InputError(f"ONNX has no type for codes of {encoding.bitwidth} bits. Use at most 16.")
+
+
+def _insert_activation(graph: ir.Graph, value: ir.Value, encoding: Encoding) -> None:
+    """Q and DQ behind `value`, and all its readers, the graph's outputs among them, moved behind these."""
+    name = str(value.name)
+    is_input = value.is_graph_input()
+    readers = _uses(value)
+    outputs = [i for i, output in enumerate(graph.outputs) if output is value]
+    scale, zero_point = _constants(graph, name, encoding)
+    if not is_input:
+        value.name = f"{name}__float"
+    made: list[ir.Node] = []
+    narrowed = value
+    dtype = storage(encoding)
+    if dtype.bitwidth != encoding.bitwidth:
+        low, high = (
+            _constant(graph, f"{name}__{side}", (np.float32(code) - encoding.zero_point) * encoding.scale)
+            for side, code in (("low", encoding.qmin), ("high", encoding.qmax))
+        )
+        made.append(_node("Clip", [value, low, high], f"{name}__clip", f"{name}__clipped", value))
+        narrowed = made[-1].outputs[0]
+    made.append(
+        _node(
+            "QuantizeLinear",
+            [narrowed, scale, zero_point],
+            f"{name}__quantize",
+            f"{name}__quantized",
+            value,
+            dtype,
+        )
+    )
+    made.append(
+        _node(
+            "DequantizeLinear",
+            [made[-1].outputs[0], scale, zero_point],
+            f"{name}__dequantize",
+            f"{name}__dequantized" if is_input else name,
+            value,
+        )
+    )
+    rounded = made[-1].outputs[0]
+    for node, position in readers:
+        node.replace_input_with(position, rounded)
+    producer = value.producer()
+    if producer is None:
+        graph.insert_before(graph[0], made)
+    else:
+        graph.insert_after(producer, made)
+    if not is_input:
+        for i in outputs:
+            graph.outputs[i] = rounded
+
+
+def _insert_weight(graph: ir.Graph, weight: ir.Value, encoding: Encoding) -> None:
+    """The initializer's integer codes and a DQ that takes over its name and its readers."""
+    name = str(weight.name)
+    assert weight.const_value is not None
+    codes = quantize(weight.const_value.numpy(), encoding, name)
+    _replace_constant(graph, weight, name, codes, encoding, _uses(weight))
+
+
+def _insert_bias(graph: ir.Graph, node: ir.Node, bias: QuantizedBias, encodings: dict[str, Encoding]) -> None:
+    """The int32 codes of one layer's bias. A bias that serves several layers gets codes for each of them."""
+    value = graph.initializers[bias.name]
+    assert value.const_value is not None
+    array = value.const_value.numpy()
+    scale = bias_scale(encodings[bias.input], encodings[bias.weight], bias.repeats)
+    codes = bias_codes(array, scale)
+    axis = array.ndim - 1 if scale.ndim else None
+    grid = Encoding(32, True, True, scale, np.zeros(scale.shape, np.int32), axis)
+    uses = ((node, bias.position),)
+    name = bias.name if len(_uses(value)) == 1 else f"{bias.name}__{node.name}"
+    _replace_constant(graph, value, name, codes, grid, uses)
+
+
+def _replace_constant(
+    graph: ir.Graph,
+    value: ir.Value,
+    name: str,
+    codes: Array,
+    encoding: Encoding,
+    uses: Uses,
+) -> None:
+    """A DQ of `codes`, called `name`, for the given readers of the initializer `value`."""
+    dtype = ir.DataType.INT32 if encoding.bitwidth == 32 else storage(encoding)
+    stored = _constant(graph, f"{name}__quantized", codes, dtype)
+    inputs = [stored, *_constants(graph, name, encoding, dtype)]
+    if value.name == name and len(uses) == len(_uses(value)):
+        # The name goes over to the DQ's output; the float tensor is read by nobody any more.
+        del graph.initializers[name]
+    made = _node("DequantizeLinear", inputs, f"{name}__dequantize", name, value, axis=encoding)
+    for node, position in uses:
+        node.replace_input_with(position, made.outputs[0])
+    graph.insert_before(graph[0], made)
+
+
+def _constants(
+    graph: ir.Graph, name: str, encoding: Encoding, dtype: ir.DataType | None = None
+) -> tuple[ir.Value, ir.Value]:
+    """Scale and zero point as initializers."""
+    scale = _constant(graph, f"{name}__scale", encoding.scale)
+    return scale, _constant(graph, f"{name}__zero_point", encoding.zero_point, dtype or storage(encoding))
+
+
+_NUMPY: dict[ir.DataType, Any] = {
+    ir.DataType.INT4: ml_dtypes.int4,
+    ir.DataType.UINT4: ml_dtypes.uint4,
+    ir.DataType.INT8: np.int8,
+    ir.DataType.UINT8: np.uint8,
+    ir.DataType.INT16: np.int16,
+    ir.DataType.UINT16: np.uint16,
+    ir.DataType.INT32: np.int32,
+}
+
+
+def _constant(graph: ir.Graph, name: str, array: Array, dtype: ir.DataType | None = None) -> ir.Value:
+    array = np.asarray(array, np.float32) if dtype is None else np.asarray(array).astype(_NUMPY[dtype])
+    tensor = ir.Tensor(array, dtype=dtype, name=name)
+    value = ir.Value(
+        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor
+    )
+    graph.register_initializer(value)
+    return value
+
+
+def _node(
+    op_type: str,
+    inputs: list[ir.Value],
+    name: str,
+    output: str,
+    like: ir.Value,
+    dtype: ir.DataType | None = None,
+    axis: Encoding | None = None,
+) -> ir.Node:
+    """A node of one output, of the shape and, without `dtype`, of the type of `like`."""
+    attributes: dict[str, int] = {}
+    if axis is not None and axis.axis is not None:
+        attributes["axis"] = axis.axis
+        if axis.block_size is not None:
+            attributes["block_size"] = axis.block_size
+    result = ir.Value(
+        name=output, type=ir.TensorType(dtype) if dtype is not None else like.type, shape=like.shape
+    )
+    return ir.node(op_type, inputs, attributes, outputs=[result], name=name)
+
+
+def _uses(value: ir.Value) -> Uses:
+    return tuple((use.node, use.idx) for use in value.uses())
