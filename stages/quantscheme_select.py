@@ -1,0 +1,136 @@
+"""Which observer suits this model: every candidate is tried, for weights and for activations, and the best is
+named.
+
+    score(candidate) = sqnr_db of the outputs against the float model's, by default
+
+Weights are tried with float activations, activations with float weights, so that neither choice hides the
+other. One pass of the float model serves all candidates; no labels are needed. The scores go to the `choice`
+port of `calibrate`.
+
+Assumes: `calibration` are samples like those the model will see. Scores are taken on `evaluation` where it is
+wired, on `calibration` otherwise. A tie goes to the candidate that stands first.
+Source: own; sqnr is known as tf_enhanced in AIMET, whose AutoQuant tries schemes in the same way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from qpipe.model.target import Target
+from qpipe.numerics.scheme import Granularity, Observer, Scheme, TensorScheme
+from qpipe.stage import NULL, Context, Range, Samples, Scores, stage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from qpipe.model import Model
+    from qpipe.numerics.grid import Encoding
+
+    Encodings = Mapping[str, Encoding]
+
+WEIGHT_OBSERVERS: tuple[Observer, ...] = ("minmax", "sqnr", "mse", "percentile", "entropy")
+ACTIVATION_OBSERVERS: tuple[Observer, ...] = ("minmax", "moving_average", *WEIGHT_OBSERVERS[1:])
+
+
+def candidates(
+    scheme: TensorScheme, observers: tuple[Observer, ...], percentiles: tuple[float, ...]
+) -> Iterator[TensorScheme]:
+    """`scheme` with each observer; the percentile observer once per percentile."""
+    for observer in observers:
+        for percentile in percentiles if observer == "percentile" else (scheme.percentile,):
+            yield replace(scheme, observer=observer, percentile=percentile)
+
+
+def row(side: str, scheme: TensorScheme, score: float) -> dict[str, Any]:
+    """One line of the table: what was tried, and what it scored."""
+    percentile = scheme.percentile if scheme.observer == "percentile" else None
+    return {"side": side, "observer": scheme.observer, "percentile": percentile, "score": score}
+
+
+def best(table: list[dict[str, Any]], side: str) -> dict[str, Any]:
+    """The row of the side with the highest score; the first of equals."""
+    return max((line for line in table if line["side"] == side), key=lambda line: float(line["score"]))
+
+
+def scored(
+    model: Model, data: Samples, metric: str, batch_size: int, limit: int | None, ctx: Context
+) -> Callable[[Encodings], float]:
+    """A function that scores the model with given encodings against the float model, on `data`."""
+    from qpipe.model.run import run
+    from qpipe.numerics.metrics import METRICS
+
+    def outputs(candidate: Model, quantized: bool) -> dict[str, Any]:
+        return run(
+            candidate, data.arrays, batch_size=batch_size, limit=limit, quantized=quantized, device=ctx.device
+        )
+
+    reference = outputs(model, False)
+
+    def score(encodings: Encodings) -> float:
+        found = outputs(model.with_encodings(encodings), True)
+        values = [METRICS[metric](found[name], reference[name]) for name in reference]
+        return sum(values) / len(values)
+
+    return score
+
+
+@stage(version=1, config={"calibration": "calibration", "scheme": "${scheme}", "target": "${target}"})
+def quantscheme_select(
+    model: Model,
+    calibration: Samples,
+    evaluation: Samples | None = None,
+    *,
+    scheme: Scheme,
+    target: Target,
+    weight_observers: tuple[Observer, ...] = WEIGHT_OBSERVERS,
+    activation_observers: tuple[Observer, ...] = ACTIVATION_OBSERVERS,
+    percentiles: tuple[float, ...] = (99.9, 99.99, 99.999),
+    weight_granularity: Granularity | None = None,
+    metric: Literal["sqnr_db", "cosine", "mse"] = "sqnr_db",
+    batch_size: Annotated[int, Range(ge=1)] = 32,
+    limit: Annotated[int, Range(ge=1)] | None = 256,
+    ctx: Context = NULL,
+) -> Scores:
+    """The winners `weight_observer` and `activation_observer`, their percentiles, and the `table` of all
+    scores.
+
+    `score` is that of both winners together. `limit` takes that many samples of the calibration and of the
+    evaluation.
+    Errors: InputError for data that do not fit the model.
+    """
+    from qpipe.model.calibration import activation_encodings, observed, observed_groups, weight_encodings
+    from qpipe.model.placement import place
+
+    if weight_granularity is not None:
+        block_size = scheme.weight.block_size if weight_granularity == "per_block" else 0
+        weight = replace(scheme.weight, granularity=weight_granularity, block_size=block_size)
+        scheme = replace(scheme, weight=weight)
+    observers = observed(
+        model, calibration.arrays, observed_groups(place(model, target, scheme)), ctx.memo,
+        batch_size=batch_size, limit=limit, device=ctx.device,
+    )  # fmt: skip
+    score = scored(model, evaluation or calibration, metric, batch_size, limit, ctx)
+
+    def encodings(side: str, candidate: TensorScheme) -> Encodings:
+        if side == "weight":
+            return weight_encodings(model, place(model, target, replace(scheme, weight=candidate)))
+        return activation_encodings(place(model, target, replace(scheme, activation=candidate)), observers)
+
+    tried = [("weight", each) for each in candidates(scheme.weight, weight_observers, percentiles)]
+    if scheme.activation is not None:
+        tried += [
+            ("activation", each) for each in candidates(scheme.activation, activation_observers, percentiles)
+        ]
+    table: list[dict[str, Any]] = []
+    grids: list[Encodings] = []
+    for side, candidate in tried:
+        ctx.progress(len(table), len(tried), f"{side} {candidate.observer}")
+        grids.append(encodings(side, candidate))
+        table.append(row(side, candidate, score(grids[-1])))
+    winners = {side: best(table, side) for side in dict(tried)}
+    together = {name: grid for line in winners.values() for name, grid in grids[table.index(line)].items()}
+    chosen = {
+        f"{side}_{key}": line[key] for side, line in winners.items() for key in ("observer", "percentile")
+    }
+    return Scores({"score": score(together), "metric": metric, **chosen, "table": table})
