@@ -55,9 +55,10 @@ def svg_graph(nodes: Nodes, edges: Edges) -> str:
     """The picture as one <svg> element, with each node's facts as its tooltip."""
     plan = _layout(nodes, edges)
     width, height = f"{plan.width:.0f}", f"{plan.height:.0f}"
+    size = f'width="{width}" height="{height}" style="min-width:{0.7 * plan.width:.0f}px"'
     opening = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
-        f'height="{height}" style="min-width:{0.7 * plan.width:.0f}px" role="img" aria-label="The pipeline as a graph" font-family="{FONT}">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" {size} role="img" '
+        f'aria-label="The pipeline as a graph" font-family="{FONT}">'
     )
     parts = [_svg_line(line) for line in plan.lines]
     parts += [_svg_box(name, nodes[name], box) for name, box in plan.boxes.items()]

@@ -48,7 +48,7 @@ def graph_text(
     shown = [[row[column] for column in _used(rows)] for row in rows]
     last = len(shown[0]) - 1 if shown else None
     lines = table(shown, width, flexible=last, max_lines=1, ellipsis="…" if fancy else "...")
-    return "".join(f"{line}\n" for row in lines for line in row)
+    return "".join(f"{text.clip(line, width)}\n" for row in lines for line in row)
 
 
 def _used(rows: Sequence[Sequence[str]]) -> list[int]:

@@ -13,8 +13,10 @@ def duration(seconds: float | None) -> str:
     """`seconds` in at most two units: "23 ms", "3.1 s", "42 s", "1 min 12 s", "2 h 5 min"; "-" for None."""
     if seconds is None or not math.isfinite(seconds):
         return UNKNOWN
+    if seconds <= 0:
+        return "0 s"
     if seconds < 0.0995:
-        return f"{max(seconds, 0.0) * 1000:.0f} ms"
+        return f"{seconds * 1000:.0f} ms"
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     if seconds < 59.5:

@@ -15,25 +15,36 @@ ORDER = (
     ("parity", "parity", "ran"), ("export", "export", "ran"),
 )  # fmt: skip
 
-EDGES = (
-    ("load_model", "score_float", "model"), ("evaluation", "score_float", "data"), ("load_model", "nearest", "model"),
-    ("calibration", "nearest", "data"), ("nearest", "score_nearest", "model"), ("evaluation", "score_nearest", "data"),
-    ("load_model", "bnf", "model"), ("bnf", "cle", "model"), ("cle", "cle_quantized", "model"),
-    ("calibration", "cle_quantized", "data"), ("cle_quantized", "score_cle", "model"),
-    ("evaluation", "score_cle", "data"), ("cle", "adaround", "model"), ("calibration", "adaround", "data"),
-    ("adaround", "score_adaround", "model"), ("evaluation", "score_adaround", "data"), ("adaround", "amp", "model"),
-    ("calibration", "amp", "data"), ("amp", "score_amp", "model"), ("evaluation", "score_amp", "data"),
-    ("score_nearest", "choice", "candidates"), ("score_cle", "choice", "candidates"),
-    ("score_adaround", "choice", "candidates"), ("score_amp", "choice", "candidates"),
-    ("choice", "parity", "model"), ("calibration", "parity", "data"), ("choice", "export", "model"),
-)  # fmt: skip
+WIRES = """
+score_float   model=load_model     data=evaluation
+nearest       model=load_model     data=calibration
+score_nearest model=nearest        data=evaluation
+bnf           model=load_model
+cle           model=bnf
+cle_quantized model=cle            data=calibration
+score_cle     model=cle_quantized  data=evaluation
+adaround      model=cle            data=calibration
+score_adaround model=adaround      data=evaluation
+amp           model=adaround       data=calibration
+score_amp     model=amp            data=evaluation
+choice        candidates=score_nearest candidates=score_cle candidates=score_adaround candidates=score_amp
+parity        model=choice         data=calibration
+export        model=choice
+"""
+
+EDGES = tuple(
+    (wire.partition("=")[2], line.split()[0], wire.partition("=")[0])
+    for line in WIRES.strip().splitlines()
+    for wire in line.split()[1:]
+)
 
 
 def node(stage: str, verdict: str, index: int) -> dict[str, Any]:
     key = f"{index:02x}" * 32
     return {
         "stage": stage, "verdict": verdict, "reasons": [] if verdict == "hit" else ["never computed before"],
-        "key": key, "inputs": {"model": "ab" * 32}, "outputs": {"model": {"kind": "Model", "digest": key, "size_bytes": 871_004}},
+        "key": key, "params": {"iterations": 100 * index}, "inputs": {"model": "ab" * 32},
+        "outputs": {"model": {"kind": "Model", "digest": key, "size_bytes": 871_004}},
         "duration_s": 0.01 if verdict == "hit" else 3.2 * index, "cpu_s": 2.9 * index,
         "original_duration_s": 3.0 * index, "peak_rss_bytes": 512_000_000, "scores": {}, "notes": [], "error": None,
     }  # fmt: skip
@@ -51,14 +62,21 @@ def step(name: str, label: str, score: float, verdict: str, seconds: float, **mo
 def record() -> dict[str, Any]:
     """An AutoQuant run in which nearest came from the cache, adaround won, and amp failed."""
     nodes = {name: node(stage, verdict, index) for index, (name, stage, verdict) in enumerate(ORDER)}
-    nodes["adaround"]["notes"] = ["Layer 'head' kept: its error did not shrink (0.0012 before, 0.0013 after)."]
+    nodes["adaround"]["notes"] = [
+        "Layer 'head' kept: its error did not shrink (0.0012 before, 0.0013 after)."
+    ]
     nodes["cle"]["notes"] = ["3 pairs equalized.", "2 dead channels left as they were."]
-    nodes["amp"]["error"] = "MemoryError: the worker was killed at 4.1 GB.\nGive it more memory, or lower batch_size."
-    nodes["parity"]["scores"] = {"histogram": {"0": 99_940, "1": 58, "2": 2}, "max_steps": 2, "top1_agreement": 1.0}
+    nodes["amp"]["error"] = {"message": "The worker was killed at 4.1 GB.\nLower batch_size.", "exit_code": 1}
+    nodes["parity"]["scores"] = {
+        "histogram": {"0": 99_940, "1": 58, "2": 2},
+        "max_steps": 2,
+        "top1_agreement": 1.0,
+    }
+    folder = "/data/outputs/2026-03-01/101500-ab12"
     return {
-        "schema": 1, "qpipe": "0.1.0", "command": ["qpipe", "pipeline=autoquant"], "run_dir": "/tmp/outputs/2026-03-01/101500-ab12",
-        "started": "2026-03-01T10:15:00+00:00", "finished": "2026-03-01T10:16:12+00:00", "status": 1,
-        "environment": {"python": "3.11.9", "platform": "Linux-x86_64", "libraries": {"torch": "2.13.0", "onnx": "1.23.2"}},
+        "schema": 1, "qpipe": "0.1.0", "command": ["qpipe", "pipeline=autoquant"], "run_dir": folder,
+        "started": "2026-03-01T10:15:00+00:00", "finished": "2026-03-01T10:16:12+00:00", "status": "failed",
+        "environment": {"python": "3.11.9", "platform": "Linux-x86_64", "libraries": {"torch": "2.13.0"}},
         "goal": {"metric": "top1", "float": 0.9812, "allowed_drop": 0.01, "met": True},
         "best": {"node": "score_adaround", "score": 0.9801},
         "nodes": nodes, "edges": [list(edge) for edge in EDGES],
@@ -69,5 +87,5 @@ def record() -> dict[str, Any]:
             step("score_cle", "bnf + cle", 0.9423, "ran", 1.2),
             step("score_adaround", "bnf + cle + adaround", 0.9801, "ran", 61.0, best=True),
         ],
-        "files": {"export": ["/tmp/outputs/2026-03-01/101500-ab12/export/model.onnx", "/tmp/outputs/2026-03-01/101500-ab12/export/encodings.json"]},
+        "files": {"export": [f"{folder}/export/model.onnx", f"{folder}/export/encodings.json"]},
     }  # fmt: skip

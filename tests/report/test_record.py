@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from qpipe.report import record as facts
+
+
+def test_float_comes_first(record: dict[str, Any]) -> None:
+    record["ladder"].reverse()
+    assert next(step.label for step in facts.steps(record)) == "float"
+
+
+def test_a_hit_says_what_it_cost_when_it_was_computed(record: dict[str, Any]) -> None:
+    assert [step.time for step in facts.steps(record)] == ["was 3.1 s", "was 42 s", "1.2 s", "1 min 1 s"]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({}, "goal met: top1 98.01 % with bnf + cle + adaround, 0.11 points below float (1.00 points allowed)"),
+        ({"allowed_drop": 0.001, "met": False},
+         "goal missed by 0.01 points: top1 98.01 % with bnf + cle + adaround, 0.11 points below float (0.10 points allowed)"),
+        ({"met": None}, "best: top1 98.01 % with bnf + cle + adaround, 0.11 points below float"),
+        ({"float": None}, "goal not decided: top1, 1.00 points allowed, but no step has a score"),
+        ({"float": 0.9801}, "goal met: top1 98.01 % with bnf + cle + adaround, equal to float (1.00 points allowed)"),
+        ({"float": 0.97}, "goal met: top1 98.01 % with bnf + cle + adaround, 1.01 points above float (1.00 points allowed)"),
+        ({"metric": None}, None),
+    ],
+)  # fmt: skip
+def test_the_goal_in_one_sentence(
+    record: dict[str, Any], change: dict[str, Any], sentence: str | None
+) -> None:
+    record["goal"] |= change
+    assert facts.goal_sentence(record) == sentence
+
+
+def test_totals_tell_what_the_cache_saved(record: dict[str, Any]) -> None:
+    assert facts.totals_sentence(record) == (
+        "9 ran, 6 from the cache, 1 failed, in 1 min 12 s (1 min 40 s of processor time); the cache saved 3 min 10 s"
+    )
+
+
+def test_times_may_be_seconds_since_the_epoch() -> None:
+    assert facts.wall_s({"started": 1000.0, "finished": 1002.5}) == 2.5
+    assert facts.wall_s({"started": "not a time", "finished": 1002.5}) is None
+
+
+def test_each_node_tells_its_first_note_before_any_its_second(record: dict[str, Any]) -> None:
+    assert [node for node, _ in facts.notes(record)] == ["cle", "adaround", "cle"]
+
+
+def test_edges_to_unknown_nodes_are_left_out(record: dict[str, Any]) -> None:
+    record["edges"] = [["cle", "adaround", "model"], ["gone", "adaround", "data"], ["short"]]
+    assert facts.edges(record) == [("cle", "adaround", "model")]
+
+
+@pytest.mark.parametrize(
+    "histogram", [{"0": 90, "1": 8, "2": 2}, [90, 8, 2], {"conv1": {"0": 50, "-1": 8}, "conv2": [40, 0, 2]}]
+)
+def test_parity_is_read_from_counts_by_step_in_any_form(record: dict[str, Any], histogram: Any) -> None:
+    record["nodes"]["parity"]["scores"] = {"histogram": histogram}
+    assert facts.parities(record)[0].shares == (0.9, 0.08, 0.02)
+
+
+def test_large_distances_share_the_last_bar(record: dict[str, Any]) -> None:
+    record["nodes"]["parity"]["scores"] = {"histogram": {"0": 98, "8": 1, "200": 1}}
+    (parity,) = facts.parities(record)
+    assert parity.open_ended
+    assert parity.shares == (0.98, 0, 0, 0, 0, 0, 0, 0, 0.02)
+
+
+@pytest.mark.parametrize(
+    "broken", [{}, {"nodes": None, "goal": None, "ladder": None}, {"nodes": {"a": {}}, "totals": {}}]
+)
+def test_a_record_that_was_cut_short_can_be_read(broken: dict[str, Any]) -> None:
+    assert facts.steps(broken) == ()
+    assert facts.goal_sentence(broken) is None
+    assert (
+        facts.failures(broken) == facts.notes(broken) == facts.files(broken) == facts.parities(broken) == []
+    )
+    assert facts.totals_sentence(broken) == "0 ran, 0 from the cache"
