@@ -153,3 +153,17 @@ def test_several_outputs_count_alike(network):
         scores.append(10 * np.log10(np.sum((x @ w) ** 2) / np.sum(error**2)))
     found = evaluate(quantized, Samples({"x": x}), model, metric="sqnr_db").values["score"]
     assert found == pytest.approx(np.mean(scores), rel=1e-4)
+
+
+def test_the_simulation_scores_as_the_deployed_model_does(classifier, data, target):
+    from qpipe.numerics.scheme import Scheme, TensorScheme
+    from qpipe.stages.calibrate import calibrate
+
+    scheme = Scheme(TensorScheme(8, True, True), TensorScheme(8, False, False))
+    model = calibrate(classifier, data, scheme=scheme, target=target)
+    scores = [
+        evaluate(model, data, classifier, metric="sqnr_db", backend=backend).values["score"]
+        for backend in ("simulation", "onnxruntime")
+    ]
+    assert scores[0] == pytest.approx(scores[1], abs=0.2)  # a step of the grid here and there
+    assert 15 < scores[0] < 60
