@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 ORDER = (
-    ("load_model", "load_model", "hit"), ("calibration", "load_data", "hit"), ("evaluation", "load_data", "hit"),
+    ("load_model", "load_model", "hit"), ("calibration", "load_data", "hit"),
+    ("evaluation", "load_data", "hit"),
     ("score_float", "evaluate", "hit"), ("nearest", "calibrate", "hit"), ("score_nearest", "evaluate", "hit"),
     ("bnf", "bnf", "ran"), ("cle", "cle", "ran"), ("cle_quantized", "calibrate", "ran"),
     ("score_cle", "evaluate", "ran"), ("adaround", "adaround", "ran"), ("score_adaround", "evaluate", "ran"),
@@ -42,17 +43,20 @@ EDGES = tuple(
 def node(stage: str, verdict: str, index: int) -> dict[str, Any]:
     key = f"{index:02x}" * 32
     return {
-        "stage": stage, "verdict": verdict, "reasons": [] if verdict == "hit" else ["never computed before"],
+        "stage": stage, "verdict": verdict,
+        "reasons": [] if verdict == "hit" else ["never computed before"],
         "key": key, "params": {"iterations": 100 * index}, "inputs": {"model": "ab" * 32},
         "outputs": {"model": {"kind": "Model", "digest": key, "size_bytes": 871_004}},
         "duration_s": 0.01 if verdict == "hit" else 3.2 * index, "cpu_s": 2.9 * index,
-        "original_duration_s": 3.0 * index, "peak_rss_bytes": 512_000_000, "scores": {}, "notes": [], "error": None,
+        "original_duration_s": 3.0 * index, "peak_rss_bytes": 512_000_000,
+        "scores": {}, "notes": [], "error": None,
     }  # fmt: skip
 
 
 def step(name: str, label: str, score: float, verdict: str, seconds: float, **more: bool) -> dict[str, Any]:
     return {
-        "node": name, "label": label, "score": score, "metric": "top1", "drop": 0.9812 - score, "verdict": verdict,
+        "node": name, "label": label, "score": score, "metric": "top1", "drop": 0.9812 - score,
+        "verdict": verdict,
         "duration_s": 0.01 if verdict == "hit" else seconds, "original_duration_s": seconds,
         "best": False, "baseline": False, **more,
     }  # fmt: skip
@@ -66,7 +70,7 @@ def record() -> dict[str, Any]:
         "Layer 'head' kept: its error did not shrink (0.0012 before, 0.0013 after)."
     ]
     nodes["cle"]["notes"] = ["3 pairs equalized.", "2 dead channels left as they were."]
-    nodes["amp"]["error"] = {"message": "The worker was killed at 4.1 GB.\nLower batch_size.", "exit_code": 1}
+    nodes["amp"]["error"] = {"message": "The worker was killed at 4.1 GB.\nLower batch_size."}
     nodes["parity"]["scores"] = {
         "histogram": {"0": 99_940, "1": 58, "2": 2},
         "max_steps": 2,

@@ -53,7 +53,8 @@ def hostile(value: Any) -> Any:
 def test_the_page_holds_the_facts(record: dict[str, Any]) -> None:
     page = Page(render(record))
     for fact in (
-        "Goal met: top1 98.01 % with bnf + cle + adaround", "98.12 %", "-63.62", "saved by the cache", "3 min 10 s",
+        "Goal met: top1 98.01 % with bnf + cle + adaround", "98.12 %", "-63.62",
+        "saved by the cache", "3 min 10 s",
         "The worker was killed at 4.1 GB.", "Layer 'head' kept", "99.94 %", "iterations", "0a" * 32, "871 kB",
         "qpipe pipeline=autoquant", "3.11.9", "2.13.0", "never computed before",
     ):  # fmt: skip

@@ -16,19 +16,24 @@ def test_a_hit_says_what_it_cost_when_it_was_computed(record: dict[str, Any]) ->
     assert [step.time for step in facts.steps(record)] == ["was 3.1 s", "was 42 s", "1.2 s", "1 min 1 s"]
 
 
+BEST = "top1 98.01 % with bnf + cle + adaround"
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({}, "goal met: top1 98.01 % with bnf + cle + adaround, 0.11 points below float (1.00 points allowed)"),
-        ({"allowed_drop": 0.001, "met": False},
-         "goal missed by 0.01 points: top1 98.01 % with bnf + cle + adaround, 0.11 points below float (0.10 points allowed)"),
-        ({"met": None}, "best: top1 98.01 % with bnf + cle + adaround, 0.11 points below float"),
+        ({}, f"goal met: {BEST}, 0.11 points below float (1.00 points allowed)"),
+        (
+            {"allowed_drop": 0.001, "met": False},
+            f"goal missed by 0.01 points: {BEST}, 0.11 points below float (0.10 points allowed)",
+        ),
+        ({"met": None}, f"best: {BEST}, 0.11 points below float"),
         ({"float": None}, "goal not decided: top1, 1.00 points allowed, but no step has a score"),
-        ({"float": 0.9801}, "goal met: top1 98.01 % with bnf + cle + adaround, equal to float (1.00 points allowed)"),
-        ({"float": 0.97}, "goal met: top1 98.01 % with bnf + cle + adaround, 1.01 points above float (1.00 points allowed)"),
+        ({"float": 0.9801}, f"goal met: {BEST}, equal to float (1.00 points allowed)"),
+        ({"float": 0.97}, f"goal met: {BEST}, 1.01 points above float (1.00 points allowed)"),
         ({"metric": None}, None),
     ],
-)  # fmt: skip
+)
 def test_the_goal_in_one_sentence(
     record: dict[str, Any], change: dict[str, Any], sentence: str | None
 ) -> None:
@@ -38,7 +43,8 @@ def test_the_goal_in_one_sentence(
 
 def test_totals_tell_what_the_cache_saved(record: dict[str, Any]) -> None:
     assert facts.totals_sentence(record) == (
-        "9 ran, 6 from the cache, 1 failed, in 1 min 12 s (1 min 40 s of processor time); the cache saved 3 min 10 s"
+        "9 ran, 6 from the cache, 1 failed, in 1 min 12 s (1 min 40 s of processor time); "
+        "the cache saved 3 min 10 s"
     )
 
 

@@ -93,7 +93,8 @@ def test_what_ends_is_said_once_with_its_notes(shown: tuple[Terminal, Callable[[
     terminal.failed("amp", "The worker was killed.\nLower batch_size.")
     terminal.message("The cache is locked; the run goes on.")
     assert new().splitlines() == [
-        "ran     adaround  41 s", "        Layer 'head' kept.", "hit     score", "failed  amp: The worker was killed.",
+        "ran     adaround  41 s", "        Layer 'head' kept.", "hit     score",
+        "failed  amp: The worker was killed.",
         "        Lower batch_size.", "The cache is locked; the run goes on.",
     ]  # fmt: skip
 
@@ -225,7 +226,8 @@ terminal = Terminal(io.StringIO(), live=True)
 terminal.planned([Row("a", "cle", "hit")]); terminal.finished("a", "hit", 0.0, ()); terminal.show({})
 heavy = {"rich", "matplotlib", "numpy", "torch", "onnx", "onnxruntime", "networkx", "omegaconf"}
 print(sorted(heavy & {name.partition(".")[0] for name in sys.modules}))
-print(sorted(name for name in sys.modules if name.startswith("qpipe.") and not name.startswith("qpipe.report")))
+ours = {name for name in sys.modules if name.startswith("qpipe.")}
+print(sorted(name for name in ours if not name.startswith("qpipe.report")))
 """
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said.splitlines() == ["[]", "[]"]

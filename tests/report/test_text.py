@@ -12,7 +12,8 @@ from qpipe.report import text
 @pytest.mark.parametrize(
     ("seconds", "shown"),
     [
-        (None, "-"), (math.nan, "-"), (0.0, "0 s"), (0.0234, "23 ms"), (0.099, "99 ms"), (0.0999, "0.1 s"), (3.14, "3.1 s"),
+        (None, "-"), (math.nan, "-"), (0.0, "0 s"), (0.0234, "23 ms"), (0.099, "99 ms"), (0.0999, "0.1 s"),
+        (3.14, "3.1 s"),
         (9.94, "9.9 s"), (9.96, "10 s"), (42.4, "42 s"), (59.4, "59 s"), (59.7, "1 min"), (72, "1 min 12 s"),
         (3599.6, "1 h"), (7500, "2 h 5 min"), (86_399, "1 d"), (100_000, "1 d 4 h"),
     ],
@@ -32,7 +33,10 @@ def test_no_duration_shows_a_full_smaller_unit(seconds: float) -> None:
 
 @pytest.mark.parametrize(
     ("size_bytes", "shown"),
-    [(None, "-"), (0, "0 B"), (812, "812 B"), (999.6, "1.0 kB"), (3_400_000, "3.4 MB"), (12_400_000_000, "12 GB"), (5e12, "5.0 TB")],
+    [
+        (None, "-"), (0, "0 B"), (812, "812 B"), (999.6, "1.0 kB"), (3_400_000, "3.4 MB"), (12.4e9, "12 GB"),
+        (5e12, "5.0 TB"),
+    ],
 )  # fmt: skip
 def test_sizes_are_decimal(size_bytes: float | None, shown: str) -> None:
     assert text.size(size_bytes) == shown
