@@ -15,7 +15,7 @@ from collections.abc import Collection
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from qpipe.model import layer_forms, rewrites
+from qpipe.model import attention_forms, layer_forms, rewrites
 from qpipe.model.check import check_supported, refuse_quantized
 from qpipe.model.floats import to_float32
 from qpipe.model.folding import fold_constants, fold_weights
@@ -33,7 +33,12 @@ SIMPLIFICATIONS: tuple[rewrites.Rule, ...] = (
     rewrites.merge_transposes,
     rewrites.merge_reshapes,
     rewrites.skip_nothing,
+    attention_forms.expand_later,
+    attention_forms.expand_never,
+    attention_forms.transpose_directly,
+    attention_forms.unguarded_softmax,
     layer_forms.transpose_parameter,
+    layer_forms.reshape_parameter,
     layer_forms.explicit_attributes,
     layer_forms.pad_into_conv,
     layer_forms.gemm_input_first,
@@ -63,6 +68,7 @@ def canonicalize(model: ir.Model, parameters: Collection[str] | None = None) -> 
     assign_names(model)
     simplify(model, kept)
     notes += fold_weights(model)
+    layer_forms.drop_made_up_biases(graph, kept)
     remove_dead_nodes(model)
     drop_unused_initializers(graph)
     restore(model)

@@ -10,6 +10,7 @@ import contextlib
 import io
 import logging
 import re
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -48,8 +49,23 @@ def from_torch(
     _keep_scopes(source)
     model, changes = canonicalize(source, parameters)
     rename(model.graph, parameters, input_names)
-    found = notes + changes
-    return Model(model, metadata={"notes": found} if found else {}).edit().model()
+    metadata: dict[str, Any] = {"notes": notes + changes} if notes + changes else {}
+    if tied := _tied(module, set(model.graph.initializers)):
+        metadata["tied"] = tied
+    return Model(model, metadata=metadata).edit().model()
+
+
+def _tied(module: torch.nn.Module, kept: set[str]) -> dict[str, str]:
+    """The names of parameters that torch knows under another name as well: that name -> the one kept."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    tied = {}
+    for group in names.values():
+        holder = next((name for name in group if name in kept), None)
+        if holder is not None:
+            tied.update({name: holder for name in group if name != holder})
+    return dict(sorted(tied.items()))
 
 
 def _arguments(module: torch.nn.Module, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -95,11 +111,19 @@ def _exported_with_batch(
     if kwargs:
         dims = {name: {0: dim} if isinstance(v, torch.Tensor) else None for name, v in kwargs.items()}
     try:
-        return _exported(module, args, kwargs, dims), []
+        model = _exported(module, args, kwargs, dims)
     except InputError:
         model = _exported(module, args, kwargs, None)
-    size = next(iter(sizes))
-    return model, [f"The batch size is fixed to {max(size, 2)}: the module does not export with an open one."]
+    size = max(next(iter(sizes)), 2)
+    if _has_open_batch(model):
+        return model, []
+    return model, [f"The batch size is fixed to {size}: the module does not export with an open one."]
+
+
+def _has_open_batch(model: ir.Model) -> bool:
+    """torch closes a dimension without a word where the module's code compares it with a number."""
+    shapes = [value.shape for value in model.graph.inputs]
+    return all(shape is not None and len(shape) > 0 and not isinstance(shape[0], int) for shape in shapes)
 
 
 def _doubled(value: Any) -> Any:
@@ -131,40 +155,50 @@ def _exported(
 
 
 def _failure(module: torch.nn.Module, error: BaseException) -> str:
-    chain: list[BaseException] = []
-    current: BaseException | None = error
-    while current is not None and current not in chain:
-        chain.append(current)
-        current = current.__cause__ or current.__context__
+    """What went wrong, where in the module, and what to do, in three sentences."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
     root = chain[-1]
-    lines = [line.strip() for line in str(root).splitlines() if line.strip()]
-    reason = lines[0] if lines else type(root).__name__
-    place = next((found.group(1) for e in chain if (found := _MODULE.search(str(e)))), None)
-    where = f" in its part {place!r}" if place else ""
+    reason = next(
+        (line.strip() for line in str(root).splitlines() if line.strip()), "no reason given"
+    ).rstrip(".")
+    places = [place for e in chain if (place := _deepest_module(module, e)) is not None]
+    where = f" in its part {places[-1]!r}" if places else ""
+    calls = [found for e in chain for found in _CALL.findall(str(e))]
+    code = f" at `{calls[-1].strip()}`" if calls else ""
     return (
-        f"torch cannot export {type(module).__name__} to ONNX{where}: {type(root).__name__}: {reason} "
-        "Control flow that depends on values, and operators of your own, have to be rewritten; "
-        "or export the model to ONNX yourself and use model=onnx_file."
+        f"torch cannot export {type(module).__name__} to ONNX: {type(root).__name__}{where}{code}: {reason}. "
+        "Rewrite what depends on the values of tensors or calls operators that ONNX lacks; "
+        "or export the model to ONNX yourself and load that file."
     )
 
 
-_MODULE = re.compile(r"name_scopes[^\[]*\[(?:'[^']*', )*'([^']+)'")
+_CALL = re.compile(r'File "[^"]+", line \d+, in forward\n\s+(.+)')
+
+
+def _deepest_module(module: torch.nn.Module, error: BaseException) -> str | None:
+    """The path of the innermost submodule whose code was running; None for the module itself or none."""
+    paths = {id(part): path for path, part in module.named_modules()}
+    found = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        path = paths.get(id(frame.f_locals.get("self")))
+        found = path or found
+    return found
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """torch's exporter prints progress and warns of things that are none of the user's."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
+    """torch's exporter logs, prints and warns of things that are none of the user's; errors are raised."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
-            yield
+            with contextlib.redirect_stderr(io.StringIO()):
+                yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(disabled)
 
 
 def _is_parameter(value: ir.Value) -> bool:
@@ -190,7 +224,7 @@ def _keep_scopes(model: ir.Model) -> None:
     for node in model.graph:
         scopes = _listed(node.metadata_props.get("pkg.torch.onnx.name_scopes"))
         classes = _listed(node.metadata_props.get("pkg.torch.onnx.class_hierarchy"))
-        if len(scopes) > 1:
+        if len(scopes) > 1 and "metadata_hook" not in scopes[-2]:  # that is torch's own bookkeeping
             node.metadata_props[SCOPE] = scopes[-2]
         if len(classes) > 1:
             node.metadata_props[MODULE_CLASS] = classes[-2].rsplit(".", 1)[-1]

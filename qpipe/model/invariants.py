@@ -19,7 +19,9 @@ OPSET = 21
 IR_VERSION = 10
 PERMUTATION = "permutation"
 """Key in an initializer's metadata: the permutation that was applied to the parameter that its name names."""
-_KEPT = (SCOPE, MODULE_CLASS, PERMUTATION)
+SHAPE = "torch_shape"
+"""Key in an initializer's metadata: the shape that the parameter had; its numbers are the same."""
+_KEPT = (SCOPE, MODULE_CLASS, PERMUTATION, SHAPE)
 
 
 def restore(model: ir.Model) -> None:

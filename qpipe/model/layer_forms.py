@@ -8,12 +8,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
-from qpipe.model.invariants import PERMUTATION
+from qpipe.model.invariants import PERMUTATION, SHAPE
 from qpipe.model.rewrites import constant, permutation
 
 _WINDOWS = frozenset({"Conv", "ConvTranspose", "MaxPool", "AveragePool", "LpPool"})
@@ -27,7 +27,11 @@ def transpose_parameter(graph: ir.Graph, node: ir.Node) -> bool:
         return False
     perm = permutation(node)
     users = value.consumers()
-    if perm is None or any(user.op_type != "Transpose" or permutation(user) != perm for user in users):
+    if (
+        perm is None
+        or SHAPE in value.metadata_props
+        or any(user.op_type != "Transpose" or permutation(user) != perm for user in users)
+    ):
         return False
     if any(user.outputs[0].is_graph_output() for user in users):
         return False
@@ -38,6 +42,26 @@ def transpose_parameter(graph: ir.Graph, node: ir.Node) -> bool:
     for user in users:
         user.outputs[0].replace_all_uses_with(value)
         graph.remove(user, safe=True)
+    return True
+
+
+def reshape_parameter(graph: ir.Graph, node: ir.Node) -> bool:
+    """Store a parameter in the shape in which its only reader wants it (the slope of a PRelu, a bias of an
+    Add): the numbers stay, the shape that torch knows goes into the metadata."""
+    value = node.inputs[0] if node.op_type in ("Reshape", "Unsqueeze") and not node.domain else None
+    output = node.outputs[0]
+    if value is None or not value.is_initializer() or value.const_value is None or len(value.uses()) != 1:
+        return False
+    if output.is_graph_output() or output.shape is None or not output.shape.is_static():
+        return False
+    if PERMUTATION in value.metadata_props:
+        return False
+    array = value.const_value.numpy()
+    value.metadata_props.setdefault(SHAPE, json.dumps(list(array.shape)))
+    tensor = ir.Tensor(array.reshape(output.shape.numpy()), name=value.name)
+    value.const_value, value.shape = tensor, ir.Shape(tensor.shape)
+    output.replace_all_uses_with(value)
+    graph.remove(node, safe=True)
     return True
 
 
@@ -146,6 +170,20 @@ def gemm_input_first(graph: ir.Graph, node: ir.Node) -> bool:
     graph.insert_before(node, transpose)
     node.replace_input_with(0, transpose.outputs[0])
     return True
+
+
+def drop_made_up_biases(graph: ir.Graph, parameters: Collection[str]) -> None:
+    """Remove biases of zeros that are no parameter: exporters write one where a layer has none."""
+    for node in graph:
+        bias = (
+            node.inputs[2] if node.op_type in _BIASED and not node.domain and len(node.inputs) > 2 else None
+        )
+        values = constant(node, 2)
+        if bias is not None and values is not None and not values.any() and bias.name not in parameters:
+            node.resize_inputs(2)
+
+
+_BIASED = frozenset({"Conv", "ConvTranspose", "Gemm"})
 
 
 def _ints(node: ir.Node, key: str, rank: int, default: int = 1) -> list[int]:

@@ -220,7 +220,7 @@ def following_activation(value: ir.Value) -> tuple[tuple[str, ...], str]:
 def _candidates(inside: set[ir.Value], region: list[ir.Node]) -> Iterator[ir.Node]:
     for value in [*(output for node in reversed(region) for output in node.outputs), *inside]:
         for node in value.consumers():
-            known = all(v is None or v in inside or v.is_initializer() for v in node.inputs)
+            known = all(v is None or v in inside or _constant(v) for v in node.inputs)
             if node not in region and not node.domain and node.op_type in NONLINEAR | LINEAR and known:
                 yield node
 

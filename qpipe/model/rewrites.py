@@ -80,9 +80,7 @@ def _gives_back(node: ir.Node) -> bool:
     if op in ("Add", "Sub", "Mul", "Div"):
         other = constant(node, 1)
         neutral = 0 if op in ("Add", "Sub") else 1
-        return (
-            other is not None and other.size == 1 and other.item() == neutral and _same_shape(source, output)
-        )
+        return other is not None and bool(np.all(other == neutral)) and _same_shape(source, output)
     return False
 
 
@@ -149,7 +147,9 @@ def merge_transposes(graph: ir.Graph, node: ir.Node) -> bool:
 
 def merge_reshapes(graph: ir.Graph, node: ir.Node) -> bool:
     """Reshape of a reshape to a constant shape without zeros needs the last only."""
-    before = _producer(node, "Reshape", "Flatten") if node.op_type == "Reshape" else None
+    before = (
+        _producer(node, "Reshape", "Flatten", "Squeeze", "Unsqueeze") if node.op_type == "Reshape" else None
+    )
     shape = constant(node, 1)
     if before is None or shape is None or 0 in shape or before.inputs[0] is None:
         return False

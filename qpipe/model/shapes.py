@@ -43,11 +43,16 @@ def _dimension(mine: int | ir.SymbolicDim, theirs: int | ir.SymbolicDim) -> int 
         return mine
     if isinstance(theirs, int):
         return theirs
-    return mine.value if mine.value is not None else theirs.value
+    return mine.value if mine.value is not None else _name(theirs)
+
+
+def _name(dim: ir.SymbolicDim) -> str | None:
+    """The name of a dimension; None where inference made it up, with a number that changes each time."""
+    return None if dim.value is None or dim.value.startswith("unk__") else dim.value
 
 
 def _copied(shape: ir.Shape) -> ir.Shape:
-    return ir.Shape([dim if isinstance(dim, int) else dim.value for dim in shape])
+    return ir.Shape([dim if isinstance(dim, int) else _name(dim) for dim in shape])
 
 
 def complete(model: ir.Model) -> bool:

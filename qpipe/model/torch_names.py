@@ -20,6 +20,9 @@ from qpipe.model.invariants import OPSET
 from qpipe.model.naming import SCOPE, Names
 
 _WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+_NORMS = frozenset(
+    {"BatchNormalization", "LayerNormalization", "InstanceNormalization", "GroupNormalization"}
+)
 
 
 def rename(graph: ir.Graph, parameters: Collection[str], input_names: Sequence[str] | None) -> None:
@@ -82,9 +85,11 @@ def _rename_constants(graph: ir.Graph, kept: Collection[ir.Value], names: Names)
 
 
 def _slot(node: ir.Node, index: int) -> str:
-    """What ONNX calls the input; `constant` where it has a letter for it."""
+    """What torch calls a layer's input, or ONNX an operator's; `constant` where that is but a letter."""
     if node.op_type in _WEIGHTED:
         return ("input", "weight", "bias")[index]
+    if node.op_type in _NORMS:
+        return ("input", "weight", "bias", "running_mean", "running_var")[index]
     inputs = onnx.defs.get_schema(node.op_type, OPSET, node.domain).inputs
     name = str(inputs[min(index, len(inputs) - 1)].name)
     return name if len(name) > 1 and name not in ("inputs", "data_0") else "constant"
