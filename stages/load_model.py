@@ -1,0 +1,174 @@
+"""Bring a model in, from an ONNX file or from torch, in the one canonical form; and show that it computes the
+same.
+
+The import is held against its source on random inputs (torch: on the example inputs): onnxruntime on the
+source, onnxruntime on the canonical form, and the torch module that simulation runs on.
+
+    max |y - y'| / max |y| <= 1e-4        or the model is refused, with the first node that differs
+
+Assumes: an ONNX file whose external data lie beside it; a Python function that returns an nn.Module, or the
+module and its example inputs. Without example inputs, the first sample on the port `data` serves.
+Source: own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qpipe.errors import InputError
+from qpipe.param import load_factory
+from qpipe.stage import NULL, Context, Factory, Samples, stage
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+    from qpipe.model import Model
+
+    Arrays = dict[str, NDArray[Any]]
+
+
+def built(factory: str) -> tuple[torch.nn.Module, Any]:
+    """The module that `module:function` returns, and its example inputs or None. Errors: InputError."""
+    import torch
+
+    returned = load_factory(factory)()
+    module, example = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
+    if not isinstance(module, torch.nn.Module):
+        raise InputError(
+            f"{factory} returned {type(module).__name__}; it has to return an nn.Module, or (module, example_inputs)."
+        )
+    return module, example
+
+
+def example_from(module: torch.nn.Module, data: Samples | None, factory: str) -> Any:
+    """The first sample, by argument name where the names are those of `forward`, else as the only argument."""
+    if data is None:
+        raise InputError(
+            f"{factory} returned no example inputs, and no samples are wired. Return (module, example_inputs)."
+        )
+    sample = {name: array[:1].copy() for name, array in data.arrays.items()}
+    if set(sample) <= set(inspect.signature(module.forward).parameters):
+        return sample
+    if len(sample) == 1:
+        return tuple(sample.values())
+    arguments = ", ".join(inspect.signature(module.forward).parameters)
+    raise InputError(
+        f"The samples hold {', '.join(sample)}, but {type(module).__name__} takes {arguments}. Name them alike."
+    )
+
+
+def from_module(module: torch.nn.Module, example: Any, data: Samples | None) -> Model:
+    """The module as a model; a single input takes the name that the samples give it."""
+    from qpipe.model import Model
+
+    model = Model.from_torch(module, example)
+    names = list(data.arrays) if data is not None else []
+    if len(names) == len(model.inputs) == 1 and names[0] != model.inputs[0].name:
+        model = Model.from_torch(module, example, input_names=names)
+    return model
+
+
+def on_example(module: torch.nn.Module, example: Any, model: Model) -> tuple[Arrays, list[Any]]:
+    """The example as arrays by the model's input names, and the outputs of `module`, in eval mode, for it."""
+    import copy
+
+    import torch
+
+    twin = copy.deepcopy(module).cpu().eval()
+    named = (
+        {str(name): torch.as_tensor(value) for name, value in example.items()}
+        if isinstance(example, Mapping)
+        else {}
+    )
+    listed = example if isinstance(example, tuple | list) else [example]
+    tensors = list(named.values()) if named else [torch.as_tensor(value) for value in listed]
+    with torch.no_grad():
+        returned = twin(**named) if named else twin(*tensors)
+    leaves = torch.utils._pytree.tree_leaves(returned)
+    outputs = [leaf.numpy() for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    pairs = zip(model.inputs, tensors, strict=True)
+    return {spec.name: named.get(spec.name, tensor).numpy() for spec, tensor in pairs}, outputs
+
+
+def largest_error(model: Model, fed: Arrays, wanted: list[Any]) -> float:
+    """max |y - y'| / max |y| over the outputs, of the model in onnxruntime and of its torch module."""
+    import torch
+
+    from qpipe.model.check import relative_error
+
+    found = model.session(quantized=False).run(None, fed)
+    with torch.no_grad():
+        returned = model.to_torch(quantized=False)(
+            *(torch.as_tensor(fed[spec.name]) for spec in model.inputs)
+        )
+    computed = [returned] if isinstance(returned, torch.Tensor) else list(returned)
+    runs = (found, [tensor.numpy() for tensor in computed])
+    return max((relative_error(a, b) for run in runs for a, b in zip(wanted, run, strict=True)), default=0.0)
+
+
+def refuse(name: str, error: float, difference: Mapping[str, Any] | None) -> None:
+    """Raise InputError for an import that does not compute what its source does."""
+    where = ""
+    if difference is not None:
+        where = (
+            f" The first node that differs is '{difference['node']}' ({difference['op_type']}), by "
+            f"{difference['error']:.1e} in '{difference['value']}'."
+        )
+    raise InputError(
+        f"The import of {name} computes something else than its source: outputs off by {error:.1e}.{where}"
+    )
+
+
+@stage(version=1)
+def load_model(
+    data: Samples | None = None,
+    *,
+    path: Path | None = None,
+    factory: Factory | None = None,
+    weights: Path | None = None,
+    ctx: Context = NULL,
+) -> Model:
+    """The model in an ONNX file (`path`), or the one that a Python function builds (`factory`), float and
+    canonical.
+
+    `weights` (.safetensors, or a state dict saved by torch) replace a torch module's parameters. `data` give
+    the example where the factory returns none, and the name of a single input. Errors: InputError for a file
+    or a module that cannot be taken, for weights that do not fit, and for an import that computes something
+    else.
+    """
+    from qpipe.model import Model
+    from qpipe.model.check import TOLERANCE, first_difference, verify_import
+
+    if (path is None) == (factory is None):
+        raise InputError(
+            f"load_model takes either path or factory, got {'both' if path else 'none of them'}."
+        )
+    if path is not None:
+        if weights is not None:
+            raise InputError("`weights` go with `factory`; an ONNX file holds its own.")
+        model = Model.load(path)
+        found = verify_import(model, path)
+        if not found["equal"]:
+            refuse(path.name, max(found["onnxruntime"], found["torch"]), found["first_difference"])
+        error = max(found["onnxruntime"], found["torch"])
+    else:
+        assert factory is not None
+        from qpipe.model.torch_weights import fill, read_weights
+
+        module, example = built(factory)
+        if weights is not None:
+            fill(module, read_weights(weights), weights.name)
+        example = example_from(module, data, factory) if example is None else example
+        model = from_module(module, example, data)
+        fed, wanted = on_example(module, example, model)
+        error = largest_error(model, fed, wanted)
+        if error > TOLERANCE:
+            refuse(factory, error, first_difference(model, fed))
+    for note in model.metadata.get("notes", []):
+        ctx.note(note)
+    ctx.note(f"The import computes what its source does, to {error:.1e} (relative).")
+    return model
