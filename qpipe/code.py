@@ -1,10 +1,10 @@
 """The code digest: what a stage's formula is made of, found without importing or running any of it.
 
 It covers a module and every first-party module that it reaches by import, wherever the import stands (in a
-function, under TYPE_CHECKING, relative), in the normal form of `qpipe.syntax`. First-party is what lies neither
-in the standard library nor in an install folder, and whatever shares the package of the module asked for.
-Packages of others count by version (`libraries`). qpipe's own engine does not count: it decides when a formula
-runs, and the format of its artifacts has a version of its own in every key.
+function, under TYPE_CHECKING, relative), in the normal form of `qpipe.syntax`. First-party is what lies
+neither in the standard library nor in an install folder, and whatever shares the package of the module asked
+for. Packages of others count by version (`libraries`). qpipe's own engine does not count: it decides when a
+formula runs, and the format of its artifacts has a version of its own in every key.
 """
 
 from __future__ import annotations

@@ -150,8 +150,8 @@ class Store:
 
         `result["outputs"]` is {port: {"kind", "digest", "size_bytes"}}; `blobs`, {digest: size} of everything
         they consist of, is added here; the rest is free JSON. The first to publish wins: where a complete
-        result stands already, it stays and is returned, unless told to `replace` it. DamagedError where a blob
-        of the outputs is missing.
+        result stands already, it stays and is returned, unless told to `replace` it. DamagedError where a
+        blob of the outputs is missing.
         """
         blobs: dict[str, int] = {}
         for output in result["outputs"].values():
