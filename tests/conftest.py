@@ -22,6 +22,7 @@ def toy(tmp_path: Path) -> Toy:
 def toy_stages(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Toy]:
     """The toy plug-in inside this process: `catalog()` knows its stages until the test ends."""
     monkeypatch.syspath_prepend(toy.folder / "plugin")
+    monkeypatch.syspath_prepend(toy.folder / "registered")
     monkeypatch.setenv("TOY_LOG", str(toy.log))
     catalog.cache_clear()
     yield toy

@@ -84,17 +84,18 @@ class Toy:
         self.folder = folder
         self.log = folder / "calls.log"
         plug_in = folder / "plugin"
-        info = plug_in / "toy-1.0.dist-info"
+        plug_in.mkdir(parents=True)
+        info = folder / "registered" / "toy-1.0.dist-info"  # elsewhere: a folder of distributions counts as installed
         info.mkdir(parents=True)
         (plug_in / "toy_stages.py").write_text(SOURCE)
         self.formula = plug_in / "toy_formula.py"
         self.formula.write_text(FORMULA)
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n")
         lines = "".join(f"toy_{name} = toy_stages:{name}\n" for name in STAGES)
-        (info / "entry_points.txt").write_text("[qpipe.stages]\n" + lines.replace("toy_", "", 0))
+        (info / "entry_points.txt").write_text("[qpipe.stages]\n" + lines)
         (folder / "conf" / "pipeline").mkdir(parents=True)
         self.environment = os.environ | {
-            "PYTHONPATH": str(plug_in),
+            "PYTHONPATH": os.pathsep.join([str(plug_in), str(info.parent)]),
             "TOY_LOG": str(self.log),
             "QPIPE_CACHE_DIR": str(folder / "cache"),
         }
