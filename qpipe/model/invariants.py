@@ -32,6 +32,7 @@ def restore(model: ir.Model) -> None:
     for value in [value for value in graph.inputs if value.is_initializer()]:
         graph.inputs.remove(value)
     _sort(graph)
+    remove_dead_nodes(model)
     drop_unused_initializers(graph)
     assign_names(model)
     _forget_origins(model)

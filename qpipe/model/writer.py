@@ -1,0 +1,94 @@
+"""Models as files that need nothing of qpipe to be read.
+
+model.onnx              the QDQ form where there are encodings, else the float model
+model.onnx.data         its tensors, where they come to more than protobuf's 2 GB
+encodings.json          the grids (where there are encodings)
+weights.safetensors     the float weights under torch's names and in torch's layout (where there are encodings)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+
+from qpipe.model.invariants import PERMUTATION, SHAPE
+from qpipe.model.packing import graph_proto, tensor_bytes
+
+if TYPE_CHECKING:
+    from qpipe.model.model import Model
+
+Array = npt.NDArray[Any]
+LARGEST_INLINE_BYTES = 1_800_000_000
+"""Above this the tensors go into a file of their own: protobuf ends at 2^31 bytes, the graph included."""
+_ALIGNMENT = 4096
+
+
+def save(model: Model, folder: Path) -> Path:
+    """Write the files above into `folder`, made where it is missing; returns the path of model.onnx."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "model.onnx"
+    if not model.encodings:
+        write_onnx(model.ir, path)
+        return path
+    from qpipe.model.encodings_file import write_encodings
+    from qpipe.model.qdq import qdq_model
+
+    write_onnx(qdq_model(model), path)
+    write_encodings(model, folder / "encodings.json")
+    from safetensors.numpy import save_file
+
+    save_file(torch_weights(model), folder / "weights.safetensors")
+    return path
+
+
+def write_onnx(model: ir.Model, path: Path, largest_inline_bytes: int = LARGEST_INLINE_BYTES) -> None:
+    """Write `model` as one file, or as two where its tensors come to more than `largest_inline_bytes`."""
+    sizes = [value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value]
+    if sum(sizes) <= largest_inline_bytes:
+        proto, _ = graph_proto(model, inline_bytes=None)
+    else:
+        proto, outside = graph_proto(model)
+        _write_data(proto, outside, path.with_name(path.name + ".data"))
+    path.write_bytes(proto.SerializeToString(deterministic=True))
+
+
+def _write_data(proto: onnx.ModelProto, tensors: dict[str, ir.TensorProtocol], path: Path) -> None:
+    """Put the tensors one after another, each on a page of its own, and tell `proto` where they are."""
+    with path.open("wb") as file:
+        for tensor in proto.graph.initializer:
+            if tensor.name not in tensors:
+                continue
+            offset = -(-file.tell() // _ALIGNMENT) * _ALIGNMENT
+            file.seek(offset)
+            length = file.write(tensor_bytes(tensors[tensor.name]))
+            del tensor.external_data[:]
+            for key, value in (("location", path.name), ("offset", str(offset)), ("length", str(length))):
+                tensor.external_data.add(key=key, value=value)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def torch_weights(model: Model) -> dict[str, Array]:
+    """The float initializers as a torch module has them: permutations and reshapes of the import undone, tied
+    parameters under both names. Constants that the import named are among them."""
+    weights: dict[str, Array] = {}
+    for name, value in sorted(model.graph.initializers.items()):
+        if value.dtype != ir.DataType.FLOAT:
+            continue
+        array = model.param(name)
+        if PERMUTATION in value.metadata_props:
+            array = array.transpose(np.argsort(json.loads(value.metadata_props[PERMUTATION])))
+        if SHAPE in value.metadata_props:
+            array = array.reshape(json.loads(value.metadata_props[SHAPE]))
+        weights[name] = np.ascontiguousarray(array)
+    for alias, name in model.metadata.get("tied", {}).items():
+        if name in weights:
+            weights[alias] = weights[name]
+    return weights
