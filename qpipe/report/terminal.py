@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,7 +12,8 @@ from typing import IO, Protocol
 
 from qpipe.report import text
 from qpipe.report.closing import closing_table
-from qpipe.report.table import paint, table, wrap
+from qpipe.report.plain import PlainDisplay, is_terminal
+from qpipe.report.table import table, wrap
 
 __all__ = ["Row", "Terminal", "closing_table"]
 
@@ -21,11 +21,21 @@ STYLES = {"run": "blue", "ran": "blue", "wait": "yellow", "failed": "bold red", 
 QUIET_VERDICTS = frozenset({"not_needed", "disabled"})
 PLAIN_INTERVAL_S = 10.0
 LISTED = 60
+_COUNTED = {
+    "hit": "cached",
+    "run": "to run",
+    "wait": "waiting for their inputs",
+    "failed": "failed",
+    "skipped": "skipped",
+}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One node of the plan: `verdict` is hit, run or wait; `expected_s` is what it took before, if ever."""
+    """One node of the plan.
+
+    `verdict` is hit, run, wait or not_needed; `expected_s` is what the node took before, if it ever ran.
+    """
 
     node: str
     stage: str
@@ -204,66 +214,42 @@ class Terminal:
         return self._done, self._planned, self._left_text()
 
 
-class PlainDisplay:
-    """Lines on a stream, one write each; characters that it cannot encode become question marks."""
-
-    def __init__(self, stream: IO[str]) -> None:
-        self._stream = stream
-        self.fancy = is_terminal(stream) and _encodes(stream, "─✓…")
-        plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
-        self.colour = is_terminal(stream) and not plain
-        columns = shutil.get_terminal_size((100, 24)).columns if is_terminal(stream) else 100
-        self.width = max(40, min(columns, 160))
-
-    def line(self, line: str, style: str = "") -> None:
-        self.text(paint(line, style, self.colour) + "\n")
-
-    def text(self, content: str) -> None:
-        encoding = getattr(self._stream, "encoding", None) or "utf-8"
-        try:
-            self._stream.write(content.encode(encoding, "replace").decode(encoding))
-            self._stream.flush()
-        except (
-            BrokenPipeError,
-            ValueError,
-        ):  # the reader is gone (`| head`): the run is worth more than this
-            return
-
-    def update(self, node: str, activity: Activity) -> None:
-        return
-
-    def remove(self, node: str) -> None:
-        return
-
-    def close(self) -> None:
-        return
-
-
 def plan_lines(rows: Sequence[Row], width: int, expected_s: float | None) -> Iterable[tuple[str, str]]:
     """(line, style): a summary, then one line per node; hits of a long plan are only counted."""
+    idle = [row.node for row in rows if row.verdict in QUIET_VERDICTS]
+    rows = [row for row in rows if row.verdict not in QUIET_VERDICTS]
     if not rows:
         return
-    counts = {verdict: sum(row.verdict == verdict for row in rows) for verdict in ("hit", "run", "wait")}
-    if counts["hit"] == len(rows):
-        yield f"{text.plural(len(rows), 'node')}, all cached", ""
+    hits = sum(row.verdict == "hit" for row in rows)
+    if hits == len(rows):
+        yield f"{text.plural(hits, 'node')}, all cached", ""
         return
-    names = {"hit": "cached", "run": "to run", "wait": "waiting for their inputs"}
-    parts = [f"{count} {names[verdict]}" for verdict, count in counts.items() if count]
+    counts = {verdict: sum(row.verdict == verdict for row in rows) for verdict in _COUNTED}
+    parts = [f"{count} {_COUNTED[verdict]}" for verdict, count in counts.items() if count]
     about = "" if expected_s is None else f"; about {text.duration(max(1.0, round(expected_s)))}"
     yield f"{text.plural(len(rows), 'node')}: {', '.join(parts)}{about}", ""
     listed = [row for row in rows if row.verdict != "hit"][:LISTED] if len(rows) > LISTED else rows
-    cells = [
-        (row.verdict, text.clean(row.node), text.clean(row.stage) if row.stage != row.node else "",
-         "" if row.expected_s is None or row.verdict == "hit" else f"~ {text.duration(row.expected_s)}",
-         "" if row.verdict == "hit" else text.clean("; ".join(row.reasons)))
-        for row in listed
-    ]  # fmt: skip
-    for row, lines in zip(listed, table(cells, width - 2, right=(3,), flexible=4), strict=True):
+    for row, lines in zip(listed, table(_cells(listed), width - 2, right=(3,), flexible=4), strict=True):
         for line in lines:
             yield f"  {line}", "dim" if row.verdict == "hit" else ""
-    hidden = sum(row.verdict != "hit" for row in rows) - len(listed)
-    if len(rows) > LISTED and hidden > 0:
+    if len(rows) > LISTED and (hidden := len(rows) - hits - len(listed)) > 0:
         yield f"  and {hidden} more", ""
+    if idle:
+        for line in wrap(f"only if needed: {text.clean(', '.join(idle))}", width - 2, max_lines=3):
+            yield f"  {line}", "dim"
+
+
+def _cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    return [
+        (
+            row.verdict,
+            text.clean(row.node),
+            text.clean(row.stage) if row.stage != row.node else "",
+            "" if row.expected_s is None or row.verdict == "hit" else f"~ {text.duration(row.expected_s)}",
+            "" if row.verdict == "hit" else text.clean("; ".join(row.reasons)),
+        )
+        for row in rows
+    ]
 
 
 def time_left_s(
@@ -273,21 +259,6 @@ def time_left_s(
     left = [running[node].left_s(now) if node in running else expected for node, expected in pending.items()]
     known = [seconds for seconds in left if seconds is not None]
     return max(max(known), sum(known) / max(1, len(running))) if known else None
-
-
-def is_terminal(stream: IO[str]) -> bool:
-    try:
-        return stream.isatty()
-    except (AttributeError, ValueError):  # a closed stream, or a stand-in that is no file
-        return False
-
-
-def _encodes(stream: IO[str], characters: str) -> bool:
-    try:
-        characters.encode(getattr(stream, "encoding", None) or "ascii")
-    except (UnicodeEncodeError, LookupError):
-        return False
-    return True
 
 
 def _prefixed(prefix: str, rest: str) -> str:

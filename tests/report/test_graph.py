@@ -7,9 +7,9 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from conftest import EDGES, ORDER
 
 from qpipe.report.graph import colours, draw_graph, svg_graph
+from tests.report.conftest import EDGES, ORDER
 
 SVG = "{http://www.w3.org/2000/svg}"
 NODES = {name: {"stage": stage, "verdict": verdict, "label": ""} for name, stage, verdict in ORDER}

@@ -4,9 +4,9 @@ import time
 from typing import Any
 
 import pytest
-from conftest import EDGES, ORDER
 
 from qpipe.report.rails import graph_text, reading_order
+from tests.report.conftest import EDGES, ORDER
 
 NODES: dict[str, dict[str, Any]] = {
     name: {"stage": stage, "verdict": verdict} for name, stage, verdict in ORDER

@@ -83,7 +83,6 @@ def test_large_distances_share_the_last_bar(record: dict[str, Any]) -> None:
 def test_a_record_that_was_cut_short_can_be_read(broken: dict[str, Any]) -> None:
     assert facts.steps(broken) == ()
     assert facts.goal_sentence(broken) is None
-    assert (
-        facts.failures(broken) == facts.notes(broken) == facts.files(broken) == facts.parities(broken) == []
-    )
+    assert facts.failures(broken) == facts.notes(broken) == facts.files(broken) == []
+    assert facts.parities(broken) == []
     assert facts.totals_sentence(broken) == "0 ran, 0 from the cache"

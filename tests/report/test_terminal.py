@@ -60,6 +60,14 @@ def test_a_plan_of_hits_is_one_line() -> None:
     assert [line for line, _ in plan_lines(rows, 80, None)] == ["12 nodes, all cached"]
 
 
+def test_what_is_asked_for_lazily_is_named_apart() -> None:
+    lazy = [Row("amp", "amp", "not_needed"), Row("score_amp", "evaluate", "not_needed")]
+    assert [line for line, _ in plan_lines([*PLAN, *lazy], 100, None)][
+        -1
+    ] == "  only if needed: amp, score_amp"
+    assert [line for line, _ in plan_lines([PLAN[0], *lazy], 100, None)] == ["1 node, all cached"]
+
+
 def test_a_long_plan_lists_what_runs_and_counts_the_rest() -> None:
     rows = [Row(f"n{i}", "cle", "hit") for i in range(900)] + [Row(f"m{i}", "cle", "run") for i in range(100)]
     lines = [line for line, _ in plan_lines(rows, 80, None)]
