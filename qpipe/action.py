@@ -80,11 +80,14 @@ class ActionContext(Context):
         started = time.perf_counter()
         value = fn(*inputs)
         artifact = save(_to_remember(value), self._store)
-        self._store.publish(key, {
-            "outputs": {"result": artifact_json(artifact)},
-            "ingredients": {**self._code, "memo": name},
-            "provenance": {"duration_s": time.perf_counter() - started},
-        })  # fmt: skip
+        self._store.publish(
+            key,
+            {
+                "outputs": {"result": artifact_json(artifact)},
+                "ingredients": {**self._code, "memo": name},
+                "provenance": {"duration_s": time.perf_counter() - started},
+            },
+        )
         return value
 
 
@@ -92,7 +95,9 @@ def _to_remember(value: Any) -> Statistics:
     """Arrays as arrays, all else as JSON; a value that is no dict stands alone under no name."""
     if not isinstance(value, dict):
         return Statistics({}, {"value": value})
-    arrays = {name: item for name, item in value.items() if hasattr(item, "__array__") and hasattr(item, "dtype")}
+    arrays = {
+        name: item for name, item in value.items() if hasattr(item, "__array__") and hasattr(item, "dtype")
+    }
     return Statistics(arrays, {"values": {name: item for name, item in value.items() if name not in arrays}})
 
 
@@ -108,7 +113,7 @@ def artifact_json(artifact: Artifact) -> dict[str, Any]:
 
 
 def perform(request: Request, store: Store, emit: Emit, threads: int) -> dict[str, Any]:
-    """Run the action; its result: `outputs`, `notes`, `ingredients`, `provenance`. Errors: whatever the stage raises."""
+    """Run the action; its result: `outputs`, `notes`, `ingredients`, `provenance`. Raises what the stage raises."""
     stage = catalog()[request["stage"]]
     params = {
         name: coerce(value, stage.params[name].hint, f"stages.{request['node']}.{name}")
@@ -126,7 +131,9 @@ def perform(request: Request, store: Store, emit: Emit, threads: int) -> dict[st
     saved = {name: artifact_json(save(value, store)) for name, value in outputs.items()}
     for name, kind in stage.outputs.items():
         if saved[name]["kind"] != kind:
-            raise TypeError(f"stage '{stage.name}' says that its output '{name}' is a {kind}, and returned a {saved[name]['kind']}")
+            raise TypeError(
+                f"stage '{stage.name}' says that its output '{name}' is a {kind}, and returned a {saved[name]['kind']}"
+            )
     return {
         "outputs": saved,
         "notes": context.notes,
@@ -184,7 +191,7 @@ def _peak_rss_bytes() -> int:
 
 
 def _instruction_set() -> str:
-    """The vector extensions that decide the last bits: the widest AVX the processor names, or the machine's own name."""
+    """The vector extensions that decide the last bits, as far as the processor names them."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith(("flags", "Features")):
@@ -193,7 +200,9 @@ def _instruction_set() -> str:
     return platform.processor() or platform.machine()
 
 
-_EXTENSIONS = frozenset({"avx", "avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "sve", "i8mm"})
+_EXTENSIONS = frozenset(
+    {"avx", "avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "sve", "i8mm"}
+)
 
 
 def set_threads(threads: int) -> None:

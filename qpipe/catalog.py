@@ -37,7 +37,9 @@ class Catalog(Mapping[str, Stage]):
         plug_ins = {point.name: point.value for point in entry_points(group=GROUP)}
         clash = sorted(set(built_in) & set(plug_ins))
         if clash:
-            raise ConfigError(f"stages: a plug-in brings '{clash[0]}', a built-in stage. Rename its entry point.")
+            raise ConfigError(
+                f"stages: a plug-in brings '{clash[0]}', a built-in stage. Rename its entry point."
+            )
         self._addresses = built_in | plug_ins
         self._loaded: dict[str, Stage] = {}
 
@@ -46,7 +48,9 @@ class Catalog(Mapping[str, Stage]):
             module, _, attribute = self._addresses[name].partition(":")
             found = getattr(importlib.import_module(module), attribute).__stage__
             if any(param in RESERVED for param in (*found.params, *found.ports)):
-                raise ConfigError(f"stages: '{name}' has a param called one of {RESERVED}, which the language uses.")
+                raise ConfigError(
+                    f"stages: '{name}' has a param called one of {RESERVED}, which the language uses."
+                )
             self._loaded[name] = dataclasses.replace(found, name=name)
         return self._loaded[name]
 

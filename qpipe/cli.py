@@ -100,15 +100,21 @@ def _register() -> None:
     from hydra_plugins.qpipe.launcher import QpipeLauncher
 
     OmegaConf.register_new_resolver("qpipe.file", lambda name: str(PACKAGE / name), replace=True)
-    OmegaConf.register_new_resolver("qpipe.run_id", lambda: secrets.token_hex(2), use_cache=True, replace=True)
+    OmegaConf.register_new_resolver(
+        "qpipe.run_id", lambda: secrets.token_hex(2), use_cache=True, replace=True
+    )
     store = ConfigStore.instance()
     base = OmegaConf.create({"stages": {}})
-    OmegaConf.set_struct(base["stages"], False)  # nodes and params are checked by qpipe.spec, in its own words
+    OmegaConf.set_struct(
+        base["stages"], False
+    )  # nodes and params are checked by qpipe.spec, in its own words
     store.store(name="qpipe_base", node=base)
     for name, stage in catalog().items():
         store.store(group="stage", name=name, node=schema(stage))
     Plugins.instance().register(QpipeLauncher)
-    store.store(group="hydra/launcher", name="qpipe", node={"_target_": "hydra_plugins.qpipe.launcher.QpipeLauncher"})
+    store.store(
+        group="hydra/launcher", name="qpipe", node={"_target_": "hydra_plugins.qpipe.launcher.QpipeLauncher"}
+    )
 
 
 def _compose(many: Many, command: str, rest: list[str]) -> int:
@@ -129,7 +135,11 @@ def _compose(many: Many, command: str, rest: list[str]) -> int:
         status.append(_carry_out(many, build, [folder for _, folder, _ in configs]))
 
     task.qpipe_sweep = sweep  # type: ignore[attr-defined]  # the launcher finds it here
-    quiet = [] if command == "run" else ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra.sweep.dir=.", "hydra.sweep.subdir=."]
+    quiet = (
+        []
+        if command == "run"
+        else ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra.sweep.dir=.", "hydra.sweep.subdir=."]
+    )
     sys.argv = [sys.argv[0], *rest, *quiet]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us, not as Hydra's traceback
     try:
@@ -142,7 +152,11 @@ def _compose(many: Many, command: str, rest: list[str]) -> int:
 def one_line(error: BaseException) -> str:
     """An error of Hydra's or OmegaConf's in one line."""
     lines = [line.strip() for line in str(error).splitlines()]
-    kept = [line for line in lines if line and not line.startswith(("full_key:", "object_type=", "reference_type="))]
+    kept = [
+        line
+        for line in lines
+        if line and not line.startswith(("full_key:", "object_type=", "reference_type="))
+    ]
     return " ".join(kept)
 
 
@@ -185,5 +199,3 @@ def make_job(config: DictConfig, folder: Path, overrides: tuple[str, ...], label
 def command_line() -> list[str]:
     """The command as it was typed, for the record."""
     return ["qpipe", *sys.argv[1:]]
-
-

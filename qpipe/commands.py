@@ -28,6 +28,9 @@ class Screen(Terminal):
         super().__init__()
         self._store = store
 
+    def __enter__(self) -> Screen:
+        return self
+
     def planned_jobs(self, plans: Iterable[tuple[Job, Walk]]) -> None:
         self.planned([row for _, walk in plans for row in rows(walk, self._store)])
 
@@ -54,7 +57,9 @@ def plan(jobs: Sequence[Job]) -> int:
         screen = Terminal(sys.stdout, live=False)
         screen.planned([row for walk in walks for row in rows(walk, store)])
         if jobs[0].spec.run.expect == "cached":
-            return 4 if any(row.verdict in ("run", "wait") for walk in walks for row in rows(walk, store)) else 0
+            return (
+                4 if any(row.verdict in ("run", "wait") for walk in walks for row in rows(walk, store)) else 0
+            )
     return 0
 
 
@@ -108,7 +113,10 @@ def graph(jobs: Sequence[Job], file: str | None) -> int:
 
     with open_store(jobs[0].spec) as store:
         walk = plan_jobs(jobs[:1], store)[0]
-        nodes = {row.node: {"stage": row.stage, "verdict": row.verdict, "label": row.node} for row in rows(walk, store)}
+        nodes = {
+            row.node: {"stage": row.stage, "verdict": row.verdict, "label": row.node}
+            for row in rows(walk, store)
+        }
     edges = [(source, target, port) for source, target, port in walk.graph.edges()]
     if file is None:
         print(graph_text(nodes, edges))
@@ -126,7 +134,10 @@ def show_stages(arguments: Sequence[str]) -> str:
         lines = table([(name, stage.summary) for name, stage in catalog().items()], 110, flexible=1)
         return "\n".join(line for block in lines for line in block)
     stage = catalog().find(arguments[0], "stages")
-    found = [("port", port.name, port.kind + (" (optional)" if port.optional else ""), "") for port in stage.ports.values()]
+    found = [
+        ("port", port.name, port.kind + (" (optional)" if port.optional else ""), "")
+        for port in stage.ports.values()
+    ]
     for param in stage.params.values():
         default = "required" if param.default is REQUIRED else json.dumps(plain(param.default))
         found.append(("param", param.name, describe(param.hint), str(stage.config.get(param.name, default))))
@@ -168,13 +179,23 @@ def _write_report(record: Mapping[str, Any], folder: Path) -> Path:
 
 def sweep_table(records: Sequence[tuple[Job, Mapping[str, Any]]]) -> list[str]:
     """One line a trial: what it overrode, its best score, its distance from float, what ran and what hit."""
-    found = [("#", "overrides", "score", "drop", "goal", "ran", "hit", "folder")]
+    found: list[tuple[str, ...]] = [("#", "overrides", "score", "drop", "goal", "ran", "hit", "folder")]
     for i, (job, record) in enumerate(records):
         goal, totals = record["goal"], record["totals"]
         drop = None if goal["reached"] is None or goal["float"] is None else goal["float"] - goal["reached"]
         verdict = {True: "met", False: "missed", None: "-"}[goal["met"]]
         figures = [f"{value:.4f}" if value is not None else "-" for value in (goal["reached"], drop)]
-        found.append((str(i), " ".join(job.overrides), *figures, verdict, str(totals["ran"]), str(totals["hit"]), str(job.folder)))
+        found.append(
+            (
+                str(i),
+                " ".join(job.overrides),
+                *figures,
+                verdict,
+                str(totals["ran"]),
+                str(totals["hit"]),
+                str(job.folder),
+            )
+        )
     return [line for block in table(found, 140, right=(2, 3, 5, 6), flexible=1) for line in block]
 
 
@@ -182,7 +203,9 @@ def cache(jobs: Sequence[Job], subject: str) -> int:
     """`ls`: what the cache holds; `verify`: read every blob against its digest."""
     known = {"ls": _cache_ls, "verify": _cache_verify}
     if subject not in known:
-        raise ConfigError(f"cache: no command '{subject}'.{nearest(subject, known)} Commands: {listed(known)}.")
+        raise ConfigError(
+            f"cache: no command '{subject}'.{nearest(subject, known)} Commands: {listed(known)}."
+        )
     with open_store(jobs[0].spec) as store:
         return known[subject](store)
 
@@ -193,7 +216,9 @@ def _cache_ls(store: Store) -> int:
         result = store.result(key)
         if result is not None and "stage" in result["ingredients"] and "memo" not in result["ingredients"]:
             kinds = ", ".join(output["kind"] for output in result["outputs"].values())
-            found.append((key[:16], result["ingredients"]["stage"], kinds, f"{result['provenance']['duration_s']:.2f}"))
+            found.append(
+                (key[:16], result["ingredients"]["stage"], kinds, f"{result['provenance']['duration_s']:.2f}")
+            )
     size = sum(size for _, size in store.blobs())
     print("\n".join(line for block in table(found, 110, right=(3,)) for line in block))
     print(f"{len(found) - 1} results, {size / 1e6:.1f} MB in {store.root}")
@@ -209,7 +234,10 @@ def _cache_verify(store: Store) -> int:
         except QpipeError as error:
             damaged += 1
             print(error)
-    incomplete = [key for key in store.keys() if (result := store.result(key)) is None or store.complete(result)]
-    print(f"{checked} blobs read, {damaged} damaged, {len(incomplete)} results incomplete (they run again when asked for)")
+    incomplete = [
+        key for key in list(store.keys()) if (result := store.result(key)) is None or store.complete(result)
+    ]
+    print(
+        f"{checked} blobs read, {damaged} damaged, {len(incomplete)} results incomplete (they run again when asked for)"
+    )
     return 1 if damaged else 0
-

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +16,8 @@ from filelock import Timeout
 
 from qpipe.action import as_result, request
 from qpipe.errors import CacheError, DamagedError, QpipeError
-from qpipe.plan import Action, Walk
+from qpipe.graph import Graph
+from qpipe.plan import Action, State, Walk
 from qpipe.spec import RunSpec
 from qpipe.store import Store
 from qpipe.workers import Event, InProcess, Pool, Processes
@@ -48,7 +48,12 @@ def open_pool(store: Store, run: RunSpec, log: Path | None = None) -> Pool:
 
 
 def execute(
-    walks: Sequence[Walk], rebuild: Callable[[], Sequence[Walk]], store: Store, run: RunSpec, pool: Pool, view: View
+    walks: Sequence[Walk],
+    rebuild: Callable[[], Sequence[Walk]],
+    store: Store,
+    run: RunSpec,
+    pool: Pool,
+    view: View,
 ) -> Sequence[Walk]:
     """Run what `walks` lack, until every target of each has its outcome; the walks as they ended.
 
@@ -72,7 +77,8 @@ class _Run:
     def __init__(self, walks: Sequence[Walk], store: Store, run: RunSpec, pool: Pool, view: View) -> None:
         self._walks, self._store, self._options, self._pool, self._view = walks, store, run, pool, view
         self._wanted: dict[str, list[tuple[Walk, Action]]] = {}
-        self._queue: deque[str] = deque()
+        self._queue: list[str] = []
+        self._urgency = [urgency(walk.graph) for walk in walks]
         self._blocked: dict[str, float] = {}
         self._running: dict[str, float] = {}
         self._locks: dict[str, Any] = {}
@@ -114,7 +120,7 @@ class _Run:
             self._queue.clear()
             self._blocked.clear()
             return
-        for key in [*self._blocked, *self._queue]:
+        for key in [*self._blocked, *sorted(self._queue, key=self._rank)]:
             if not self._pool.idle:
                 break
             action = self._wanted[key][0][1]
@@ -143,6 +149,11 @@ class _Run:
         walk, action = self._wanted[key][0]
         return walk.label + action.node
 
+    def _rank(self, key: str) -> int:
+        """Longest way to a target first: what most depends on is begun early."""
+        walk, action = self._wanted[key][0]
+        return -self._urgency[self._walks.index(walk)][action.node]
+
     def _take_from_queue(self, key: str) -> None:
         if key in self._blocked:
             del self._blocked[key]
@@ -156,7 +167,9 @@ class _Run:
         except Timeout:
             return False
         except OSError as error:
-            raise CacheError(f"the cache {self._store.root} cannot be locked ({error.strerror or error}).") from error
+            raise CacheError(
+                f"the cache {self._store.root} cannot be locked ({error.strerror or error})."
+            ) from error
         self._locks[key] = lock
         return True
 
@@ -190,12 +203,12 @@ class _Run:
         self._store.index.set("history", f"{action.stage}/{action.node}", key)
         self._conclude(key, result, "ran")
 
-    def _conclude(self, key: str, result: dict[str, Any], verdict: str) -> None:
+    def _conclude(self, key: str, result: dict[str, Any], verdict: State) -> None:
         """Tell every node that wanted the key; the first carries the verdict, the others hit."""
         self._unlock(key)
         duration = result["provenance"]["duration_s"] if verdict == "ran" else 0.0
         for i, (walk, action) in enumerate(self._wanted.pop(key)):
-            state = "ran" if verdict == "ran" and i == 0 else "hit"
+            state: State = "ran" if verdict == "ran" and i == 0 else "hit"
             walk.finish(action.node, result, state)
             self._view.finished(walk.label + action.node, state, duration, result.get("notes", ()))
             duration = 0.0
@@ -220,9 +233,21 @@ class _Run:
                 self._pool.cancel(key, f"took longer than run.timeout_s={limit:g} and was ended")
 
 
+def urgency(graph: Graph) -> dict[str, int]:
+    """For every node the number of steps on the longest way from it to an end of the graph."""
+    import networkx as nx
+
+    steps: dict[str, int] = {}
+    for name in reversed(list(nx.topological_sort(graph.digraph))):
+        steps[name] = 1 + max((steps[after] for after in graph.digraph.successors(name)), default=0)
+    return steps
+
+
 def exit_code(walks: Sequence[Walk]) -> int:
     """0 where nothing failed; 2 where all that failed was bad input; else 1."""
-    errors = [outcome.error for walk in walks for outcome in walk.outcomes.values() if outcome.state == "failed"]
+    errors = [
+        outcome.error for walk in walks for outcome in walk.outcomes.values() if outcome.state == "failed"
+    ]
     codes = {error["exit_code"] for error in errors if error}
     if not codes:
         return 0

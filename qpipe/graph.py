@@ -7,13 +7,17 @@ such port exists the node is gone, and so is every optional port it fed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
-
-import networkx as nx
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from graphlib import CycleError, TopologicalSorter
+from typing import TYPE_CHECKING
 
 from qpipe.errors import ConfigError
 from qpipe.param import listed, nearest
 from qpipe.spec import FirstWithin, NodeSpec, PipelineSpec, Ref
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 FORM_OUTPUTS: Mapping[str, str] = {"model": "Model", "scores": "Scores"}
 
@@ -43,17 +47,27 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Graph:
-    """Enabled nodes, what feeds each of their ports, and the nodes that are asked for."""
+    """Enabled nodes, what feeds each of their ports, a topological order, and the nodes that are asked for."""
 
     spec: PipelineSpec
-    digraph: nx.DiGraph[str]
     inputs: Mapping[str, Mapping[str, tuple[Source, ...]]]
+    order: tuple[str, ...]
     targets: tuple[str, ...]
     disabled: tuple[str, ...]
     resolved_refs: Mapping[str, Source]
 
     def node(self, name: str) -> NodeSpec | FirstWithin:
         return self.spec.nodes[name]
+
+    @cached_property
+    def digraph(self) -> nx.DiGraph[str]:
+        """The same for networkx. Built when asked for: importing networkx costs a cached run a third of its time."""
+        import networkx as nx
+
+        digraph: nx.DiGraph[str] = nx.DiGraph()
+        digraph.add_nodes_from(self.inputs)
+        digraph.add_edges_from((source, target) for source, target, _ in self.edges())
+        return digraph
 
     def edges(self) -> list[tuple[str, str, str]]:
         """(source, target, port) of every edge, in order."""
@@ -70,22 +84,26 @@ def build_graph(spec: PipelineSpec) -> Graph:
     cycle, a discouraged order, an unknown target."""
     enabled = {name: node for name, node in spec.nodes.items() if node.enabled}
     inputs = {name: _inputs(spec, node) for name, node in enabled.items()}
-    digraph: nx.DiGraph[str] = nx.DiGraph()
-    digraph.add_nodes_from(enabled)
-    digraph.add_edges_from(
-        (source.node, name) for name, ports in inputs.items() for sources in ports.values() for source in sources
-    )
-    _refuse_cycles(digraph)
+    needs = {
+        name: {source.node for sources in ports.values() for source in sources}
+        for name, ports in inputs.items()
+    }
+    order = _order(needs)
     if not spec.allow_discouraged:
-        _refuse_discouraged(spec, digraph, inputs)
+        _refuse_discouraged(spec, order, inputs)
     named: list[tuple[Ref, str]] = [(Ref(name), f"ladder.{name}") for name in spec.ladder]
     named += [(Ref(name), "baselines") for name in spec.baselines]
-    named += [(ref, f"goal.{key}") for key, ref in (("reference", spec.goal.reference), ("scores", spec.goal.scores)) if ref]
+    named += [
+        (ref, f"goal.{key}")
+        for key, ref in (("reference", spec.goal.reference), ("scores", spec.goal.scores))
+        if ref
+    ]
     resolved = {str(ref): source for ref, at in named if (source := _resolve(spec, ref, at, "Scores"))}
-    sinks = tuple(name for name in enabled if digraph.out_degree(name) == 0)
+    used = set[str]().union(*needs.values())
+    sinks = tuple(name for name in enabled if name not in used)
     targets = tuple(_target(spec, name) for name in spec.targets) or sinks
     disabled = tuple(name for name in spec.nodes if name not in enabled)
-    return Graph(spec, digraph, inputs, targets, disabled, resolved)
+    return Graph(spec, inputs, order, targets, disabled, resolved)
 
 
 def outputs_of(node: NodeSpec | FirstWithin) -> Mapping[str, str]:
@@ -95,7 +113,9 @@ def outputs_of(node: NodeSpec | FirstWithin) -> Mapping[str, str]:
 
 def _target(spec: PipelineSpec, name: str) -> str:
     if name not in spec.nodes:
-        raise ConfigError(f"targets: no node '{name}'.{nearest(name, spec.nodes)} Nodes: {listed(spec.nodes)}.")
+        raise ConfigError(
+            f"targets: no node '{name}'.{nearest(name, spec.nodes)} Nodes: {listed(spec.nodes)}."
+        )
     if not spec.nodes[name].enabled:
         raise ConfigError(f"targets: node '{name}' is disabled. Enable it or take it out of the targets.")
     return name
@@ -112,7 +132,9 @@ def _inputs(spec: PipelineSpec, node: NodeSpec | FirstWithin) -> dict[str, tuple
         found = tuple(source for source in sources if source)
         if len(found) != len(sources) and not (port.optional or (port.many and found)):
             gone = next(ref for ref, source in zip(refs, sources, strict=True) if source is None)
-            raise ConfigError(f"{address}: node '{gone.node}' is disabled and has no {port.kind} to hand on. Enable it.")
+            raise ConfigError(
+                f"{address}: node '{gone.node}' is disabled and has no {port.kind} to hand on. Enable it."
+            )
         wired[name] = found
     return wired
 
@@ -137,7 +159,9 @@ def _resolve(spec: PipelineSpec, ref: Ref, address: str, kind: str) -> Source | 
     seen: list[str] = []
     while True:
         if ref.node not in spec.nodes:
-            raise ConfigError(f"{address}: no node '{ref.node}'.{nearest(ref.node, spec.nodes)} Nodes: {listed(spec.nodes)}.")
+            raise ConfigError(
+                f"{address}: no node '{ref.node}'.{nearest(ref.node, spec.nodes)} Nodes: {listed(spec.nodes)}."
+            )
         node = spec.nodes[ref.node]
         output = _output(node, ref, address, kind)
         if node.enabled:
@@ -159,7 +183,9 @@ def _output(node: NodeSpec | FirstWithin, ref: Ref, address: str, kind: str) -> 
             return fitting[0]
         made = listed(f"{name} ({made})" for name, made in outputs.items())
         if fitting:
-            raise ConfigError(f"{address}: node '{ref.node}' has several outputs of kind {kind}: {made}. Name one.")
+            raise ConfigError(
+                f"{address}: node '{ref.node}' has several outputs of kind {kind}: {made}. Name one."
+            )
         raise ConfigError(f"{address}: takes a {kind}, and node '{ref.node}' makes {made}.")
     if ref.output not in outputs:
         raise ConfigError(
@@ -180,22 +206,27 @@ def _bridge(node: NodeSpec | FirstWithin, kind: str) -> Ref | None:
     return None
 
 
-def _refuse_cycles(digraph: nx.DiGraph[str]) -> None:
-    if nx.is_directed_acyclic_graph(digraph):
-        return
-    circle = [source for source, *_ in nx.find_cycle(digraph)]
-    raise ConfigError(f"stages: the nodes {' -> '.join([*circle, circle[0]])} feed one another in a circle. Cut one wire.")
+def _order(needs: Mapping[str, set[str]]) -> tuple[str, ...]:
+    try:
+        return tuple(TopologicalSorter(needs).static_order())
+    except CycleError as error:
+        circle = " -> ".join(error.args[1])
+        raise ConfigError(
+            f"stages: the nodes {circle} feed one another in a circle. Cut one wire."
+        ) from error
 
 
 def _refuse_discouraged(
-    spec: PipelineSpec, digraph: nx.DiGraph[str], inputs: Mapping[str, Mapping[str, tuple[Source, ...]]]
+    spec: PipelineSpec, order: tuple[str, ...], inputs: Mapping[str, Mapping[str, tuple[Source, ...]]]
 ) -> None:
     """Refuse a rule's downstream stage where its upstream stage is in the history of the model it gets."""
     upstream_names = {first for first, _, _ in DISCOURAGED}
     history: dict[str, frozenset[str]] = {}
-    for name in nx.topological_sort(digraph):
+    for name in order:
         node = spec.nodes[name]
-        came = frozenset[str]().union(*(history[source.node] for source in _model_sources(spec, inputs[name])))
+        came = frozenset[str]().union(
+            *(history[source.node] for source in _model_sources(spec, inputs[name]))
+        )
         if isinstance(node, FirstWithin):
             history[name] = came
             continue
@@ -214,23 +245,3 @@ def _model_sources(spec: PipelineSpec, ports: Mapping[str, tuple[Source, ...]]) 
         for source in sources:
             if outputs_of(spec.nodes[source.node])[source.output] == "Model":
                 yield source
-
-
-def closure(graph: Graph, wanted: Iterable[str]) -> list[str]:
-    """`wanted` and everything they eagerly need, each once; a first_within needs only its reference at first."""
-    order: list[str] = []
-    seen: set[str] = set()
-    stack = list(wanted)
-    while stack:
-        name = stack.pop()
-        if name in seen:
-            continue
-        seen.add(name)
-        order.append(name)
-        node = graph.node(name)
-        ports = graph.inputs[name]
-        if isinstance(node, FirstWithin):
-            stack.extend(source.node for source in ports["reference"])
-        else:
-            stack.extend(source.node for sources in ports.values() for source in sources)
-    return order

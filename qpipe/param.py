@@ -72,7 +72,7 @@ def listed(names: Iterable[str]) -> str:
 def coerce(value: Any, hint: Any, address: str) -> Any:
     """`value` as an instance of `hint`.
 
-    Errors: ConfigError, `<address>: expected …, got …`, for a wrong type, a value outside its range or an unknown field.
+    Errors: ConfigError, `<address>: expected …, got …`, for a wrong type, a value out of range or an unknown field.
     """
     origin = get_origin(hint)
     if hint is Any:
@@ -155,7 +155,11 @@ def _literal(value: Any, choices: tuple[Any, ...], address: str) -> Any:
     for choice in choices:
         if type(value) is type(choice) and value == choice:
             return choice
-    hinted = nearest(value, [choice for choice in choices if isinstance(choice, str)]) if isinstance(value, str) else ""
+    hinted = (
+        nearest(value, [choice for choice in choices if isinstance(choice, str)])
+        if isinstance(value, str)
+        else ""
+    )
     raise ConfigError(f"{address}: expected one of {', '.join(map(repr, choices))}, got {value!r}.{hinted}")
 
 
@@ -170,7 +174,9 @@ def _union(value: Any, options: tuple[Any, ...], address: str) -> Any:
             return coerce(value, option, address)
         except ConfigError:
             continue
-    raise ConfigError(f"{address}: expected {' or '.join(describe(option) for option in options)}, got {value!r}.")
+    raise ConfigError(
+        f"{address}: expected {' or '.join(describe(option) for option in options)}, got {value!r}."
+    )
 
 
 def _sequence(value: Any, hint: Any, address: str) -> Any:
@@ -183,7 +189,9 @@ def _sequence(value: Any, hint: Any, address: str) -> Any:
         kinds: Iterable[Any] = arguments
     else:
         kinds = [arguments[0] if arguments else Any] * len(value)
-    items = [coerce(item, kind, f"{address}[{i}]") for i, (item, kind) in enumerate(zip(value, kinds, strict=True))]
+    items = [
+        coerce(item, kind, f"{address}[{i}]") for i, (item, kind) in enumerate(zip(value, kinds, strict=True))
+    ]
     return tuple(items) if (get_origin(hint) or hint) is tuple else items
 
 

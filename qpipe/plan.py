@@ -73,7 +73,10 @@ class Keyring:
         return {
             **self._of_stage(node),
             "params": {name: self._param(node, name) for name in sorted(node.params)},
-            "ports": {port: [artifact.digest for artifact in artifacts] for port, artifacts in sorted(inputs.items())},
+            "ports": {
+                port: [artifact.digest for artifact in artifacts]
+                for port, artifacts in sorted(inputs.items())
+            },
         }
 
     def _of_stage(self, node: NodeSpec) -> dict[str, Any]:
@@ -114,12 +117,16 @@ class Keyring:
         try:
             return digest_tree(path if path.is_absolute() else self._search_path / path, self._memo)
         except FileNotFoundError as error:
-            raise ConfigError(f"{address}: no file or folder at '{path}'. Give the path of an existing one.") from error
+            raise ConfigError(
+                f"{address}: no file or folder at '{path}'. Give the path of an existing one."
+            ) from error
         except OSError as error:
             raise InputError(f"{address}: cannot read '{path}': {error.strerror or error}.") from error
 
 
-def decide(node: NodeSpec, inputs: Mapping[str, tuple[Artifact, ...]], keyring: Keyring, store: Store) -> Outcome | Action:
+def decide(
+    node: NodeSpec, inputs: Mapping[str, tuple[Artifact, ...]], keyring: Keyring, store: Store
+) -> Outcome | Action:
     """A hit as its Outcome, or the Action that has to run, with the reasons why."""
     ingredients = keyring.ingredients(node, inputs)
     key = digest("action", ingredients)
@@ -137,8 +144,17 @@ def decide(node: NodeSpec, inputs: Mapping[str, tuple[Artifact, ...]], keyring: 
     else:
         reasons = tuple(differences(previous["ingredients"], ingredients)) if previous else ("never run",)
     expected = previous["provenance"]["duration_s"] if previous else None
-    return Action(node.name, node.stage.name, key, ingredients, node.written, inputs, reasons or ("result evicted",),
-                  node.stage.always, expected)  # fmt: skip
+    return Action(
+        node.name,
+        node.stage.name,
+        key,
+        ingredients,
+        node.written,
+        inputs,
+        reasons or ("result evicted",),
+        node.stage.always,
+        expected,
+    )
 
 
 def hit(key: str, result: Mapping[str, Any], state: State = "hit", reasons: tuple[str, ...] = ()) -> Outcome:
@@ -177,8 +193,11 @@ def _difference(label: str, name: str, old: Any, new: Any) -> str:
             what = "content" if "content" in value else "code"
             return f"{label} {name}: its {what} changed"
     if isinstance(old, Mapping) and isinstance(new, Mapping):
-        inner = [_difference(label, f"{name}.{key}", old.get(key), new.get(key))
-                 for key in sorted({*old, *new}) if old.get(key) != new.get(key)]  # fmt: skip
+        inner = [
+            _difference(label, f"{name}.{key}", old.get(key), new.get(key))
+            for key in sorted({*old, *new})
+            if old.get(key) != new.get(key)
+        ]
         return "; ".join(inner)
     return f"{label} {name}: {_short(old)} -> {_short(new)}"
 
@@ -246,7 +265,9 @@ class Walk:
                 inputs = ", ".join(sorted(self._missing[name]))
                 found[name] = Outcome("wait", reasons=(f"its inputs are not known yet: {inputs}",))
             else:
-                found[name] = Outcome("not_needed", reasons=("asked for only if the candidates before it miss the goal",))
+                found[name] = Outcome(
+                    "not_needed", reasons=("asked for only if the candidates before it miss the goal",)
+                )
         return found
 
     def scores(self, source: Source) -> dict[str, Any] | None:
@@ -278,7 +299,10 @@ class Walk:
             node = self.graph.node(name)
             if isinstance(node, FirstWithin):
                 self._asked[name] = 0
-                needs = [*self.graph.inputs[name]["reference"], *self.graph.inputs[name]["candidates[0].scores"]]
+                needs = [
+                    *self.graph.inputs[name]["reference"],
+                    *self.graph.inputs[name]["candidates[0].scores"],
+                ]
             else:
                 needs = self._sources(name)
             stack.extend(reversed([source.node for source in needs]))
@@ -335,7 +359,11 @@ class Walk:
             "model": self._outcome(model).outputs[model.output],
             "scores": self._outcome(scores).outputs[scores.output],
         }
-        reason = f"{model.node} is within the goal" if met else f"none is within the goal; {model.node} is the best"
+        reason = (
+            f"{model.node} is within the goal"
+            if met
+            else f"none is within the goal; {model.node} is the best"
+        )
         state: State = "ran" if self._outcome(scores).state == "ran" else "hit"
         self._settle(name, Outcome(state, outputs, reasons=(reason,), chosen=(model, scores)))
 

@@ -35,7 +35,9 @@ class RunInfo:
     interrupted: bool = False
 
 
-def build_record(walk: Walk, store: Store, info: RunInfo, files: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+def build_record(
+    walk: Walk, store: Store, info: RunInfo, files: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
     """The record of one pipeline as its walk ended."""
     verdicts = walk.verdicts()
     goal = _goal(walk)
@@ -133,7 +135,13 @@ def _goal(walk: Walk) -> dict[str, Any]:
     reference = _score_of(walk, refs.get(str(goal.reference)))
     reached = _score_of(walk, refs.get(str(goal.scores)))
     met = None if reference is None or reached is None else reached >= reference - goal.max_drop
-    return {"metric": goal.metric, "float": reference, "allowed_drop": goal.max_drop, "reached": reached, "met": met}
+    return {
+        "metric": goal.metric,
+        "float": reference,
+        "allowed_drop": goal.max_drop,
+        "reached": reached,
+        "met": met,
+    }
 
 
 def _best(walk: Walk) -> dict[str, Any]:
@@ -162,18 +170,20 @@ def _ladder(walk: Walk, verdicts: Mapping[str, Outcome]) -> list[dict[str, Any]]
         score, metric = values.get("score"), values.get("metric", spec.goal.metric)
         comparable = score is not None and goal["float"] is not None
         provenance = (verdicts[name].result or {}).get("provenance", {})
-        steps.append({
-            "node": name,
-            "label": label,
-            "score": score,
-            "metric": metric,
-            "drop": goal["float"] - score if comparable else None,
-            "verdict": verdicts[name].state,
-            "duration_s": provenance.get("duration_s") if verdicts[name].state == "ran" else 0.0,
-            "original_duration_s": provenance.get("duration_s"),
-            "best": name == winner,
-            "baseline": name in spec.baselines,
-        })  # fmt: skip
+        steps.append(
+            {
+                "node": name,
+                "label": label,
+                "score": score,
+                "metric": metric,
+                "drop": goal["float"] - score if comparable else None,
+                "verdict": verdicts[name].state,
+                "duration_s": provenance.get("duration_s") if verdicts[name].state == "ran" else 0.0,
+                "original_duration_s": provenance.get("duration_s"),
+                "best": name == winner,
+                "baseline": name in spec.baselines,
+            }
+        )
     return steps
 
 

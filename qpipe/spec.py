@@ -155,9 +155,13 @@ def _node(name: str, body: Any) -> NodeSpec | FirstWithin:
     stage = catalog().find(str(body["uses"]), address)
     _check_names(stage, body, address)
     ports = {port.name: _port(stage, port.name, body, address) for port in stage.ports.values()}
-    written = {param.name: _written(param.name, param.default, body, address) for param in stage.params.values()}
+    written = {
+        param.name: _written(param.name, param.default, body, address) for param in stage.params.values()
+    }
     params = {
-        key: stage.params[key].default if value is REQUIRED else coerce(value, stage.params[key].hint, f"{address}.{key}")
+        key: stage.params[key].default
+        if value is REQUIRED
+        else coerce(value, stage.params[key].hint, f"{address}.{key}")
         for key, value in written.items()
     }
     enabled = coerce(body.get("enabled", True), bool, f"{address}.enabled")
@@ -196,7 +200,9 @@ def _written(name: str, default: Any, body: Mapping[str, Any], address: str) -> 
     """The param as the config has it; REQUIRED says that the signature's own default holds."""
     if name not in body:
         if default is REQUIRED:
-            raise ConfigError(f"{address}.{name}: missing, and '{name}' has no default. Set {address}.{name}=…")
+            raise ConfigError(
+                f"{address}.{name}: missing, and '{name}' has no default. Set {address}.{name}=…"
+            )
         return REQUIRED
     if body[name] == MISSING:
         raise ConfigError(f"{address}.{name}: missing. Set {address}.{name}=…")
@@ -204,7 +210,11 @@ def _written(name: str, default: Any, body: Mapping[str, Any], address: str) -> 
 
 
 def _ref(value: Any, address: str) -> Ref:
-    if not isinstance(value, str) or not all(part.isidentifier() for part in value.split(".")) or value.count(".") > 1:
+    if (
+        not isinstance(value, str)
+        or not all(part.isidentifier() for part in value.split("."))
+        or value.count(".") > 1
+    ):
         raise ConfigError(f"{address}: expected 'node' or 'node.output', got {value!r}.")
     node, _, output = value.partition(".")
     return Ref(node, output or None)
@@ -226,7 +236,9 @@ def _first_within(name: str, body: Mapping[str, Any]) -> FirstWithin:
             )
     for key in ("candidates", "reference", "max_drop"):
         if body.get(key) in (None, MISSING):
-            raise ConfigError(f"{address}.{key}: missing. 'first_within' needs candidates, reference and max_drop.")
+            raise ConfigError(
+                f"{address}.{key}: missing. 'first_within' needs candidates, reference and max_drop."
+            )
     candidates = body["candidates"]
     if not isinstance(candidates, list) or not candidates:
         raise ConfigError(f"{address}.candidates: expected a list of {{model, scores}}, got {candidates!r}.")

@@ -1,7 +1,7 @@
 """@stage: a typed function becomes a stage; its signature says what its ports, params and outputs are.
 
     @stage(version=1, config={"data": "calibration"})
-    def adaround(model: Model, data: Samples, *, iterations: Annotated[int, Range(ge=1)] = 10_000, ctx: Context = NULL) -> Model:
+    def adaround(model: Model, data: Samples, *, beam: Annotated[int, Range(ge=1)] = 8, ctx: Context = NULL) -> Model:
 
 - a **port** is a parameter annotated with an artifact kind (`Model`, `Samples`, …); `Kind | None = None` makes it
   optional, `list[Kind]` lets it take many;
@@ -24,16 +24,27 @@ from qpipe.artifact import Encodings, Files, Samples, Scores, Statistics
 from qpipe.param import Factory, Range
 
 __all__ = [
-    "NULL", "Context", "Encodings", "Factory", "Files", "Param", "Port", "Range", "Samples", "Scores", "Stage",
-    "Statistics", "stage",
-]  # fmt: skip
+    "NULL",
+    "Context",
+    "Encodings",
+    "Factory",
+    "Files",
+    "Param",
+    "Port",
+    "Range",
+    "Samples",
+    "Scores",
+    "Stage",
+    "Statistics",
+    "stage",
+]
 
 REQUIRED = inspect.Parameter.empty
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Context:
-    """What a running stage may ask of its surroundings. This one does nothing special; the executor passes a real one."""
+    """What a running stage may ask of its surroundings. This one does nothing; the executor passes a real one."""
 
     device: str = "cpu"
     threads: int = 1
@@ -47,8 +58,8 @@ class Context:
     def memo(self, name: str, fn: Callable[..., Any], *inputs: Any) -> Any:
         """`fn(*inputs)`, from the cache where the same stage code has seen the same inputs.
 
-        `inputs` are numpy arrays, bytes or JSON values and must say everything that the result depends on. The result is
-        a dict of arrays, or a JSON value.
+        `inputs` are numpy arrays, bytes or JSON values and must say everything that the result depends on. The
+        result is a dict of arrays, or a JSON value.
         """
         return fn(*inputs)
 
@@ -68,9 +79,13 @@ class _ModelKind:
 
 
 KIND_TYPES: dict[str, type] = {
-    "Model": _ModelKind, "Samples": Samples, "Statistics": Statistics, "Encodings": Encodings, "Scores": Scores,
+    "Model": _ModelKind,
+    "Samples": Samples,
+    "Statistics": Statistics,
+    "Encodings": Encodings,
+    "Scores": Scores,
     "Files": Files,
-}  # fmt: skip
+}
 _KIND_NAMES = {kind: name for name, kind in KIND_TYPES.items()}
 
 
@@ -130,8 +145,8 @@ def stage(*, version: int, config: Mapping[str, Any] | None = None, always: bool
     """Make a stage of a function. Raise `version` when its meaning changes in a way its code does not show.
 
     `config` pre-fills the stage's schema: the node a port is usually wired to (`{"data": "calibration"}`), the
-    interpolation a param usually takes (`{"scheme": "${scheme}"}`). `always` is for sources that read the outside world:
-    they run every time, and what depends on them still hits when they bring back the same bytes.
+    interpolation a param usually takes (`{"scheme": "${scheme}"}`). `always` is for sources that read the
+    outside world: they run every time, and what depends on them still hits when they bring back the same bytes.
     """
 
     def decorate(function: Function) -> Function:
@@ -141,7 +156,9 @@ def stage(*, version: int, config: Mapping[str, Any] | None = None, always: bool
     return decorate
 
 
-def describe_function(function: Callable[..., Any], version: int, config: Mapping[str, Any], always: bool) -> Stage:
+def describe_function(
+    function: Callable[..., Any], version: int, config: Mapping[str, Any], always: bool
+) -> Stage:
     """Read the signature of `function` into a Stage. Errors: TypeError, naming the parameter that cannot be read."""
     hints = typing.get_type_hints(function, localns=dict(KIND_TYPES), include_extras=True)
     ports: dict[str, Port] = {}
@@ -158,15 +175,21 @@ def describe_function(function: Callable[..., Any], version: int, config: Mappin
             params[name] = Param(name, hints[name], parameter.default)
     unknown = set(config) - set(ports) - set(params)
     if unknown:
-        raise TypeError(f"stage {function.__name__}: config names {sorted(unknown)}, which the signature has not")
+        raise TypeError(
+            f"stage {function.__name__}: config names {sorted(unknown)}, which the signature has not"
+        )
     outputs = _outputs(function.__name__, hints.get("return"))
-    return Stage(function.__name__, version, function, ports, params, outputs, dict(config), always, takes_context)
+    return Stage(
+        function.__name__, version, function, ports, params, outputs, dict(config), always, takes_context
+    )
 
 
 def _kind(hint: Any) -> str | None:
     if hint in _KIND_NAMES:
         return _KIND_NAMES[hint]
-    real_model = isinstance(hint, type) and hint.__name__ == "Model" and hint.__module__.startswith("qpipe.model")
+    real_model = (
+        isinstance(hint, type) and hint.__name__ == "Model" and hint.__module__.startswith("qpipe.model")
+    )
     return "Model" if real_model else None
 
 
@@ -197,6 +220,6 @@ def _outputs(name: str, hint: Any) -> dict[str, str]:
         kinds = {field: _kind_or_none(fields[field]) for field in hint._fields}
         if all(kinds.values()):
             return {field: kind for field, kind in kinds.items() if kind}
-    raise TypeError(f"stage {name}: returns {hint!r}; a stage returns an artifact kind or a NamedTuple of kinds")
-
-
+    raise TypeError(
+        f"stage {name}: returns {hint!r}; a stage returns an artifact kind or a NamedTuple of kinds"
+    )

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -75,7 +75,9 @@ def run_jobs(jobs: Sequence[Job], store: Store, watch: Watch, command: Sequence[
     watch.planned_jobs(list(zip(jobs, walks, strict=True)))
     options = jobs[0].spec.run
     if options.expect == "cached" and (missing := _would_run(walks)):
-        watch.message(f"run.expect=cached, and {len(missing)} nodes would have to run: {', '.join(missing[:8])}.")
+        watch.message(
+            f"run.expect=cached, and {len(missing)} nodes would have to run: {', '.join(missing[:8])}."
+        )
         return NOT_CACHED
     interrupted = False
     if any(walk.running for walk in walks):
@@ -86,13 +88,17 @@ def run_jobs(jobs: Sequence[Job], store: Store, watch: Watch, command: Sequence[
             walks = execute(walks, lambda: plan_jobs(jobs, store), store, options, pool, watch)
         except KeyboardInterrupt:
             interrupted = True
-            watch.message("Interrupted. What was finished is in the cache; the same command goes on from there.")
+            watch.message(
+                "Interrupted. What was finished is in the cache; the same command goes on from there."
+            )
         finally:
             pool.close()
             with suppress(OSError):
                 if log.stat().st_size == 0:
                     log.unlink()
-    return _conclude(jobs, walks, store, watch, RunInfo(command, jobs[0].folder, started, time.time(), interrupted))
+    return _conclude(
+        jobs, walks, store, watch, RunInfo(command, jobs[0].folder, started, time.time(), interrupted)
+    )
 
 
 def _would_run(walks: Sequence[Walk]) -> list[str]:
@@ -123,7 +129,9 @@ def _conclude(jobs: Sequence[Job], walks: Sequence[Walk], store: Store, watch: W
     return status
 
 
-def write_sweep(records: Sequence[tuple[Job, Mapping[str, Any]]], walks: Sequence[Walk], folder: Path) -> None:
+def write_sweep(
+    records: Sequence[tuple[Job, Mapping[str, Any]]], walks: Sequence[Walk], folder: Path
+) -> None:
     """`sweep.json`: every distinct action once, and for each trial its overrides, leaf nodes and scores."""
     actions: dict[str, dict[str, Any]] = {}
     for walk in walks:
@@ -152,5 +160,3 @@ def write_sweep(records: Sequence[tuple[Job, Mapping[str, Any]]], walks: Sequenc
 def _cost(outcome: Outcome) -> dict[str, Any]:
     provenance = (outcome.result or {}).get("provenance", {})
     return {"duration_s": provenance.get("duration_s"), "cpu_s": provenance.get("cpu_s")}
-
-

@@ -17,6 +17,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,8 +39,8 @@ class Pool(Protocol):
         """Begin an action."""
 
     def events(self, timeout_s: float) -> Iterator[tuple[str, Event]]:
-        """(key, event) of what happened, waiting at most `timeout_s` for the first; `event["event"]` is progress, done or
-        failed."""
+        """(key, event) of what happened, waiting at most `timeout_s` for the first; `event["event"]` is progress,
+        done or failed."""
 
     def cancel(self, key: str, reason: str) -> None:
         """End the action; it fails with `reason`."""
@@ -101,10 +102,8 @@ class Processes:
         worker = self._free.pop() if self._free else self._spawn()
         worker.key = request["key"]
         self._busy[request["key"]] = worker
-        try:
+        with suppress(OSError):  # it died while idle; `events` will see the end of its socket
             worker.send(request)
-        except OSError:
-            pass  # it died while idle; `events` will see the end of its socket
 
     def events(self, timeout_s: float) -> Iterator[tuple[str, Event]]:
         for ready, _ in self._selector.select(timeout_s):
@@ -153,7 +152,11 @@ class _Worker:
     def __init__(self, command: list[str], threads: int, log: Path | None) -> None:
         self.socket, theirs = socket.socketpair()
         count = str(threads)
-        environment = os.environ | {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "OPENBLAS_NUM_THREADS": count}
+        environment = os.environ | {
+            "OMP_NUM_THREADS": count,
+            "MKL_NUM_THREADS": count,
+            "OPENBLAS_NUM_THREADS": count,
+        }
         with open(log or os.devnull, "ab") as output:
             self.process = subprocess.Popen(
                 [*command, str(theirs.fileno())],

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -57,12 +58,14 @@ def test_a_renamed_node_and_shuffled_keys_hit(toy: Toy) -> None:
     toy.pipeline(CHAIN)
     toy.run()
     toy.calls()
-    toy.pipeline({
-        "z": {"scores": "y", "uses": "toy_sign"},
-        "y": {"scores": "x", "uses": "toy_add"},
-        "x": {"value": 3, "uses": "toy_number"},
-        "w": {"scores": "z", "uses": "toy_add"},
-    })  # fmt: skip
+    toy.pipeline(
+        {
+            "z": {"scores": "y", "uses": "toy_sign"},
+            "y": {"scores": "x", "uses": "toy_add"},
+            "x": {"value": 3, "uses": "toy_number"},
+            "w": {"scores": "z", "uses": "toy_add"},
+        }
+    )
     assert toy.run().returncode == 0
     assert toy.calls() == []
 
@@ -80,9 +83,13 @@ def test_a_comment_or_a_reformatted_file_hits_and_a_changed_formula_in_another_m
     toy.run()
     toy.calls()
     stages = toy.folder / "plugin" / "toy_stages.py"
-    stages.write_text("# a comment\n" + SOURCE.replace('"""Adds."""', '"""Adds one to\n    the other."""').replace(
-        "Scores({\"score\": value, \"metric\": \"toy\"})", "Scores(\n        {'score': value, 'metric': 'toy'},\n    )"
-    ))  # fmt: skip
+    stages.write_text(
+        "# a comment\n"
+        + SOURCE.replace('"""Adds."""', '"""Adds one to\n    the other."""').replace(
+            'Scores({"score": value, "metric": "toy"})',
+            "Scores(\n        {'score': value, 'metric': 'toy'},\n    )",
+        )
+    )
     toy.run()
     assert toy.calls() == []
     toy.formula.write_text(FORMULA.replace("a + b", "b + a + 0"))
@@ -111,12 +118,14 @@ def test_a_path_counts_by_its_content(toy: Toy) -> None:
 
 
 def test_a_failure_stops_only_what_depends_on_it_and_is_not_cached(toy: Toy) -> None:
-    toy.pipeline({
-        "a": {"uses": "toy_number"},
-        "bad": {"uses": "toy_boom", "scores": "a"},
-        "after": {"uses": "toy_add", "scores": "bad"},
-        "good": {"uses": "toy_add", "scores": "a"},
-    })  # fmt: skip
+    toy.pipeline(
+        {
+            "a": {"uses": "toy_number"},
+            "bad": {"uses": "toy_boom", "scores": "a"},
+            "after": {"uses": "toy_add", "scores": "bad"},
+            "good": {"uses": "toy_add", "scores": "a"},
+        }
+    )
     run = toy.run()
     assert run.returncode == 1
     assert verdicts(toy) == {"a": "ran", "bad": "failed", "after": "skipped", "good": "ran"}
@@ -129,11 +138,13 @@ def test_a_failure_stops_only_what_depends_on_it_and_is_not_cached(toy: Toy) -> 
 
 
 def test_a_worker_that_dies_is_its_nodes_failure(toy: Toy) -> None:
-    toy.pipeline({
-        "a": {"uses": "toy_number"},
-        "bad": {"uses": "toy_boom", "scores": "a", "how": "kill"},
-        "good": {"uses": "toy_add", "scores": "a", "amount": 4},
-    })  # fmt: skip
+    toy.pipeline(
+        {
+            "a": {"uses": "toy_number"},
+            "bad": {"uses": "toy_boom", "scores": "a", "how": "kill"},
+            "good": {"uses": "toy_add", "scores": "a", "amount": 4},
+        }
+    )
     assert toy.run("run", "run.workers=1").returncode == 1
     assert verdicts(toy) == {"a": "ran", "bad": "failed", "good": "ran"}
     assert "signal 9" in toy.record()["nodes"]["bad"]["error"]["message"]
@@ -157,7 +168,9 @@ def test_a_killed_run_resumes_inside_the_stage_and_ends_with_the_same_digests(to
     assert toy.calls().count("tick") == 40
     process = subprocess.Popen(toy.command(), env=toy.environment, cwd=toy.folder, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while len(list((toy.folder / "cache").glob("actions/*/*.json"))) < 10:  # a number, and nine ticks of forty
+    while (
+        len(list((toy.folder / "cache").glob("actions/*/*.json"))) < 10
+    ):  # a number, and nine ticks of forty
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
@@ -206,16 +219,22 @@ def test_a_deleted_blob_is_a_miss(toy: Toy) -> None:
 
 def test_first_within_runs_nothing_behind_its_stop(toy: Toy) -> None:
     def pipeline(max_drop: float) -> None:
-        steps = {f"m{i}": {"uses": "toy_number", "value": value} for i, value in enumerate((5.0, 9.0, 9.8, 9.9))}
-        toy.pipeline({
-            "float": {"uses": "toy_number", "value": 10},
-            **steps,
-            "f": {"uses": "toy_files", "scores": "best.scores"},
-            "best": {
-                "uses": "first_within", "reference": "float", "max_drop": max_drop,
-                "candidates": [{"model": "source", "scores": f"m{i}"} for i in range(4)],
-            },
-        })  # fmt: skip
+        steps = {
+            f"m{i}": {"uses": "toy_number", "value": value} for i, value in enumerate((5.0, 9.0, 9.8, 9.9))
+        }
+        toy.pipeline(
+            {
+                "float": {"uses": "toy_number", "value": 10},
+                **steps,
+                "f": {"uses": "toy_files", "scores": "best.scores"},
+                "best": {
+                    "uses": "first_within",
+                    "reference": "float",
+                    "max_drop": max_drop,
+                    "candidates": [{"model": "source", "scores": f"m{i}"} for i in range(4)],
+                },
+            }
+        )
 
     pipeline(0.5)
     run = toy.run("plan")
@@ -251,10 +270,13 @@ def test_files_of_a_target_lie_in_the_run_folder(toy: Toy) -> None:
     for _ in range(2):
         toy.run()
         paths = toy.record()["files"]["out"]
-        assert [open(path).read() for path in paths] == ["2.0"]
+        assert [Path(path).read_text() for path in paths] == ["2.0"]
 
 
-@pytest.mark.parametrize("words", [("run", "stages.b.amuont=3"), ("run", "stages.a.value=x"), ("run", "pipeline=nope"), ("run", "nope=1")])
+@pytest.mark.parametrize(
+    "words",
+    [("run", "stages.b.amuont=3"), ("run", "stages.a.value=x"), ("run", "pipeline=nope"), ("run", "nope=1")],
+)
 def test_a_mistake_ends_with_2_one_line_and_nothing_left_behind(toy: Toy, words: tuple[str, ...]) -> None:
     toy.pipeline(CHAIN)
     run = toy.run(*words)
@@ -266,7 +288,9 @@ def test_a_mistake_ends_with_2_one_line_and_nothing_left_behind(toy: Toy, words:
 
 def test_ctrl_c_ends_with_130_and_the_next_run_goes_on(toy: Toy) -> None:
     toy.pipeline({"a": {"uses": "toy_number"}, "b": {"uses": "toy_add", "scores": "a", "seconds": 30}})
-    process = subprocess.Popen(toy.command(), env=toy.environment, cwd=toy.folder, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        toy.command(), env=toy.environment, cwd=toy.folder, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 60
     while len(list((toy.folder / "cache").glob("actions/*/*.json"))) < 3:
         assert time.monotonic() < deadline

@@ -39,7 +39,10 @@ def test_a_disabled_node_hands_on_what_came_in() -> None:
 
 
 def test_a_chain_of_disabled_nodes_is_bridged() -> None:
-    stages = {"a": NUMBER, **{f"n{i}": add("a" if i == 0 else f"n{i - 1}", enabled=False) for i in range(1500)}}
+    stages = {
+        "a": NUMBER,
+        **{f"n{i}": add("a" if i == 0 else f"n{i - 1}", enabled=False) for i in range(1500)},
+    }
     graph = graph_of({**stages, "z": add("n1499")})
     assert graph.inputs["z"]["scores"] == (Source("a", "scores"),)
 
@@ -54,18 +57,39 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"a": {"value": 1}}, "stages.a: a node needs 'uses'"),
     ({"a-b": NUMBER}, "stages.a-b: a node's name is letters, digits and '_'"),
     ({"a": NUMBER, "b": add("aa")}, "stages.b.scores: no node 'aa'. Did you mean 'a'? Nodes: a, b."),
-    ({"a": NUMBER, "b": add("a.score")}, "stages.b.scores: node 'a' has no output 'score'. Did you mean 'scores'?"),
-    ({"a": NUMBER, "b": add("a", amout=1)}, "stages.b: 'toy_add' has no param 'amout'. Did you mean 'amount'?"),
+    (
+        {"a": NUMBER, "b": add("a.score")},
+        "stages.b.scores: node 'a' has no output 'score'. Did you mean 'scores'?",
+    ),
+    (
+        {"a": NUMBER, "b": add("a", amout=1)},
+        "stages.b: 'toy_add' has no param 'amout'. Did you mean 'amount'?",
+    ),
     ({"a": NUMBER, "b": add("a", amount="x")}, "stages.b.amount: expected int, got 'x'"),
-    ({"a": {"uses": "toy_number", "value": 1e9}}, "stages.a.value: must be >= -1000 and <= 1000, got 1000000000.0"),
-    ({"a": {"uses": "toy_add"}}, "stages.a.scores: port 'scores' of 'toy_add' takes a Scores and is not wired."),
+    (
+        {"a": {"uses": "toy_number", "value": 1e9}},
+        "stages.a.value: must be >= -1000 and <= 1000, got 1000000000.0",
+    ),
+    (
+        {"a": {"uses": "toy_add"}},
+        "stages.a.scores: port 'scores' of 'toy_add' takes a Scores and is not wired.",
+    ),
     ({"a": {"uses": "toy_read"}}, "stages.a.path: missing, and 'path' has no default."),
     ({"a": {"uses": "toy_read", "path": "???"}}, "stages.a.path: missing. Set stages.a.path=…"),
-    ({"a": {"uses": "toy_read", "path": "${nothing}"}}, "stages.a.path: Interpolation key 'nothing' not found."),
+    (
+        {"a": {"uses": "toy_read", "path": "${nothing}"}},
+        "stages.a.path: Interpolation key 'nothing' not found.",
+    ),
     ({"a": add("b"), "b": add("a")}, "feed one another in a circle"),
-    ({"a": NUMBER, "f": {"uses": "toy_files", "scores": "a"}, "b": add("f")}, "stages.b.scores: takes a Scores, and node 'f' makes"),
+    (
+        {"a": NUMBER, "f": {"uses": "toy_files", "scores": "a"}, "b": add("f")},
+        "stages.b.scores: takes a Scores, and node 'f' makes",
+    ),
     ({"a": NUMBER, "b": add(["a", "a"])}, "stages.b.scores: takes one node, got ['a', 'a']."),  # type: ignore[arg-type]
-    ({"a": {"uses": "toy_number", "enabled": False}, "b": add("a")}, "stages.b.scores: node 'a' is disabled and has no Scores"),
+    (
+        {"a": {"uses": "toy_number", "enabled": False}, "b": add("a")},
+        "stages.b.scores: node 'a' is disabled and has no Scores",
+    ),
     ({"a": {"uses": "toy_number", "enabled": "off"}}, "stages.a.enabled: expected bool, got 'off'."),
     ({"b": {"uses": "first_within", "candidates": []}}, "stages.b.reference: missing. 'first_within' needs"),
     ({}, "stages: no node is declared."),

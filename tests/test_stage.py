@@ -68,9 +68,15 @@ def test_the_decorated_function_stays_the_function() -> None:
 def test_the_schema_holds_every_name_once_with_its_default() -> None:
     found = schema(describe_function(tuned, 1, {"data": "calibration", "scheme": "${scheme}"}, False))
     assert found == {
-        "uses": "tuned", "enabled": True, "model": "???", "data": "calibration", "extra": "???", "choice": None,
-        "iterations": 10, "scheme": "${scheme}",
-    }  # fmt: skip
+        "uses": "tuned",
+        "enabled": True,
+        "model": "???",
+        "data": "calibration",
+        "extra": "???",
+        "choice": None,
+        "iterations": 10,
+        "scheme": "${scheme}",
+    }
 
 
 def test_a_return_type_that_is_no_kind_is_refused() -> None:

@@ -85,7 +85,9 @@ class Toy:
         self.log = folder / "calls.log"
         plug_in = folder / "plugin"
         plug_in.mkdir(parents=True)
-        info = folder / "registered" / "toy-1.0.dist-info"  # elsewhere: a folder of distributions counts as installed
+        info = (
+            folder / "registered" / "toy-1.0.dist-info"
+        )  # elsewhere: a folder of distributions counts as installed
         info.mkdir(parents=True)
         (plug_in / "toy_stages.py").write_text(SOURCE)
         self.formula = plug_in / "toy_formula.py"
@@ -111,16 +113,30 @@ class Toy:
         subject = [] if words[0] not in ("why", "graph", "cache") else list(words[1:2])
         command, rest = [words[0], *subject], list(words[1 + len(subject) :])
         return [
-            sys.executable, "-m", "qpipe", *command, "--config-dir", str(self.folder / "conf"),
-            "pipeline=toy", "~model", "~data", *rest,
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "qpipe",
+            *command,
+            "--config-dir",
+            str(self.folder / "conf"),
+            "pipeline=toy",
+            "~model",
+            "~data",
+            *rest,
+        ]
 
-    def run(self, *arguments: str, cwd: Path | None = None, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *arguments: str, cwd: Path | None = None, timeout: float = 120
+    ) -> subprocess.CompletedProcess[str]:
         """Run the command line to its end."""
         return subprocess.run(
-            self.command(*arguments), env=self.environment, cwd=cwd or self.folder, capture_output=True, text=True,
+            self.command(*arguments),
+            env=self.environment,
+            cwd=cwd or self.folder,
+            capture_output=True,
+            text=True,
             timeout=timeout,
-        )  # fmt: skip
+        )
 
     def calls(self) -> list[str]:
         """The stages that were called since the last look."""
@@ -130,6 +146,8 @@ class Toy:
 
     def record(self) -> dict[str, Any]:
         """The record of the last run."""
-        paths = sorted((self.folder / "outputs").glob("*/*/record.json"), key=lambda path: path.stat().st_mtime_ns)
+        paths = sorted(
+            (self.folder / "outputs").glob("*/*/record.json"), key=lambda path: path.stat().st_mtime_ns
+        )
         found: dict[str, Any] = json.loads(paths[-1].read_text())
         return found
