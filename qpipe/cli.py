@@ -12,7 +12,7 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -44,6 +44,9 @@ def main() -> None:
 def run(arguments: Sequence[str]) -> int:
     """Run one command line; its exit status."""
     command, rest = split_command(arguments)
+    if {"-sc", "--shell-completion"} & set(arguments):
+        for name in complete_command(os.environ):
+            print(name)
     try:
         _register()
         many, rest = _command(command, rest)
@@ -68,6 +71,20 @@ def split_command(arguments: Sequence[str]) -> tuple[str, list[str]]:
     if arguments and arguments[0] in COMMANDS:
         return arguments[0], list(arguments[1:])
     return "run", list(arguments)
+
+
+def complete_command(environment: MutableMapping[str, str]) -> list[str]:
+    """The commands that complete the line being typed. A finished command is taken out of COMP_LINE, so that Hydra
+    completes what follows as if it stood alone."""
+    line = environment.get("COMP_LINE", "")
+    program, _, rest = line.partition(" ")
+    first, space, _ = rest.partition(" ")
+    if not space:
+        return [name for name in COMMANDS if name.startswith(first)]
+    if first in COMMANDS:
+        environment["COMP_LINE"] = f"{program} {rest[len(first) + 1 :]}"
+        environment["COMP_POINT"] = str(int(environment.get("COMP_POINT", len(line))) - len(first) - 1)
+    return []
 
 
 def _command(name: str, rest: list[str]) -> tuple[Many | None, list[str]]:

@@ -7,6 +7,7 @@ of range, a missing port. What can be wrong between nodes is `graph.py`'s.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -107,7 +108,7 @@ class PipelineSpec:
 
 def read_spec(config: DictConfig) -> PipelineSpec:
     """The PipelineSpec of a composed config. Errors: ConfigError with the address of the mistake."""
-    plain = _resolve(config)
+    plain = _resolve(_filled(config))
     stages = plain.get("stages") or {}
     if not isinstance(stages, Mapping):
         raise ConfigError(f"stages: expected a mapping of nodes, got {stages!r}.")
@@ -133,12 +134,31 @@ def read_spec(config: DictConfig) -> PipelineSpec:
     )
 
 
+def _filled(config: DictConfig) -> DictConfig:
+    """The config with what a stage's schema pre-fills also in nodes that were written by `uses` alone."""
+    filled = config.copy()
+    stages = filled.get("stages")
+    for body in stages.values() if isinstance(stages, DictConfig) else ():
+        name = body.get("uses") if isinstance(body, DictConfig) else None
+        if name in catalog():
+            OmegaConf.set_struct(body, False)
+            for key, value in catalog()[str(name)].config.items():
+                if key not in body:
+                    body[key] = value
+    return filled
+
+
 def _resolve(config: DictConfig) -> dict[str, Any]:
     """The config as plain values; a bad interpolation is a ConfigError with its address."""
     try:
         plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
     except OmegaConfBaseException as error:
         address = getattr(error, "full_key", None) or "config"
+        missing = re.search(r"Missing mandatory value: (\S+)", str(error))
+        if missing:
+            raise ConfigError(
+                f"{missing[1]}: missing. Set {missing[1]}=… (it is needed by {address})."
+            ) from error
         raise ConfigError(f"{address}: {str(error).splitlines()[0]}.") from error
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
