@@ -31,17 +31,13 @@ from qpipe.errors import InputError
 from qpipe.model.bias import BIAS_MAX, BIAS_MIN, QuantizedBias, effective_encodings, quantized_biases
 from qpipe.model.operators import OPERATORS
 from qpipe.model.operators.host import host_constant, to_device
+from qpipe.model.operators.registry import MOVING
 from qpipe.numerics.fake_quantize import FakeQuantize, fake_quantize
 from qpipe.numerics.grid import Encoding, same_grid
 
 if TYPE_CHECKING:
     from qpipe.model.model import Model
 
-MOVING = frozenset(
-    {"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather", "Expand", "Tile"}
-    | {"DepthToSpace", "SpaceToDepth", "Identity", "MaxPool", "GlobalMaxPool"}
-)
-"""Their outputs hold values of their first input: on the same grid a second quantizer is redundant."""
 BOUNDING = frozenset({"Min", "Max", "Clip", "Relu", "Pad", "Concat"})
 """Operators whose output may share the quantizer of their first input, but has to be rounded again."""
 _HOST_OUTPUT = frozenset({"Shape", "Size", "Range", "ConstantOfShape"})

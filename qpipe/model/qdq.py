@@ -7,13 +7,15 @@
 The dequantized value has the name, so every reader of `v`, and whoever asks a session for it, gets the
 rounded one; a graph input alone keeps its own name, and its readers get `v__dequantized`. Inputs and outputs
 of the graph stay float. Codes narrower than the types that ONNX has (3 bits, 6 bits) are stored in the next
-wider type; an activation is clipped to its codes' range first.
+wider type; an activation is clipped to its codes' range first. Activations of 4 bits and less are stored in 8:
+onnxruntime (1.31) fuses 4-bit ones into integer kernels that do not take them, and then refuses the graph.
 
 Source: ONNX operators QuantizeLinear and DequantizeLinear, opset 21.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -22,7 +24,8 @@ import onnx_ir as ir
 
 from qpipe.errors import InputError
 from qpipe.model.bias import QuantizedBias, bias_codes, bias_scale, effective_encodings, quantized_biases
-from qpipe.numerics.grid import Array, Encoding, quantize
+from qpipe.model.operators.registry import MOVING
+from qpipe.numerics.grid import Array, Encoding, quantize, same_grid
 
 if TYPE_CHECKING:
     import onnx
@@ -57,11 +60,26 @@ def qdq_model(model: Model) -> ir.Model:
     for value in activations:
         encoding = encodings.get(str(value.name))
         if encoding is not None:
-            _insert_activation(graph, value, encoding)
+            redundant = _redundant(value, encoding, encodings)
+            if activation_storage(encoding).bitwidth == 8 or not redundant:
+                _insert_activation(graph, value, encoding, clipped=not redundant)
     for name in [name for name, value in graph.initializers.items() if not value.uses()]:
         if not graph.initializers[name].is_graph_output():
             del graph.initializers[name]
     return clone
+
+
+def _redundant(value: ir.Value, encoding: Encoding, encodings: dict[str, Encoding]) -> bool:
+    """Whether `value` is on its grid already, being values of an input on the same one.
+
+    In 8 bits its pair is still written, since that lets the node run on integers.
+    """
+    node = value.producer()
+    if node is None or node.op_type not in MOVING or node.inputs[0] is None:
+        return False
+    # The input may have been rounded already, under its own name.
+    source = encodings.get(str(node.inputs[0].name).removesuffix("__dequantized"))
+    return source is not None and same_grid(source, encoding)
 
 
 def storage(encoding: Encoding) -> ir.DataType:
@@ -76,19 +94,27 @@ def storage(encoding: Encoding) -> ir.DataType:
     raise InputError(f"ONNX has no type for codes of {encoding.bitwidth} bits. Use at most 16.")
 
 
-def _insert_activation(graph: ir.Graph, value: ir.Value, encoding: Encoding) -> None:
-    """Q and DQ behind `value`, and all its readers, the graph's outputs among them, moved behind these."""
+def activation_storage(encoding: Encoding) -> ir.DataType:
+    """The integer type of an activation's codes, of at least 8 bits."""
+    return storage(replace(encoding, bitwidth=8) if encoding.bitwidth < 8 else encoding)
+
+
+def _insert_activation(graph: ir.Graph, value: ir.Value, encoding: Encoding, clipped: bool) -> None:
+    """Q and DQ behind `value`, and all its readers, the graph's outputs among them, moved behind these.
+
+    With `clipped` a Clip keeps the codes in range where their type is wider than they are.
+    """
     name = str(value.name)
     is_input = value.is_graph_input()
     readers = _uses(value)
     outputs = [i for i, output in enumerate(graph.outputs) if output is value]
-    scale, zero_point = _constants(graph, name, encoding)
+    dtype = activation_storage(encoding)
+    scale, zero_point = _constants(graph, name, encoding, dtype)
     if not is_input:
         value.name = f"{name}__float"
     made: list[ir.Node] = []
     narrowed = value
-    dtype = storage(encoding)
-    if dtype.bitwidth != encoding.bitwidth:
+    if clipped and dtype.bitwidth != encoding.bitwidth:
         low, high = (
             _constant(graph, f"{name}__{side}", (np.float32(code) - encoding.zero_point) * encoding.scale)
             for side, code in (("low", encoding.qmin), ("high", encoding.qmax))

@@ -33,6 +33,12 @@ class Operator:
     more: str = ""
 
 
+MOVING = frozenset(
+    {"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather", "Expand", "Tile"}
+    | {"DepthToSpace", "SpaceToDepth", "Identity", "MaxPool", "GlobalMaxPool"}
+)
+"""Their outputs hold values of their first input: on the same grid a second quantizer is redundant."""
+
 OPERATORS: dict[str, Operator] = {}
 """By operator name, in ONNX's default domain."""
 
