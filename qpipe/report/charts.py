@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 from qpipe.report import text
-from qpipe.report.record import Parity, Step
+from qpipe.report.record import Distances, Step
 
 ROW, TOP, WIDTH, LABELS, VALUES = 30, 26, 900, 190, 170
 PLOT = WIDTH - LABELS - VALUES
@@ -96,20 +96,22 @@ def _strong(best: bool) -> str:
     return ' class="strong"' if best else ""
 
 
-def parity_chart(parity: Parity) -> str:
+def parity_chart(distances: Distances, title: str) -> str:
     """One bar per number of grid steps; its length is the logarithm of the share, so that rare ones show."""
-    if not parity.shares:
+    shares = distances.shares
+    if not shares:
         return ""
-    height = TOP + ROW * len(parity.shares) + 8
-    parts = [_open(height, "Share of values by distance in grid steps")]
-    parts.append(f'<text class="faint" x="{LABELS}" y="{TOP - 9}">share of the values (logarithmic)</text>')
-    for steps, share in enumerate(parity.shares):
+    height = TOP + ROW * len(shares) + 8
+    parts = [_open(height, f"{title}: share of values by distance in grid steps")]
+    heading = f"{escape(title)}: share of the values (logarithmic)"
+    parts.append(f'<text class="faint" x="{LABELS}" y="{TOP - 9}">{heading}</text>')
+    for steps, share in enumerate(shares):
         y = TOP + ROW * steps
-        length = PLOT * max(0.0, 1 - math.log10(share) / math.log10(SMALLEST_SHARE)) if share else 0.0
-        name = "same grid step" if steps == 0 else f"{text.plural(steps, 'step')} apart"
-        name += " or more" if steps and steps == len(parity.shares) - 1 and parity.open_ended else ""
+        name = "equal" if steps == 0 else text.plural(steps, "step")
+        name += " or more" if steps and steps == len(shares) - 1 else ""
         parts.append(f'<text x="{LABELS - 14}" y="{y + 19}" text-anchor="end">{name}</text>')
         if share:
+            length = PLOT * max(0.0, 1 - math.log10(share) / math.log10(SMALLEST_SHARE))
             kind = "near" if steps < 2 else "far"
             place = f'x="{LABELS}" y="{y + 5}" width="{max(2.0, length):.1f}" height="{ROW - 10}" rx="2"'
             parts.append(f'<rect class="{kind}" {place}/>')

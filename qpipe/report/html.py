@@ -21,6 +21,7 @@ from qpipe.report.style import STYLE
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 LONG_TABLE = 50
+WORST = 12
 _STATUS = {
     "done": "done", "failed": "a node failed", "goal_missed": "goal missed", "interrupted": "interrupted",
 }  # fmt: skip
@@ -158,9 +159,16 @@ def _table(
 
 
 def _parity(parity: facts.Parity) -> str:
-    of = "" if parity.values is None else f" ({parity.values:,.0f} values)"
+    charts = parity_chart(parity.units, "op by op, equal inputs") + parity_chart(
+        parity.end_to_end, "end to end"
+    )
+    rows = [
+        (f"<code>{_text(value)}</code>", _text(operators), _text(found.sentence))
+        for value, operators, found in parity.worst[:WORST]
+    ]
+    worst = _table(("value", "operators", "distance, op by op"), rows) if rows else ""
     listed = _list([(name, _text(value)) for name, value in parity.facts])
-    return f"<p>{_text(parity.node)}: {_text(parity.sentence)}{of}</p>\n{parity_chart(parity)}{listed}"
+    return f"<p>{_text(parity.node)}: {_text(parity.sentence)}.</p>\n{charts}{listed}{worst}"
 
 
 def _graph(record: Mapping[str, Any]) -> str:

@@ -7,14 +7,14 @@ short: what is missing is left out, never an error.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from qpipe.report import text
 
 Record = Mapping[str, Any]
-MOST_STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -41,32 +41,48 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Parity:
-    """How far the deployed model is from the simulated one.
+class Distances:
+    """How far apart compared values are: `counts[k]` of them k steps of their grid, the last that many and more."""
 
-    `shares[k]` of the values differ by k steps of their grid, the last entry by that many and more. `facts`
-    are the node's other scores, ready to print.
-    """
-
-    node: str
-    shares: tuple[float, ...]
-    values: float | None
-    facts: tuple[tuple[str, str], ...]
+    counts: tuple[float, ...]
+    largest: float | None
 
     @property
-    def open_ended(self) -> bool:
-        """Whether the last share counts larger distances too."""
-        return len(self.shares) > MOST_STEPS
+    def shares(self) -> tuple[float, ...]:
+        """The counts as shares of all; () where nothing was compared."""
+        total = sum(self.counts)
+        return tuple(count / total for count in self.counts) if total else ()
 
     @property
     def sentence(self) -> str:
-        parts = []
-        if self.shares:
-            parts.append(f"{text.share(self.shares[0])} of the values on the same grid step")
-        if len(self.shares) > 1:
-            parts.append(f"{text.share(min(1.0, sum(self.shares[:2])))} within one step")
-        parts += [f"{name} {value}" for name, value in self.facts[:3]]
-        return ", ".join(parts)
+        """The exact ones, those within one step, and the largest distance."""
+        if not self.shares:
+            return "nothing compared"
+        largest = "" if self.largest is None else f", largest {text.plural(int(self.largest), 'step')}"
+        within = min(1.0, sum(self.shares[:2]))
+        return f"{text.share(self.shares[0])} equal, {text.share(within)} within one grid step{largest}"
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far the deployed model is from the simulated one: op by op on equal inputs, and end to end.
+
+    `worst` are the units that differ, largest distance first: (value, operators, distances). `facts` are the other
+    scores of the node, ready to print.
+    """
+
+    node: str
+    agree: bool | None
+    units: Distances
+    end_to_end: Distances
+    worst: tuple[tuple[str, str, Distances], ...]
+    facts: tuple[tuple[str, str], ...]
+
+    @property
+    def sentence(self) -> str:
+        """Both comparisons in one sentence."""
+        verdict = {True: "agrees; ", False: "does not agree; ", None: ""}[self.agree]
+        return f"{verdict}op by op {self.units.sentence}; end to end {self.end_to_end.sentence}"
 
 
 def nodes(record: Record) -> dict[str, Mapping[str, Any]]:
@@ -201,33 +217,35 @@ def parities(record: Record) -> list[Parity]:
 
 
 def _parity(name: str, scores: Mapping[str, Any]) -> Parity:
-    counts = _histogram(scores.get("histogram"))
-    total = sum(counts)
-    shares = tuple(count / total for count in counts) if total else ()
-    hidden = ("metric", "score", "histogram")
+    rows = _mappings(scores.get("units"))
+    apart = [(_text_of(row, "value"), _text_of(row, "op_types"), _distances([row])) for row in rows]
+    worst = sorted((unit for unit in apart if unit[2].largest), key=lambda unit: -(unit[2].largest or 0))
+    agree = scores.get("agree")
+    hidden = ("metric", "score", "agree")
     facts = tuple(
         (text.clean(key).replace("_", " "), fact) for key, fact in scalars(scores) if key not in hidden
     )
-    return Parity(name, shares, total or None, facts)
+    end_to_end = _distances(_mappings(scores.get("end_to_end")))
+    return Parity(
+        name, agree if isinstance(agree, bool) else None, _distances(rows), end_to_end, tuple(worst), facts
+    )
 
 
-def _histogram(raw: Any, limit: int = MOST_STEPS) -> list[float]:
-    """Counts by number of grid steps, from {steps: count}, [count, …] or {tensor: either}; last: the tail."""
-    counts: dict[int, float] = {}
-    for steps_, count in _pairs(raw):
-        slot = min(abs(steps_), limit)
-        counts[slot] = counts.get(slot, 0.0) + count
-    return [counts.get(slot, 0.0) for slot in range(max(counts, default=-1) + 1)]
+def _distances(rows: Sequence[Mapping[str, Any]]) -> Distances:
+    """The counts of all rows together."""
+    columns = zip_longest(*(map(real, row.get("counts") or ()) for row in rows), fillvalue=None)
+    counts = tuple(sum(count or 0.0 for count in column) for column in columns)
+    largest = [value for row in rows if (value := real(row.get("largest"))) is not None]
+    return Distances(counts, max(largest, default=None))
 
 
-def _pairs(raw: Any) -> Iterator[tuple[int, float]]:
-    if isinstance(raw, list | tuple):
-        raw = dict(enumerate(raw))
-    for key, value in _mapping(raw).items():
-        if isinstance(value, Mapping | list | tuple):
-            yield from _pairs(value)
-        elif (count := real(value)) is not None and str(key).lstrip("+-").isdecimal():
-            yield int(key), count
+def _mappings(value: Any) -> list[Mapping[str, Any]]:
+    return [row for row in value if isinstance(row, Mapping)] if isinstance(value, list | tuple) else []
+
+
+def _text_of(row: Mapping[str, Any], name: str) -> str:
+    value = row.get(name) or ""
+    return text.clean(value if isinstance(value, str) else " ".join(map(str, value)))
 
 
 def scalars(scores: Mapping[str, Any]) -> list[tuple[str, str]]:

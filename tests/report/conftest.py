@@ -53,6 +53,20 @@ def node(stage: str, verdict: str, index: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def parity() -> dict[str, Any]:
+    """As the stage leaves it: by unit and end to end, how many values are 0, 1, 2 and more grid steps apart."""
+
+    def row(value: str, counts: list[int], largest: int) -> dict[str, Any]:
+        return {"value": value, "op_types": ["Conv", "Relu"], "counts": counts, "largest": largest}
+
+    return {
+        "score": 1.0, "metric": "within_one", "agree": True, "within_one": 1.0, "first": "relu_1", "samples": 64,
+        "units": [row("relu_1", [60_000, 0, 0, 0], 0), row("relu_2", [39_940, 60, 0, 0], 1)],
+        "end_to_end": [row("relu_1", [60_000, 0, 0, 0], 0), row("relu_2", [39_000, 900, 98, 2], 4)],
+        "outputs": [{"name": "logits", "max_difference": 0.02, "cosine": 0.9999}],
+    }  # fmt: skip
+
+
 def step(name: str, label: str, score: float, verdict: str, seconds: float, **more: bool) -> dict[str, Any]:
     return {
         "node": name, "label": label, "score": score, "metric": "top1", "drop": 0.9812 - score,
@@ -71,11 +85,7 @@ def record() -> dict[str, Any]:
     ]
     nodes["cle"]["notes"] = ["3 pairs equalized.", "2 dead channels left as they were."]
     nodes["amp"]["error"] = {"message": "The worker was killed at 4.1 GB.\nLower batch_size."}
-    nodes["parity"]["scores"] = {
-        "histogram": {"0": 99_940, "1": 58, "2": 2},
-        "max_steps": 2,
-        "top1_agreement": 1.0,
-    }
+    nodes["parity"]["scores"] = parity()
     folder = "/data/outputs/2026-03-01/101500-ab12"
     return {
         "schema": 1, "qpipe": "0.1.0", "command": ["qpipe", "pipeline=autoquant"], "run_dir": folder,

@@ -24,8 +24,8 @@ def test_it_says_goal_totals_failures_notes_parity_and_files(record: dict[str, A
     page = closing_table(record, 160)
     for fact in (
         "goal met: top1 98.01 %", "the cache saved 3 min 10 s", "amp: The worker was killed at 4.1 GB.",
-        "adaround: Layer 'head' kept", "99.94 % of the values on the same grid step",
-        "99.998 % within one",
+        "adaround: Layer 'head' kept", "parity: agrees; op by op 99.94 % equal",
+        "end to end 99.00 % equal",
         "/data/outputs/2026-03-01/101500-ab12/export/model.onnx",
     ):  # fmt: skip
         assert fact in page

@@ -62,19 +62,20 @@ def test_edges_to_unknown_nodes_are_left_out(record: dict[str, Any]) -> None:
     assert facts.edges(record) == [("cle", "adaround", "model")]
 
 
-@pytest.mark.parametrize(
-    "histogram", [{"0": 90, "1": 8, "2": 2}, [90, 8, 2], {"conv1": {"0": 50, "-1": 8}, "conv2": [40, 0, 2]}]
-)
-def test_parity_is_read_from_counts_by_step_in_any_form(record: dict[str, Any], histogram: Any) -> None:
-    record["nodes"]["parity"]["scores"] = {"histogram": histogram}
-    assert facts.parities(record)[0].shares == (0.9, 0.08, 0.02)
-
-
-def test_large_distances_share_the_last_bar(record: dict[str, Any]) -> None:
-    record["nodes"]["parity"]["scores"] = {"histogram": {"0": 98, "8": 1, "200": 1}}
+def test_parity_is_summed_over_units(record: dict[str, Any]) -> None:
     (parity,) = facts.parities(record)
-    assert parity.open_ended
-    assert parity.shares == (0.98, 0, 0, 0, 0, 0, 0, 0, 0.02)
+    assert parity.units.shares == (0.9994, 0.0006, 0, 0)
+    assert parity.end_to_end.counts == (99_000, 900, 98, 2)
+    assert [(value, found.largest) for value, _, found in parity.worst] == [("relu_2", 1)]
+    assert parity.sentence == (
+        "agrees; op by op 99.94 % equal, 100 % within one grid step, largest 1 step; "
+        "end to end 99.00 % equal, 99.90 % within one grid step, largest 4 steps"
+    )
+
+
+def test_a_parity_without_counts_compared_nothing(record: dict[str, Any]) -> None:
+    record["nodes"]["parity"]["scores"] = {"agree": False, "units": []}
+    assert facts.parities(record)[0].sentence.startswith("does not agree; op by op nothing compared")
 
 
 @pytest.mark.parametrize(
