@@ -43,12 +43,10 @@ def read_npz(path: Path, limit: int | None) -> Arrays:
 
     if not path.is_file():
         raise InputError(f"There is no data file {path}.")
+    if not zipfile.is_zipfile(path):
+        raise InputError(f"{path} is no npz file. Save it with np.savez(path, <input>=…, labels=…).")
     try:
         with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise InputError(
-                    f"{path} holds one array without a name. Save it with np.savez(path, <input>=…)."
-                )
             arrays = {name: archive[name] for name in archive.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} cannot be read as npz without pickle: {error}") from error
@@ -78,7 +76,13 @@ def from_factory(factory: str, split: str, limit: int | None) -> Arrays:
     batches = list(_batches(factory, returned, limit))
     if not batches:
         raise InputError(f"{factory} yields no batch for split '{split}'.")
-    return {name: np.concatenate([batch[name] for batch in batches])[:limit] for name in batches[0]}
+    joined: Arrays = {}
+    for name in batches[0]:
+        try:
+            joined[name] = np.concatenate([batch[name] for batch in batches])[:limit]
+        except ValueError as error:
+            raise InputError(f"{factory}: the batches of '{name}' do not fit together: {error}") from error
+    return joined
 
 
 def _batches(factory: str, batches: Iterable[Any], limit: int | None) -> Iterator[Arrays]:

@@ -40,9 +40,19 @@ def ungrouped(array: NDArray[np.float64], shape: tuple[int, ...], channel_axis: 
 
 def own(editor: Editor, layer: Layer) -> Layer:
     """The layer with a weight and a bias that no other node reads: a copy of each one that is shared."""
-    weight = _private(editor, layer.weight, editor.node(layer.name))
-    bias = layer.bias and _private(editor, layer.bias, editor.node(layer.add or layer.name))
-    return replace(layer, weight=weight, bias=bias)
+    return own_bias(editor, own_weight(editor, layer))
+
+
+def own_weight(editor: Editor, layer: Layer) -> Layer:
+    """The layer with a weight that no other node reads."""
+    return replace(layer, weight=_private(editor, layer.weight, editor.node(layer.name)))
+
+
+def own_bias(editor: Editor, layer: Layer) -> Layer:
+    """The layer with a bias that no other node reads, if it has any."""
+    if layer.bias is None:
+        return layer
+    return replace(layer, bias=_private(editor, layer.bias, editor.node(layer.add or layer.name)))
 
 
 def _private(editor: Editor, name: str, reader: ir.Node) -> str:

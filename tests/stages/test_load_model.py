@@ -8,11 +8,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from qpipe.stages.load_model import load_model
 from safetensors.torch import save_file
 
 from qpipe.errors import InputError
 from qpipe.stage import Samples
-from qpipe.stages.load_model import load_model
 
 NETS = """
 import torch
@@ -126,14 +126,20 @@ def test_weights_replace_the_modules(nets, tmp_path, suffix):
 
 def test_a_tied_parameter_is_filled_under_its_other_name(nets, tmp_path):
     weight = torch.randn(4, 4)
-    save_file({"first.weight": weight, "first.bias": torch.zeros(4), "second.bias": torch.ones(4)}, tmp_path / "w.safetensors")
+    save_file(
+        {"first.weight": weight, "first.bias": torch.zeros(4), "second.bias": torch.ones(4)},
+        tmp_path / "w.safetensors",
+    )
     model = load_model(factory=f"{nets}:tied", weights=tmp_path / "w.safetensors")
     weights = {layer.weight for layer in model.layers()}
     assert len(weights) == 1
 
 
 def test_weights_that_do_not_fit_are_listed_in_one_sentence(nets, tmp_path):
-    torch.save({"0.weight": torch.zeros(4, 3, 5, 5), "1.weight": torch.zeros(4), "head.bias": torch.zeros(2)}, tmp_path / "w.pt")
+    torch.save(
+        {"0.weight": torch.zeros(4, 3, 5, 5), "1.weight": torch.zeros(4), "head.bias": torch.zeros(2)},
+        tmp_path / "w.pt",
+    )
     with pytest.raises(InputError) as refused:
         load_model(factory=f"{nets}:conv_with_example", weights=tmp_path / "w.pt")
     assert str(refused.value) == (

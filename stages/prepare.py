@@ -1,0 +1,126 @@
+"""Bring a model into the shape that the later stages count on, and show that it still computes the same.
+
+    y = alpha (x W) + beta c   ->   y = x (alpha W) + beta c written into the parameters
+    a bias that several layers share, or of one number for all channels   ->   one vector for each layer
+    the canonical form again: constants folded, dead and equal nodes out, every node and value named
+
+max |y - y'| / max |y| over the outputs, in onnxruntime on random inputs, has to stay within `tolerance`.
+
+Assumes: a float model. Samples, where they are wired, have one array for each input, of its rank, type and
+fixed dimensions; they are checked here, since every later stage would fail on them one by one.
+Source: own; the list of what to prepare follows what equalization, folding and rounding each ask for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from qpipe.errors import InputError, StageError
+from qpipe.stage import NULL, Context, Range, Samples, stage
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from qpipe.model import Editor, Model
+
+
+def scale_into_parameters(editor: Editor, node: ir.Node) -> bool:
+    """Write alpha and beta of a Gemm with constant parameters into them; whether there was anything to write."""
+    import numpy as np
+    import onnx_ir
+
+    changed = False
+    for index, key in ((1, "alpha"), (2, "beta")):
+        factor: float = node.attributes.get_float(key, 1.0)
+        value = node.inputs[index] if len(node.inputs) > index else None
+        if factor == 1.0 or (value is not None and not value.is_initializer()):
+            continue
+        if value is not None:
+            array = editor.param(str(value.name)) * np.float32(factor)
+            node.replace_input_with(index, editor.add_param(str(value.name), array))
+        node.attributes[key] = onnx_ir.AttrFloat32(key, 1.0)
+        changed = True
+    return changed
+
+
+def widen_bias(editor: Editor, node: ir.Node) -> bool:
+    """Write a Gemm's bias of one number as one for each channel; whether it was one number."""
+    import numpy as np
+
+    weight, bias = (node.inputs[index] if len(node.inputs) > index else None for index in (1, 2))
+    if bias is None or weight is None or not bias.is_initializer() or weight.const_value is None:
+        return False
+    array = editor.param(str(bias.name))
+    transposed: int = node.attributes.get_int("transB", 0)
+    channels = weight.const_value.shape.numpy()[0 if transposed else 1]
+    if array.size != 1 or array.shape == (channels,):
+        return False
+    node.replace_input_with(2, editor.add_param(str(bias.name), np.full(channels, array.reshape(())[()])))
+    return True
+
+
+def separate(model: Model, weights: bool) -> tuple[Model, list[str]]:
+    """The model whose layers each have a bias (and a weight) of their own, and the names that were shared."""
+    from qpipe.model.channels import own_bias, own_weight
+
+    editor = model.edit()
+    shared: list[str] = []
+    for layer in model.layers():
+        for name, make in ((layer.bias, own_bias), (layer.weight if weights else None, own_weight)):
+            if name is not None and make(editor, layer) != layer:
+                shared.append(name)
+    return (editor.model(), sorted(set(shared))) if shared else (model, [])
+
+
+def measured(source: Model, result: Model) -> float:
+    """max |y - y'| / max |y| over the outputs of both in onnxruntime, on random inputs."""
+    from qpipe.model.check import random_inputs, relative_error
+
+    fed = random_inputs(source)
+    pairs = zip(*(model.session(quantized=False).run(None, fed) for model in (source, result)), strict=True)
+    return max((relative_error(expected, found) for expected, found in pairs), default=0.0)
+
+
+@stage(version=1, config={"data": "calibration"})
+def prepare(
+    model: Model,
+    data: Samples | None = None,
+    *,
+    tied_weights: Literal["keep", "copy"] = "keep",
+    verify: bool = True,
+    tolerance: Annotated[float, Range(gt=0)] = 1e-4,
+    ctx: Context = NULL,
+) -> Model:
+    """The model as later stages want it; what it computes is the same, which is measured unless `verify` is
+    false.
+
+    A weight that several layers share stays one, unless `tied_weights` is copy: then each layer can be tuned
+    by itself, at the cost of size. The error is noted and kept in `metadata["prepare"]`. Errors: InputError
+    for a quantized model and for samples that do not fit its inputs; StageError where the outputs moved by
+    more than `tolerance`.
+    """
+    from qpipe.model import Model
+    from qpipe.model.run import fitting
+
+    if model.encodings:
+        raise InputError("prepare takes a float model, and this one is quantized already. Put prepare first.")
+    if data is not None:
+        fitting(model, data.arrays)
+    editor = model.edit()
+    gemms = [node for node in editor.graph if node.op_type == "Gemm" and not node.domain]
+    scaled = [str(node.name) for node in gemms if scale_into_parameters(editor, node)]
+    widened = [str(node.name) for node in gemms if widen_bias(editor, node)]
+    result, shared = separate(Model.from_proto(editor.ir), tied_weights == "copy")
+    report: dict[str, object] = {"scaled": scaled, "widened": widened, "separated": shared}
+    if verify:
+        error = measured(model, result)
+        if not error <= tolerance:
+            raise StageError(
+                f"prepare moved the model's outputs by {error:.1e} (relative); {tolerance:.0e} is allowed."
+            )
+        ctx.note(f"The outputs moved by {error:.1e} (relative) on random inputs.")
+        report["largest_relative_error"] = float(f"{error:.1e}")
+    ctx.note(
+        f"{result.graph.num_nodes()} nodes, {len(result.layers())} layers, {len(shared)} parameters separated."
+    )
+    return result.with_metadata({**model.metadata, "prepare": report})
