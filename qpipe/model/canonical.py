@@ -10,6 +10,7 @@ Parameters keep the names and values that the source gives them; equal ones are 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection
 
 import onnx_ir as ir
@@ -79,9 +80,10 @@ def canonicalize(model: ir.Model, parameters: Collection[str] | None = None) -> 
 
 def simplify(model: ir.Model, parameters: Collection[str]) -> None:
     """Fold, rewrite and merge until nothing changes, in place."""
+    rules = (*SIMPLIFICATIONS, functools.partial(rewrites.skip_neutral, frozenset(parameters)))
     for _ in range(_ROUNDS):
         infer_shapes(model)
-        changed = rewrites.apply(model.graph, SIMPLIFICATIONS)
+        changed = rewrites.apply(model.graph, rules)
         changed |= fold_constants(model, parameters)
         changed |= common.CommonSubexpressionEliminationPass()(model).modified
         remove_dead_nodes(model)

@@ -6,7 +6,7 @@ parameter, merges initializers or fuses a BatchNormalization; none changes what 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,11 +77,20 @@ def _gives_back(node: ir.Node) -> bool:
     if op == "Pad":
         pads = constant(node, 1)
         return pads is not None and not pads.any()
-    if op in ("Add", "Sub", "Mul", "Div"):
-        other = constant(node, 1)
-        neutral = 0 if op in ("Add", "Sub") else 1
-        return other is not None and bool(np.all(other == neutral)) and _same_shape(source, output)
     return False
+
+
+def skip_neutral(parameters: Collection[str], graph: ir.Graph, node: ir.Node) -> bool:
+    """Adding zeros or multiplying by ones goes, unless those are a parameter that may change."""
+    if node.op_type not in ("Add", "Sub", "Mul", "Div") or node.domain:
+        return False
+    source, value, other = node.inputs[0], node.inputs[1], constant(node, 1)
+    neutral = 0 if node.op_type in ("Add", "Sub") else 1
+    if source is None or value is None or other is None or value.name in parameters:
+        return False
+    if not bool(np.all(other == neutral)) or not _same_shape(source, node.outputs[0]):
+        return False
+    return bypass(graph, node, source)
 
 
 def _inference_dropout(node: ir.Node) -> bool:
