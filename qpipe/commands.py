@@ -13,6 +13,7 @@ from qpipe.errors import ConfigError, QpipeError
 from qpipe.param import describe, listed, nearest
 from qpipe.plan import Outcome, Walk, previous_result
 from qpipe.record import RECORD
+from qpipe.report.plain import PlainDisplay
 from qpipe.report.table import table
 from qpipe.report.terminal import Row, Terminal
 from qpipe.spec import FirstWithin
@@ -119,7 +120,8 @@ def graph(jobs: Sequence[Job], file: str | None) -> int:
         }
     edges = [(source, target, port) for source, target, port in walk.graph.edges()]
     if file is None:
-        print(graph_text(nodes, edges))
+        display = PlainDisplay(sys.stdout)
+        print(graph_text(nodes, edges, width=display.width, fancy=display.fancy))
         return 0
     if Path(file).suffix not in (".svg", ".png"):
         raise ConfigError(f"graph: draws to .svg or .png, got '{file}'. Give the file one of these endings.")
@@ -158,7 +160,9 @@ def show_report(arguments: Sequence[str]) -> str:
         raise ConfigError(f"report: no record at '{path}'. Give the folder of a run.") from error
     except ValueError as error:
         raise ConfigError(f"report: '{path}' is not a record: {error}.") from error
-    return closing_table(record, 110) + f"\nthe whole report: {_write_report(record, path.parent)}"
+    display = PlainDisplay(sys.stdout)
+    closing = closing_table(record, display.width, fancy=display.fancy, colour=display.colour)
+    return closing + f"\nthe whole report: {_write_report(record, path.parent)}"
 
 
 def _last_run() -> Path:
