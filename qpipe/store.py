@@ -145,13 +145,12 @@ class Store:
         """The digests of the blobs of a result that are missing or of the wrong size; nothing is read."""
         return [digest for digest, size in result["blobs"].items() if not self.has(digest, size)]
 
-    def publish(self, key: str, result: dict[str, Json], replace: bool = False) -> dict[str, Json]:
+    def publish(self, key: str, result: dict[str, Json]) -> dict[str, Json]:
         """Let `result` stand under `key`, whole or not at all; the result that stands from now on.
 
         `result["outputs"]` is {port: {"kind", "digest", "size_bytes"}}; `blobs`, {digest: size} of everything
         they consist of, is added here; the rest is free JSON. The first to publish wins: where a complete
-        result stands already, it stays and is returned, unless told to `replace` it. DamagedError where a
-        blob of the outputs is missing.
+        result stands already, it stays and is returned. DamagedError where a blob of the outputs is missing.
         """
         blobs: dict[str, int] = {}
         for output in result["outputs"].values():
@@ -163,9 +162,9 @@ class Store:
             raise DamagedError(f"blob {digest} of the result {key} is missing from {self.root}.", digest)
         content = canonical_json({"result": whole, "seal": _seal(key, whole)})
         path = self._action(key)
-        if replace or not self._write(path, memoryview(content), _move_first):
+        if not self._write(path, memoryview(content), _move_first):
             standing = self.result(key)
-            if not replace and standing is not None and not self.complete(standing):
+            if standing is not None and not self.complete(standing):
                 return standing
             self._write(path, memoryview(content), _move)
         return whole
@@ -196,18 +195,6 @@ class Store:
         except OSError as error:
             raise _refusal(self.root, error, "a lock") from error
         return FileLock(path)
-
-    def try_lock(self, lock: FileLock) -> bool:
-        """Acquire a lock now or not at all; whether it is held. CacheError where the disk refuses."""
-        from filelock import Timeout
-
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            return False
-        except OSError as error:
-            raise _refusal(self.root, error, "a lock") from error
-        return True
 
     # the files
 
