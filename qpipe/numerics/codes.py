@@ -21,9 +21,12 @@ et al., "GPTQ", arXiv 2210.17323.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Sharing = Literal["row", "place", "tensor", "fixed"]
 
 _BLOCK = 32
 # Of one of the search's two large arrays at a time: 128 MiB.
@@ -32,12 +35,23 @@ _ELEMENTS = 1 << 25
 
 @dataclass(frozen=True, eq=False)
 class RowGrid:
-    """Scale and zero point of weight rows, float32, (groups, rows, 1) or (groups, rows, K); code bounds."""
+    """Scale and zero point of weight rows, float32, (groups, rows, 1) or (groups, rows, K); code bounds.
+
+    `sharing` says which rows must keep one scale when scales are searched: each its own ("row"), those at one
+    place in every group ("place"), all ("tensor"), or no row may change its scale ("fixed").
+    """
 
     scale: Tensor
     zero_point: Tensor
     qmin: int
     qmax: int
+    sharing: Sharing = "row"
+
+    def pooled(self, value: Tensor) -> Tensor:
+        """`value` per row, (groups, rows), summed over the rows that share a scale, in its own shape."""
+        if self.sharing == "row":
+            return value
+        return (value.sum(0) if self.sharing == "place" else value.sum()).expand_as(value)
 
     def nearest(self, target: Tensor) -> Tensor:
         """The codes nearest to `target`, as float32 whole numbers, bit-equal to QuantizeLinear."""

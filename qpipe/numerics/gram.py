@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qpipe.numerics.codes import RowGrid, descend, objective, search, upper_factor
+from qpipe.numerics.codes import RowGrid, Sharing, descend, objective, search, upper_factor
 from qpipe.numerics.grid import Encoding, broadcast
 from qpipe.numerics.moments import Moments, full_float32
 from qpipe.numerics.unfold import Unfold
@@ -42,15 +42,15 @@ _SHRINKAGES_LARGE = (0.01, 0.1, 0.3)
 class GramOptions:
     """How hard to look. `beam` is used up to `beam_limit` inputs per output, the greedy rule alone beyond.
 
-    `scale_search` lets scales move, all together where `shared_scale`; `update_bias` False keeps the bias,
-    and then means count in the error. `asymmetry` and `shrinkage` fix a and l; None chooses them.
+    `scale_search` lets scales move, by powers of two where `power_of_two`. `update_bias` False keeps the
+    bias, and then means count in the error. `asymmetry` and `shrinkage` fix a and l; None chooses them.
     """
 
     beam: int = 8
     beam_limit: int = 1200
     scale_search: bool = False
     scale_factors: tuple[float, ...] = SCALE_FACTORS
-    shared_scale: bool = False
+    power_of_two: bool = False
     update_bias: bool = True
     asymmetry: float | None = None
     shrinkage: float | None = None
@@ -81,7 +81,17 @@ def row_grid(
     rows = [unfold.weight_rows(v.float().expand(shape)) for v in (scale, zero_point)]
     one_per_row = all(bool((v == v[..., :1]).all()) for v in rows)
     s, z = ((v[..., :1] if one_per_row else v).contiguous() for v in rows)
-    return RowGrid(s, z, e.qmin, e.qmax)
+    return RowGrid(s, z, e.qmin, e.qmax, _sharing(e, unfold))
+
+
+def _sharing(e: Encoding, unfold: Unfold) -> Sharing:
+    if e.axis is None:
+        return "tensor"
+    if e.block_size is not None:
+        return "fixed" if e.axis == unfold.weight_axis else "row"
+    if e.axis != unfold.weight_axis:
+        return "fixed"
+    return "place" if unfold.kind == "conv_transpose" and unfold.groups > 1 else "row"
 
 
 def row_encoding(e: Encoding, grid: RowGrid, unfold: Unfold, shape: tuple[int, ...]) -> Encoding:
@@ -117,10 +127,11 @@ def solve(
         shrinkage, asymmetry, codes = _choose(problem, grid, options, held_out is not None)
         target, h = problem.target(shrinkage, asymmetry), problem.shrunk(shrinkage)
         used = grid
-        if options.scale_search:
+        searched = options.scale_search and grid.sharing != "fixed"
+        if searched:
             used, codes = _search_scales(target, grid, h, codes, options)
         codes = _codes(target, used, h, options, codes)
-        if options.scale_search:
+        if searched:
             used, codes = _refit_scales(target, used, codes, h, options)
             if problem.error(used.values(codes)) > problem.error(
                 grid.values(fixed := _codes(target, grid, h, options))
@@ -236,13 +247,13 @@ def _search_scales(
     """The grid with each row's best factor by greedy codes, and those codes."""
     order = _descending(h)
     factor = _factor(h, order)
-    cost = objective(target, grid.values(known), h)
+    cost = grid.pooled(objective(target, grid.values(known), h))
     best, scale = known, grid.scale
-    for f in options.scale_factors:
+    for f in (0.25, 0.5, 2.0) if options.power_of_two else options.scale_factors:
         trial = replace(grid, scale=grid.scale * f)
         codes = search(target, trial, factor, order, 1)
-        value = objective(target, trial.values(codes), h)
-        better = value < cost if not options.shared_scale else (value.sum() < cost.sum()).expand_as(cost)
+        value = grid.pooled(objective(target, trial.values(codes), h))
+        better = value < cost
         cost = torch.where(better, value, cost)
         best, scale = (
             torch.where(better[..., None], codes, best),
@@ -257,14 +268,12 @@ def _refit_scales(
     target: Tensor, grid: RowGrid, codes: Tensor, h: Tensor, options: GramOptions, rounds: int = 3
 ) -> tuple[RowGrid, Tensor]:
     """Scales by least squares for the codes and codes by descent for the scales, in turn."""
-    if grid.scale.shape[-1] != 1:
+    if grid.scale.shape[-1] != 1 or options.power_of_two:
         return grid, codes
     for _ in range(rounds):
         steps = codes - grid.zero_point
         through = (steps @ h).double()
-        top, bottom = (through * target).sum(-1, keepdim=True), (through * steps).sum(-1, keepdim=True)
-        if options.shared_scale:
-            top, bottom = top.sum().expand_as(top), bottom.sum().expand_as(bottom)
+        top, bottom = (grid.pooled((through * v).sum(-1))[..., None] for v in (target, steps))
         ratio = (top / bottom).to(grid.scale.dtype)
         usable = (bottom > 0) & (ratio > 0.2 * grid.scale) & (ratio < 5.0 * grid.scale)
         grid = replace(grid, scale=torch.where(usable, ratio, grid.scale))
