@@ -134,20 +134,6 @@ def unreached(model: Model, data: Samples, links: Iterable[Link]) -> set[str]:
     return free
 
 
-def largest_error(before: Model, after: Model, data: Samples | None) -> float:
-    """max |y - y'| / max |y| over the outputs, in onnxruntime, on the first samples or on random inputs."""
-    from qpipe.model.check import random_inputs, relative_error
-    from qpipe.model.run import batches
-
-    if data is None:
-        fed = random_inputs(before)
-    else:
-        batch = next(batches(before, data.arrays, 32))
-        fed = dict(zip([spec.name for spec in before.inputs], batch.arrays, strict=True))
-    pairs = zip(*(model.session(quantized=False).run(None, fed) for model in (before, after)), strict=True)
-    return max(relative_error(expected, found) for expected, found in pairs)
-
-
 def apply(
     editor: Editor, layers: Mapping[str, Layer], links: Mapping[str, Link], totals: Mapping[str, Vector]
 ) -> None:
@@ -210,6 +196,7 @@ def cle(
     import numpy as np
 
     from qpipe.model.channels import grouped
+    from qpipe.model.compare import outputs_error
     from qpipe.model.links import chains, find_links, rescale_bounds
 
     editor = model.edit()
@@ -230,7 +217,7 @@ def cle(
             if step.node.op_type in ("Clip", "Min", "Max"):
                 rescale_bounds(editor, step, totals[link.first], str(step.node.name) in free)
     result = editor.model()
-    error = largest_error(model, result, data)
+    error = outputs_error(model, result, data.arrays if data is not None else None)
     if error > LARGEST_ERROR:
         raise StageError(
             f"cle changed the model's outputs by {error:.1e} (relative); that is not float rounding."
@@ -250,7 +237,7 @@ def cle(
             for name, link in links.items()
         },
         "passes": passes,
-        "largest_relative_error": error,
+        "largest_relative_error": float(f"{error:.1e}"),
         "replaced": sorted(free),
         "refused": refused,
     }

@@ -61,24 +61,14 @@ def widen_bias(editor: Editor, node: ir.Node) -> bool:
 
 def separate(model: Model, weights: bool) -> tuple[Model, list[str]]:
     """The model whose layers each have a bias (and a weight) of their own, and the names that were shared."""
-    from qpipe.model.channels import own_bias, own_weight
+    from qpipe.model.channels import own_bias
+    from qpipe.model.sharing import shared_weights, with_own_weights
 
+    if weights:
+        return with_own_weights(model), list(shared_weights(model))
     editor = model.edit()
-    shared: list[str] = []
-    for layer in model.layers():
-        for name, make in ((layer.bias, own_bias), (layer.weight if weights else None, own_weight)):
-            if name is not None and make(editor, layer) != layer:
-                shared.append(name)
-    return (editor.model(), sorted(set(shared))) if shared else (model, [])
-
-
-def measured(source: Model, result: Model) -> float:
-    """max |y - y'| / max |y| over the outputs of both in onnxruntime, on random inputs."""
-    from qpipe.model.check import random_inputs, relative_error
-
-    fed = random_inputs(source)
-    pairs = zip(*(model.session(quantized=False).run(None, fed) for model in (source, result)), strict=True)
-    return max((relative_error(expected, found) for expected, found in pairs), default=0.0)
+    shared = {str(layer.bias) for layer in model.layers() if own_bias(editor, layer) != layer}
+    return (editor.model(), sorted(shared)) if shared else (model, [])
 
 
 @stage(version=1, config={"data": "calibration"})
@@ -100,6 +90,7 @@ def prepare(
     more than `tolerance`.
     """
     from qpipe.model import Model
+    from qpipe.model.compare import outputs_error
     from qpipe.model.run import fitting
 
     if model.encodings:
@@ -113,7 +104,7 @@ def prepare(
     result, shared = separate(Model.from_proto(editor.ir), tied_weights == "copy")
     report: dict[str, object] = {"scaled": scaled, "widened": widened, "separated": shared}
     if verify:
-        error = measured(model, result)
+        error = outputs_error(model, result)
         if not error <= tolerance:
             raise StageError(
                 f"prepare moved the model's outputs by {error:.1e} (relative); {tolerance:.0e} is allowed."

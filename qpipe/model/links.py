@@ -20,7 +20,7 @@ from qpipe.model.channels import Blocked, Step, Way, constant, dims, follow
 
 if TYPE_CHECKING:
     from qpipe.model.layers import Layer
-    from qpipe.model.model import Editor
+    from qpipe.model.model import Array, Editor
 
 Vector = NDArray[np.float64]
 
@@ -111,29 +111,60 @@ def chains(links: Mapping[str, Link], layers: Mapping[str, Layer]) -> list[list[
     return rows
 
 
-def rescale_bounds(editor: Editor, step: Step, scale: Vector, unused: bool) -> None:
-    """Divide the bounds of a Clip, Min or Max by `scale` (C,); `unused` leaves out a Clip's upper bound."""
-    node = step.node
-    vector = step.channels.spread(scale).reshape(
-        -1, *(1,) * (len(dims(node.inputs[0])) - 1 - step.channels.axis)
-    )
-    uniform = bool(np.all(scale == scale[0]))
-    lower, upper = (constant(value) for value in (*node.inputs[1:], None, None)[:2])
-    if node.op_type != "Clip" or (uniform and not unused):
-        for index, bound in ((1, lower), (2, upper)):
-            if bound is not None:
-                new = (bound / (scale[0] if uniform else vector)).astype(np.float32)
-                node.replace_input_with(index, editor.add_param(f"{node.name}.bound", new))
+def bounds(node: ir.Node) -> tuple[Array | None, Array | None]:
+    """The lower and the upper bound of a Clip, Min or Max; None where it has none, or an infinite one."""
+    found = [constant(value) for value in (*node.inputs[1:], None, None)[:2]]
+    lower, upper = {"Clip": found, "Max": [found[0], None], "Min": [None, found[0]]}[node.op_type]
+    return _finite(lower), _finite(upper)
+
+
+def _finite(bound: Array | None) -> Array | None:
+    return bound if bound is not None and bool(np.isfinite(bound).any()) else None
+
+
+def along(step: Step, vector: Vector) -> Vector:
+    """`vector` (C,) in the shape that broadcasts against the output of `step`."""
+    rank = len(dims(step.node.inputs[0]))
+    return step.channels.spread(vector).reshape(-1, *(1,) * (rank - 1 - step.channels.axis))
+
+
+def set_bounds(editor: Editor, node: ir.Node, lower: Array | None, upper: Array | None) -> None:
+    """Give a Clip, Min or Max other bounds. A Clip stays one where they are single numbers; else it becomes
+    Relu, or Max, and Min.
+    """
+    if node.op_type != "Clip":
+        bound = upper if node.op_type == "Min" else lower
+        if bound is not None:
+            node.replace_input_with(1, editor.add_param(f"{node.name}.bound", bound.astype(np.float32)))
         return
-    parts: list[tuple[str, Vector | None]] = []
-    if lower is not None and np.isfinite(lower):
-        parts.append(("Max", lower / vector) if lower.any() else ("Relu", None))
-    if upper is not None and np.isfinite(upper) and not unused:
-        parts.append(("Min", upper / vector))
+    given = [bound for bound in (lower, upper) if bound is not None]
+    if given and all(bound.ndim == 0 for bound in given):
+        node.resize_inputs(3)
+        for index, key, bound in ((1, "min", lower), (2, "max", upper)):
+            new = None if bound is None else editor.add_param(f"{node.name}.{key}", bound.astype(np.float32))
+            node.replace_input_with(index, new)
+        return
+    parts: list[tuple[str, Array | None]] = []
+    if lower is not None:
+        parts.append(("Max", lower) if lower.any() else ("Relu", None))
+    if upper is not None:
+        parts.append(("Min", upper))
     replace_clip(editor, node, parts)
 
 
-def replace_clip(editor: Editor, clip: ir.Node, parts: Sequence[tuple[str, Vector | None]]) -> None:
+def rescale_bounds(editor: Editor, step: Step, scale: Vector, unused: bool) -> None:
+    """Divide the bounds of a Clip, Min or Max by `scale` (C,); `unused` leaves out a Clip's upper bound."""
+    vector = scale[0] if np.all(scale == scale[0]) else along(step, scale)
+    lower, upper = bounds(step.node)
+    set_bounds(
+        editor,
+        step.node,
+        None if lower is None else np.asarray(lower / vector),
+        None if upper is None or unused else np.asarray(upper / vector),
+    )
+
+
+def replace_clip(editor: Editor, clip: ir.Node, parts: Sequence[tuple[str, Array | None]]) -> None:
     """Put nodes, one for each operator and its constant, in the place of `clip`; the last output takes its
     name over.
     """
