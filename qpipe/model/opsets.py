@@ -86,6 +86,7 @@ def _lowered(model: ir.Model, version: int) -> ir.Model:
     new = {node.op_type for node in _nodes(model) if _schema(node.op_type, OPSET) is None}
     defined = sorted(op for op in new if _has_definition(op, version))
     if defined:
+        _write_defaults(model, defined, version)
         model = _inlined(model, [("", op) for op in defined])
     problems = [problem for node in _nodes(model) if (problem := _too_new(node)) is not None]
     if problems:
@@ -111,6 +112,15 @@ def _schema(op_type: str, version: int) -> onnx.defs.OpSchema | None:
 def _has_definition(op_type: str, version: int) -> bool:
     schema = _schema(op_type, version)
     return schema is not None and (schema.has_function or schema.has_context_dependent_function)
+
+
+def _write_defaults(model: ir.Model, op_types: list[str], version: int) -> None:
+    """Attributes left out are written: definitions refer to them, and inlining knows no defaults."""
+    for node in _nodes(model):
+        schema = _schema(node.op_type, version) if node.op_type in op_types else None
+        for name, attribute in schema.attributes.items() if schema is not None else ():
+            if name not in node.attributes and attribute.default_value.type:
+                node.attributes[name] = ir.from_proto(attribute.default_value)
 
 
 def _inlined(model: ir.Model, functions: list[tuple[str, str]]) -> ir.Model:

@@ -84,13 +84,14 @@ def skip_neutral(parameters: Collection[str], graph: ir.Graph, node: ir.Node) ->
     """Adding zeros or multiplying by ones goes, unless those are a parameter that may change."""
     if node.op_type not in ("Add", "Sub", "Mul", "Div") or node.domain:
         return False
-    source, value, other = node.inputs[0], node.inputs[1], constant(node, 1)
     neutral = 0 if node.op_type in ("Add", "Sub") else 1
-    if source is None or value is None or other is None or value.name in parameters:
-        return False
-    if not bool(np.all(other == neutral)) or not _same_shape(source, node.outputs[0]):
-        return False
-    return bypass(graph, node, source)
+    for index in (1, 0) if node.op_type in ("Add", "Mul") else (1,):
+        source, value, array = node.inputs[1 - index], node.inputs[index], constant(node, index)
+        if source is None or value is None or array is None or value.name in parameters:
+            continue
+        if bool(np.all(array == neutral)) and _same_shape(source, node.outputs[0]):
+            return bypass(graph, node, source)
+    return False
 
 
 def _inference_dropout(node: ir.Node) -> bool:

@@ -1,0 +1,117 @@
+"""Opsets 7 to 26 become 21, and the numbers stay."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+
+from qpipe.errors import InputError
+from qpipe.model import Model
+from tests.model.nets import error_of_import, normal, op_types, parsed
+
+NET = """net (float[N,3,8,8] x) => (float[N,5] y) {
+    c = Conv<pads=[1,1,1,1]>(x, w)  b = BatchNormalization(c, g, h, m, v)  r = Relu(b)
+    p = MaxPool<kernel_shape=[2,2], strides=[2,2]>(r)  a = GlobalAveragePool(p)  f = Flatten(a)
+    y = Gemm<transB=1>(f, fc, fb) }"""
+
+
+def tensors() -> dict[str, np.ndarray]:
+    names = {name: normal(4, seed=seed) for seed, name in enumerate("ghm")}
+    weights = {"w": normal(4, 3, 3, 3), "fc": normal(5, 4), "fb": normal(5)}
+    return {**names, **weights, "v": np.abs(normal(4)) + 0.5}
+
+
+@pytest.mark.parametrize("opset", [7, 9, 11, 13, 17, 20, 21, 22, 23, 24, 25, 26])
+def test_a_convolutional_network_of_any_opset_can_be_read(opset: int) -> None:
+    proto = parsed(NET, opset=opset, **tensors())
+    model = Model.from_proto(proto)
+    assert model.ir.opset_imports == {"": 21}
+    assert op_types(model)[:3] == ["Conv", "BatchNormalization", "Relu"]
+    assert error_of_import(proto, model) < 1e-6
+
+
+def test_attributes_that_became_inputs() -> None:
+    proto = parsed(
+        """net (float[N,4,6] x) => (float[N,4] y) {
+        c = Clip<min=-1.0, max=1.0>(x)  u = Unsqueeze<axes=[1]>(c)  s = Squeeze<axes=[1]>(u)
+        d = Dropout<ratio=0.5>(s)  y = ReduceMean<axes=[2], keepdims=0>(d) }""",
+        opset=9,
+    )
+    model = Model.from_proto(proto)
+    assert op_types(model)[0] == "Clip"
+    assert op_types(model)[-1] == "ReduceMean"
+    assert error_of_import(proto, model) < 1e-6
+
+
+def test_upsample_becomes_resize() -> None:
+    proto = parsed(
+        'net (float[N,3,4,4] x) => (float[N,3,8,8] y) { y = Upsample<mode="nearest">(x, s) }',
+        opset=9,
+        s=np.array([1, 1, 2, 2], np.float32),
+    )
+    model = Model.from_proto(proto)
+    assert op_types(model) == ["Resize"]
+    assert error_of_import(proto, model) == 0
+
+
+def test_rms_normalization_is_written_out() -> None:
+    proto = parsed(
+        "net (float[N,4,6] x) => (float[N,4,6] y) { y = RMSNormalization(x, w) }", opset=23, w=normal(6)
+    )
+    model = Model.from_proto(proto)
+    assert "RMSNormalization" not in op_types(model)
+    assert {"Mul", "ReduceMean"} <= set(op_types(model))
+    assert np.array_equal(model.param("w"), normal(6))
+    assert error_of_import(proto, model) < 1e-5
+
+
+def test_swish_is_written_out() -> None:
+    proto = parsed("net (float[N,4] x) => (float[N,4] y) { y = Swish(x) }", opset=24)
+    model = Model.from_proto(proto)
+    assert op_types(model) == ["Sigmoid", "Mul"]
+    x = np.asarray(normal(2, 4), np.float64)
+    found = model.session().run(None, {"x": normal(2, 4)})[0]
+    assert np.allclose(found, x / (1 + np.exp(-x)), atol=1e-6)
+
+
+def test_attention_is_written_out_where_quantizers_go() -> None:
+    proto = parsed(
+        "net (float[N,2,5,8] q, float[N,2,5,8] k, float[N,2,5,8] v) => (float[N,2,5,8] y) { y = Attention(q, k, v) }",
+        opset=23,
+    )
+    model = Model.from_proto(proto)
+    assert op_types(model).count("MatMul") == 2
+    assert op_types(model).count("Softmax") == 1
+    arrays = {name: normal(3, 2, 5, 8, seed=seed) for seed, name in enumerate("qkv")}
+    q, k, v = (arrays[name].astype(np.float64) for name in "qkv")
+    scores = q @ k.swapaxes(-1, -2) / np.sqrt(8)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    wanted = weights / weights.sum(-1, keepdims=True) @ v
+    assert np.allclose(model.session().run(None, arrays)[0], wanted, atol=1e-5)
+
+
+def test_what_has_no_older_form_is_named() -> None:
+    proto = parsed(
+        "net (float[2,4] x, float[2,1] u, int64[2] i) => (float[2,4] y) { [scatter] y = TensorScatter(x, u, i) }",
+        opset=24,
+    )
+    with pytest.raises(InputError, match=r"opset 24.*'scatter' \(TensorScatter\)"):
+        Model.from_proto(proto)
+
+
+@pytest.mark.parametrize("opset", [6, 27])
+def test_opsets_out_of_reach_are_refused(opset: int) -> None:
+    proto = parsed("net (float[4] x) => (float[4] y) { y = Relu(x) }", opset=21)
+    proto.opset_import[0].version = opset
+    with pytest.raises(InputError, match=rf"opset {opset}; 7 to 26 can be read"):
+        Model.from_proto(proto)
+
+
+def test_the_long_name_of_the_default_domain_is_known() -> None:
+    proto = parsed("net (float[N,4] x) => (float[N,4] y) { y = Relu(x) }")
+    proto.opset_import[0].domain = proto.graph.node[0].domain = "ai.onnx"
+    proto.opset_import.append(onnx.helper.make_opsetid("ai.onnx.ml", 3))
+    model = Model.from_proto(proto)
+    assert model.ir.opset_imports == {"": 21}
+    assert model.graph[0].domain == ""
