@@ -22,6 +22,16 @@ import diskcache
 Json = Any
 _LOG = logging.getLogger(__name__)
 _TIMEOUT_S = 0.2  # how long a locked database is waited for
+_PASSING = {
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_PERM,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_NOMEM,
+}
 _SETTINGS = {"eviction_policy": "none", "size_limit": 1 << 60, "cull_limit": 0, "sqlite_synchronous": 0}
 
 
@@ -130,8 +140,7 @@ class Index:
         """Go on without the database; a damaged one makes room for the next process's."""
         _LOG.info("the index in %s is not used: %s: %s", self._folder, type(error).__name__, error)
         self._cache, self._usable = None, False
-        passing = isinstance(error, sqlite3.OperationalError | diskcache.Timeout | OSError)
-        if not passing:
+        if not _is_passing(error):
             _set_aside(self._folder)
 
 
@@ -148,6 +157,13 @@ def _probe(folder: Path) -> None:
     ) as connection:
         connection.execute("BEGIN IMMEDIATE")
         connection.execute("ROLLBACK")
+
+
+def _is_passing(error: Exception) -> bool:
+    """Whether `error` says nothing about the database itself: it is busy, or the disk refuses."""
+    if isinstance(error, sqlite3.OperationalError):
+        return error.sqlite_errorcode & 0xFF in _PASSING
+    return isinstance(error, diskcache.Timeout | OSError)
 
 
 def _set_aside(folder: Path) -> None:
