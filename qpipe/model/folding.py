@@ -106,7 +106,7 @@ def _evaluated(graph: ir.Graph, values: Sequence[ir.Value]) -> list[tuple[ir.Val
 
 def _replace(graph: ir.Graph, value: ir.Value, array: np.ndarray[Any, Any], name: str) -> None:
     value.name = None if value.name == name else value.name
-    tensor = ir.Tensor(np.ascontiguousarray(array), name=name)
+    tensor = ir.Tensor(np.asarray(array, order="C"), name=name)
     constant = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
     constant.const_value = tensor
     value.replace_all_uses_with(constant)

@@ -33,7 +33,7 @@ def tensor_bytes(tensor: ir.TensorProtocol) -> memoryview:
     """The raw little-endian bytes of `tensor`, without a copy where numpy holds them contiguously."""
     if tensor.dtype.bitwidth < 8:
         return memoryview(tensor.tobytes())
-    array = np.ascontiguousarray(tensor.numpy())
+    array = np.asarray(tensor.numpy(), order="C")
     return array.reshape(-1).view(np.uint8).data if array.size else memoryview(b"")
 
 
@@ -131,8 +131,8 @@ def _encoding_arrays(encodings: Mapping[str, Encoding]) -> bytes:
 
     arrays: dict[str, np.ndarray[Any, Any]] = {}
     for name in sorted(encodings):
-        arrays[f"{name}.scale"] = np.ascontiguousarray(encodings[name].scale, dtype="<f4")
-        arrays[f"{name}.zero_point"] = np.ascontiguousarray(encodings[name].zero_point, dtype="<i4")
+        arrays[f"{name}.scale"] = np.asarray(encodings[name].scale, "<f4", order="C")
+        arrays[f"{name}.zero_point"] = np.asarray(encodings[name].zero_point, "<i4", order="C")
     return bytes(save(arrays))
 
 

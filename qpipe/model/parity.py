@@ -239,7 +239,7 @@ def _with_encodings(editor: Any) -> Model:
 
 def _run(session: Any, names: Any, fed: Mapping[str, Array]) -> Iterator[tuple[str, Array]]:
     taken = {entry.name for entry in session.get_inputs()}
-    arrays = {name: np.ascontiguousarray(array) for name, array in fed.items() if name in taken}
+    arrays = {name: np.asarray(array, order="C") for name, array in fed.items() if name in taken}
     # Asked for nothing, a session returns everything.
     found = session.run(list(names), arrays) if names else []
     yield from zip(names, found, strict=True)

@@ -67,7 +67,7 @@ def open_session(
     proto: onnx.ModelProto, arrays: dict[str, np.ndarray[Any, Any]], options: onnxruntime.SessionOptions
 ) -> onnxruntime.InferenceSession:
     """A session of `proto`, whose external tensors are `arrays` by name. The session keeps them alive."""
-    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in contiguous.items()}
     if values:
         options.add_external_initializers(list(values), list(values.values()))

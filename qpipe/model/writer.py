@@ -87,7 +87,7 @@ def torch_weights(model: Model) -> dict[str, Array]:
             array = array.transpose(np.argsort(json.loads(value.metadata_props[PERMUTATION])))
         if SHAPE in value.metadata_props:
             array = array.reshape(json.loads(value.metadata_props[SHAPE]))
-        weights[name] = np.ascontiguousarray(array)
+        weights[name] = np.asarray(array, order="C")
     for alias, name in model.metadata.get("tied", {}).items():
         if name in weights:
             weights[alias] = weights[name]
