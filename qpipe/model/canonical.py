@@ -80,6 +80,7 @@ def canonicalize(model: ir.Model, parameters: Collection[str] | None = None) -> 
 
 def simplify(model: ir.Model, parameters: Collection[str]) -> None:
     """Fold, rewrite and merge until nothing changes, in place."""
+    rules: tuple[rewrites.Rule, ...]
     rules = (*SIMPLIFICATIONS, functools.partial(rewrites.skip_neutral, frozenset(parameters)))
     for _ in range(_ROUNDS):
         infer_shapes(model)

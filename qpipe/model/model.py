@@ -282,14 +282,14 @@ class Editor:
             raise KeyError(f"the model has no parameter {name!r}.")
         return Params(self.graph)[name]
 
-    def set_param(self, name: str, array: Array) -> None:
+    def set_param(self, name: str, array: npt.ArrayLike) -> None:
         """Replace the initializer `name`; the array is copied, and cast to the type that it replaces."""
         value = self.graph.initializers.get(name)
         if value is None or value.const_value is None:
             raise KeyError(f"the model has no parameter {name!r}.")
         _set(value, np.array(array, dtype=value.const_value.dtype.numpy(), order="C"))
 
-    def add_param(self, name: str, array: Array) -> onnx_ir.Value:
+    def add_param(self, name: str, array: npt.ArrayLike) -> onnx_ir.Value:
         """A new initializer under `name`, or under `name_1`, … where that is taken; the array is copied."""
         from qpipe.model.invariants import fresh_initializer_name
 

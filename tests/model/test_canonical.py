@@ -32,7 +32,8 @@ def test_what_computes_nothing_goes() -> None:
 
 def test_equal_nodes_are_one_and_equal_parameters_stay_two() -> None:
     proto = parsed(
-        "net (float[N,4] x) => (float[N,4] y) { a = Relu(x)  b = Relu(x)  c = Mul(a, v)  d = Mul(b, w)  y = Add(c, d) }",
+        """net (float[N,4] x) => (float[N,4] y) {
+        a = Relu(x)  b = Relu(x)  c = Mul(a, v)  d = Mul(b, w)  y = Add(c, d) }""",
         v=np.ones(4, np.float32),
         w=np.ones(4, np.float32),
     )

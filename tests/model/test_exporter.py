@@ -93,18 +93,17 @@ def test_a_unet() -> None:
 
 def test_oddities() -> None:
     module = randomized(Oddities())
+    conv: Any = module.get_submodule("conv")
     model = checked(module, {"x": torch.randn(2, 4, 9), "ids": torch.randint(0, 5, (2, 7))})
     weights = torch_weights(model)
-    assert np.allclose(
-        weights["conv.weight"], module.get_submodule("conv").weight.detach().numpy(), atol=1e-7
-    )
+    assert np.allclose(weights["conv.weight"], conv.weight.detach().numpy(), atol=1e-7)
     assert "'conv.weight' is what the model computes from" in model.metadata["notes"][0]
     assert set(model.metadata["tied"].items()) & {
         ("table.weight", "head.weight"),
         ("head.weight", "table.weight"),
     }
     assert np.array_equal(weights["table.weight"], weights["head.weight"])
-    assert model.param("slope.weight").shape == (8, 1)
+    assert model.param("slope.weight").shape == (1, 8, 1)
     assert weights["slope.weight"].shape == (8,)
     for name in ("first.weight", "first.bias", "second.weight", "second.bias"):  # all equal, none merged
         assert name in model.params
@@ -152,7 +151,8 @@ class Branch(nn.Module):
 
 class Eigenvalues(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.linalg.eigvals(x).real
+        y: torch.Tensor = torch.linalg.eigvals(x).real
+        return y
 
 
 def test_a_module_that_refuses_an_open_batch_gets_a_fixed_one_and_a_note() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
+
 import pytest
 
 from qpipe.model import Layer, Model
@@ -10,7 +11,7 @@ from qpipe.model.layers import refused_layers
 from tests.model.nets import normal, parsed
 
 
-def one_layer(text: str, **tensors: np.ndarray) -> Layer:
+def one_layer(text: str, **tensors: Any) -> Layer:
     layers = Model.from_proto(parsed(text, **tensors)).layers()
     assert len(layers) == 1
     return layers[0]

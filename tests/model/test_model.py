@@ -21,7 +21,7 @@ def model() -> Model:
 
 
 def grid(scale: float) -> Encoding:
-    return Encoding(8, True, False, np.float32(scale), np.int32(3))
+    return Encoding(8, True, False, np.array(scale, np.float32), np.array(3, np.int32))
 
 
 def test_inputs_and_outputs_say_their_types_and_dynamic_dimensions(model: Model) -> None:

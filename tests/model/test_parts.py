@@ -30,7 +30,7 @@ def test_a_block_replays_bit_for_bit(model: Model) -> None:
 
 
 def test_a_block_keeps_the_encodings_of_its_values_and_leaves_the_model_alone(model: Model) -> None:
-    grid = Encoding(8, True, True, np.float32(1), np.int32(0))
+    grid = Encoding(8, True, True, np.ones((), np.float32), np.zeros((), np.int32))
     quantized = model.with_encodings({"w": grid, "v": grid, "b": grid})
     before = quantized.pack()[1]
     assert set(quantized.block(["a"], ["d"]).encodings) == {"v", "b"}
