@@ -1,0 +1,55 @@
+"""A model with the grids that onnxruntime's target wants, over the ranges its values have in onnxruntime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import yaml
+
+from qpipe.model import Model
+from qpipe.model.placement import place
+from qpipe.model.target import Target
+from qpipe.numerics.grid import Encoding, encoding_from_range
+from qpipe.numerics.observers import weight_encoding
+from qpipe.numerics.scheme import Scheme, TensorScheme
+from qpipe.param import coerce
+
+Arrays = Mapping[str, np.ndarray[Any, Any]]
+_FILE = Path(__file__).parents[2] / "conf" / "target" / "onnxruntime.yaml"
+ONNXRUNTIME: Target = coerce(yaml.safe_load(_FILE.read_text()), Target, "target")
+
+
+def scheme(
+    weight: int = 8,
+    activation: int | None = 8,
+    granularity: Literal["per_tensor", "per_channel", "per_block"] = "per_channel",
+    block_size: int = 0,
+    signed: bool = False,
+    symmetric: bool = False,
+) -> Scheme:
+    """Symmetric signed weights; activations as given."""
+    weights = TensorScheme(weight, True, True, granularity, block_size)
+    return Scheme(weights, None if activation is None else TensorScheme(activation, signed, symmetric))
+
+
+def quantized(model: Model, arrays: Arrays, wanted: Scheme | None = None) -> Model:
+    """`model` with minmax grids where the placement wants them."""
+    wanted = wanted or scheme()
+    placement = place(model, ONNXRUNTIME, wanted)
+    encodings: dict[str, Encoding] = dict(placement.fixed)
+    names = list(placement.activations)
+    found = model.session(quantized=False, outputs=names).run(None, dict(arrays)) if names else []
+    ranges = {name: (array.min(), array.max()) for name, array in zip(names, found, strict=True)}
+    groups = [*placement.shared, *((name,) for name in names)]
+    for group in groups:
+        counted = [ranges[name] for name in group if name not in placement.follows]
+        for name in group:
+            if name not in encodings:
+                low, high = min(r[0] for r in counted), max(r[1] for r in counted)
+                encodings[name] = encoding_from_range(low, high, placement.activations[name])
+    for name, (tensor_scheme, axis) in placement.weights.items():
+        encodings[name] = weight_encoding(model.param(name), tensor_scheme, axis, name)
+    return model.with_encodings(encodings)

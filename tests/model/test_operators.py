@@ -1,0 +1,266 @@
+"""The operators against ONNX's own test cases, and those with many forms against onnxruntime."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+
+from qpipe.model.fx import build, supported_ops
+from qpipe.model.operators import OPERATORS
+from tests.model.nets import normal, parsed
+
+DECLINED = {
+    **dict.fromkeys(
+        ("test_batchnorm_example_training_mode", "test_batchnorm_epsilon_training_mode"),
+        "training mode: a model is quantized in eval mode",
+    ),
+    **dict.fromkeys(
+        (
+            "test_training_dropout",
+            "test_training_dropout_default",
+            "test_training_dropout_default_mask",
+            "test_training_dropout_mask",
+        ),
+        "training mode draws random numbers",
+    ),
+    **dict.fromkeys(
+        (
+            "test_resize_downsample_scales_linear_align_corners",
+            "test_resize_downsample_scales_cubic_align_corners",
+        ),
+        "the reference divides by a length that is no integer; torch and onnxruntime do not",
+    ),
+}
+TORCH_LACKS = ("uint16", "uint32", "uint64")
+"""torch holds these types, but has hardly any arithmetic for them."""
+KNOWN = {"bool", "float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8"}
+
+
+def cases() -> list[Any]:
+    """ONNX's node cases whose operators and types are supported."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from onnx.backend.test.loader import load_model_tests
+
+        found = load_model_tests(kind="node")
+    return [case for case in found if case.model is not None and _supported(case)]
+
+
+def _supported(case: Any) -> bool:
+    known = supported_ops()
+    nodes = case.model.graph.node
+    if not all((node.domain.removeprefix("ai.onnx"), node.op_type) in known for node in nodes):
+        return False
+    arrays = [array for inputs, outputs in case.data_sets for array in [*inputs, *outputs]]
+    return all(hasattr(array, "dtype") and str(array.dtype) in {*KNOWN, *TORCH_LACKS} for array in arrays)
+
+
+def _types(case: Any) -> set[str]:
+    values = [*case.model.graph.input, *case.model.graph.output, *case.model.graph.value_info]
+    return {onnx.helper.tensor_dtype_to_np_dtype(v.type.tensor_type.elem_type).name for v in values}
+
+
+def _check(case: Any) -> None:
+    graph = ir.from_proto(case.model).graph
+    for i, node in enumerate(graph):
+        node.name = node.name or f"node_{i}"
+    module = build(graph)
+    for inputs, outputs in case.data_sets:
+        with torch.no_grad():
+            found = module(*(torch.tensor(array) for array in inputs))
+        for a, b in zip(found if isinstance(found, tuple) else (found,), outputs, strict=True):
+            assert (str(a.numpy().dtype), a.shape) == (str(b.dtype), b.shape)
+            # Half precision accumulates otherwise than numpy does.
+            slack = 1e-3 if b.dtype == np.float16 else 0.0
+            np.testing.assert_allclose(a.numpy(), b, rtol=max(case.rtol, slack), atol=max(case.atol, slack))
+
+
+@pytest.mark.slow
+def test_onnx_node_cases() -> None:
+    passed, failed = 0, {}
+    for case in cases():
+        if case.name in DECLINED or _types(case) & set(TORCH_LACKS):
+            continue
+        try:
+            _check(case)
+            passed += 1
+        except Exception as error:
+            failed[case.name] = f"{type(error).__name__}: {str(error).strip()[:200]}"
+    assert failed == {}
+    assert passed > 1100
+
+
+def both(proto: onnx.ModelProto, *arrays: np.ndarray[Any, Any]) -> tuple[Any, Any]:
+    """The first output by the operators, and by onnxruntime without optimizations."""
+    graph = ir.from_proto(proto).graph
+    for i, node in enumerate(graph):
+        node.name = f"node_{i}"
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), options)
+    feed = {entry.name: array for entry, array in zip(session.get_inputs(), arrays, strict=True)}
+    with torch.no_grad():
+        ours = build(graph)(*(torch.tensor(array) for array in arrays))
+    return ours.numpy(), session.run(None, feed)[0]
+
+
+def assert_same(proto: onnx.ModelProto, *arrays: np.ndarray[Any, Any], tolerance: float = 2e-5) -> None:
+    """Equal shapes, and values up to the order of float32 sums."""
+    ours, theirs = both(proto, *arrays)
+    assert ours.shape == theirs.shape
+    np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+CONV_FORMS = [
+    "pads=[1,1,1,1]",
+    "pads=[0,1,2,0], strides=[2,1]",
+    "dilations=[2,1], pads=[2,1,2,1]",
+    'auto_pad="SAME_UPPER", strides=[2,2]',
+    'auto_pad="SAME_LOWER", strides=[2,2]',
+    'auto_pad="SAME_UPPER", strides=[3,2]',
+    'auto_pad="VALID"',
+]
+
+
+@pytest.mark.parametrize(("form", "group"), list(itertools.product(CONV_FORMS, (1, 2, 4))))
+def test_conv_in_every_form(form: str, group: int) -> None:
+    proto = parsed(
+        f"n (float[N,4,7,9] x) => (float[N,8,H,W] y) {{ y = Conv<group={group}, {form}>(x, w, b) }}",
+        w=normal(8, 4 // group, 3, 3),
+        b=normal(8),
+    )
+    assert_same(proto, normal(2, 4, 7, 9))
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_conv_over_one_and_three_dimensions(rank: int) -> None:
+    dims = ",".join(["6"] * rank)
+    proto = parsed(
+        f"n (float[N,4,{dims}] x) => (float y) {{ t = Conv(x, w)  y = ConvTranspose(t, v) }}",
+        w=normal(6, 4, *[3] * rank),
+        v=normal(6, 2, *[2] * rank),
+    )
+    assert_same(proto, normal(2, 4, *[6] * rank))
+
+
+TRANSPOSED_FORMS = [
+    "strides=[2,2]",
+    "strides=[2,3], output_padding=[1,2]",
+    "strides=[2,2], pads=[1,0,0,1]",
+    "strides=[2,2], pads=[1,1,1,1], output_padding=[1,1]",
+    "strides=[2,2], dilations=[2,2], pads=[1,1,1,1]",
+    "strides=[2,2], output_shape=[13,14]",
+    'strides=[2,2], auto_pad="SAME_UPPER"',
+    'strides=[2,2], auto_pad="SAME_LOWER"',
+    'strides=[3,3], auto_pad="SAME_UPPER", output_shape=[17,16]',
+]
+
+
+@pytest.mark.parametrize(("form", "group"), list(itertools.product(TRANSPOSED_FORMS, (1, 2, 4))))
+def test_conv_transpose_in_every_form(form: str, group: int) -> None:
+    proto = parsed(
+        f"n (float[N,4,6,7] x) => (float[N,C,H,W] y) {{ y = ConvTranspose<group={group}, {form}>(x, w, b) }}",
+        w=normal(4, 2, 3, 3),
+        b=normal(2 * group),
+    )
+    assert_same(proto, normal(2, 4, 6, 7))
+
+
+POOL_FORMS = [
+    "kernel_shape=[3,3], strides=[2,2]",
+    "kernel_shape=[3,2], strides=[2,2], pads=[1,0,0,1]",
+    "kernel_shape=[3,3], strides=[2,2], ceil_mode=1",
+    "kernel_shape=[3,3], strides=[2,2], pads=[1,1,1,1], ceil_mode=1",
+    'kernel_shape=[3,3], strides=[2,2], auto_pad="SAME_UPPER"',
+    'kernel_shape=[2,2], strides=[2,2], auto_pad="SAME_LOWER"',
+    "kernel_shape=[2,2], dilations=[2,2]",
+]
+
+
+@pytest.mark.parametrize("form", POOL_FORMS)
+@pytest.mark.parametrize("op", ["MaxPool", "AveragePool", "AveragePool counting the padding"])
+def test_pools_in_every_form(op: str, form: str) -> None:
+    name, _, counting = op.partition(" ")
+    attributes = f"{form}, count_include_pad=1" if counting else form
+    proto = parsed(f"n (float[N,2,8,9] x) => (float[N,2,H,W] y) {{ y = {name}<{attributes}>(x) }}")
+    assert_same(proto, normal(2, 2, 8, 9))
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
+@pytest.mark.parametrize(("op", "gates"), [("LSTM", 4), ("GRU", 3), ("RNN", 1)])
+def test_recurrent_layers(op: str, gates: int, direction: str) -> None:
+    d = 2 if direction == "bidirectional" else 1
+    before = ", linear_before_reset=1" if op == "GRU" else ""
+    proto = parsed(
+        f"n (float[T,N,3] x) => (float y) {{ "
+        f'y = {op}<hidden_size=5, direction="{direction}"{before}>(x, w, r, b) }}',
+        w=normal(d, gates * 5, 3, seed=1),
+        r=normal(d, gates * 5, 5, seed=2),
+        b=normal(d, 2 * gates * 5, seed=3),
+    )
+    assert_same(proto, normal(4, 2, 3))
+
+
+@pytest.mark.parametrize("mode", ["nearest", "linear", "cubic"])
+@pytest.mark.parametrize("coordinates", ["half_pixel", "asymmetric", "align_corners", "pytorch_half_pixel"])
+def test_resize_up_and_down(mode: str, coordinates: str) -> None:
+    proto = parsed(
+        "n (float[1,2,6,6] x) => (float[1,2,H,W] y) { y = Resize<"
+        f'mode="{mode}", coordinate_transformation_mode="{coordinates}">(x, , , sizes) }}',
+        sizes=np.array([1, 2, 15, 4], np.int64),
+    )
+    assert_same(proto, normal(1, 2, 6, 6))
+
+
+GRADIENTS = {
+    "Conv": "y = Conv<pads=[1,0,1,2], strides=[2,1], group=2>(x, w, b)",
+    "ConvTranspose": "y = ConvTranspose<strides=[2,2], pads=[1,0,0,1]>(x, v)",
+    "MaxPool": "y = MaxPool<kernel_shape=[2,2], pads=[0,1,1,0]>(x)",
+    "AveragePool": "y = AveragePool<kernel_shape=[2,2], ceil_mode=1, strides=[3,3]>(x)",
+    "Resize": 'y = Resize<mode="linear">(x, , s)',
+    "LayerNormalization": "y = LayerNormalization(x, g)",
+    "Softmax": "a = Softmax(x)  y = Mul(a, a)",
+    "Gelu": "y = Gelu(x)",
+    "HardSwish": "y = HardSwish(x)",
+    "Clip": "y = Clip(x, low, high)",
+    "Pad": 'y = Pad<mode="reflect">(x, p)',
+    "Slice": "y = Slice(x, i, j, k, st)",
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_are_those_of_finite_differences(name: str) -> None:
+    proto = parsed(
+        f"n (double[1,4,5,5] x) => (double y) {{ {GRADIENTS[name]} }}",
+        w=normal(4, 2, 3, 3).astype(np.float64),
+        b=normal(4).astype(np.float64),
+        v=normal(4, 2, 3, 3).astype(np.float64),
+        g=normal(5).astype(np.float64),
+        s=np.array([1, 1, 1.5, 0.7], np.float32),
+        low=np.float64(-0.5),
+        high=np.float64(0.9),
+        p=np.array([0, 0, 1, 2, 0, 0, 2, 1], np.int64),
+        i=np.array([4, -1], np.int64),
+        j=np.array([0, -9], np.int64),
+        k=np.array([2, 3], np.int64),
+        st=np.array([-2, -1], np.int64),
+    )
+    graph = ir.from_proto(proto).graph
+    for i, node in enumerate(graph):
+        node.name = f"node_{i}"
+    x = torch.tensor(normal(1, 4, 5, 5).astype(np.float64), requires_grad=True)
+    assert torch.autograd.gradcheck(build(graph), (x,), eps=1e-6, atol=1e-5)
+
+
+def test_every_operator_is_documented() -> None:
+    ours = {name: op.function for name, op in OPERATORS.items() if op.function.__module__.startswith("qpipe")}
+    assert len(ours) > 90
+    assert [name for name, function in ours.items() if not function.__doc__] == []
