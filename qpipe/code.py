@@ -25,8 +25,32 @@ from qpipe.hashing import Memo, digest, digest_file, file_identity
 from qpipe.syntax import EVERY, Analysis, Import, analyse
 
 ENGINE = frozenset(
-    {"errors", "hashing", "syntax", "code", "artifact", "index", "store", "param", "stage", "catalog", "spec"}
-    | {"graph", "plan", "action", "workers", "executor", "sweep", "cli", "report", "hydra_plugins", "conf"}
+    {
+        "errors",
+        "hashing",
+        "syntax",
+        "code",
+        "artifact",
+        "index",
+        "store",
+        "cleanup",
+        "param",
+        "stage",
+        "catalog",
+    }
+    | {
+        "spec",
+        "graph",
+        "plan",
+        "action",
+        "workers",
+        "executor",
+        "sweep",
+        "cli",
+        "report",
+        "hydra_plugins",
+        "conf",
+    }
 )
 """The modules of qpipe that are no part of a formula."""
 

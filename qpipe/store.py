@@ -121,6 +121,20 @@ class Store:
         """Every blob's digest and size in bytes, in no order."""
         yield from ((entry.name, entry.stat().st_size) for entry in _entries(self.root / "blobs", ""))
 
+    def discard(self, digest: str, grace_s: float) -> bool:
+        """Remove a blob that nobody has put for `grace_s` seconds; whether it went."""
+        self._refuse_readonly()
+        path = self._blob(digest)
+        try:
+            if _age_s(path) <= grace_s:
+                return False
+            path.unlink()
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise _refusal(self.root, error, "a blob") from error
+        return True
+
     # results
 
     def result(self, key: str) -> dict[str, Json] | None:
@@ -180,6 +194,13 @@ class Store:
     def keys(self) -> Iterator[str]:
         """Every key under which something stands, in no order."""
         yield from (entry.name.removesuffix(".json") for entry in _entries(self.root / "actions", ".json"))
+
+    def age_s(self, key: str) -> float:
+        """Seconds since something was published under `key`; 0 where nothing stands."""
+        try:
+            return _age_s(self._action(key))
+        except OSError:
+            return 0.0
 
     def lock(self, key: str) -> FileLock:
         """The lock of an action, not yet acquired: one process at a time holds it, and its death frees it.
@@ -254,6 +275,10 @@ class Store:
             (self.root / "damaged").mkdir(exist_ok=True)
             if os.stat(path).st_ino == status.st_ino:
                 os.replace(path, self.root / "damaged" / path.name)
+
+
+def _age_s(path: Path) -> float:
+    return time.time() - path.stat().st_mtime
 
 
 def _view(file: BinaryIO, size: int) -> memoryview:
