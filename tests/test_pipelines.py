@@ -1,0 +1,82 @@
+"""Every shipped config composes and plans, and the documented command lines mean something."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CONF = ROOT / "conf"
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def plan(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"QPIPE_CACHE_DIR": str(folder / "cache")}
+    command = [sys.executable, "-m", "qpipe", "plan", *overrides]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("pipeline", options("pipeline"))
+@pytest.mark.parametrize("scheme", options("scheme")[:1])
+def test_every_pipeline_plans(tmp_path: Path, pipeline: str, scheme: str) -> None:
+    found = plan(tmp_path, f"pipeline={pipeline}", f"scheme={scheme}")
+    assert found.returncode == 0, found.stderr
+    assert re.search(r"\d+ nodes: ", found.stdout)
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize("scheme", options("scheme"))
+def test_every_scheme_plans(tmp_path: Path, scheme: str) -> None:
+    found = plan(tmp_path, "pipeline=ptq", f"scheme={scheme}", "scheme.weight.granularity=per_channel")
+    assert found.returncode == 0, found.stderr
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_every_experiment_plans(tmp_path: Path, experiment: str) -> None:
+    found = plan(tmp_path, f"experiment={experiment}")
+    assert found.returncode == 0, found.stderr
+
+
+def test_every_target_composes(tmp_path: Path) -> None:
+    for target in options("target"):
+        assert plan(tmp_path, f"target={target}").returncode == 0
+
+
+def test_a_rounding_can_be_swapped_from_the_command_line(tmp_path: Path) -> None:
+    found = plan(tmp_path, "pipeline=adaround", "stage@stages.adaround=nearest")
+    assert found.returncode == 0, found.stderr
+    assert re.search(r"adaround\s+nearest", found.stdout)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["stages.adaround.iteration=5"], "'adaround' has no param 'iteration'. Did you mean 'iterations'?"),
+        (["stages.adaround.iterations=0"], "stages.adaround.iterations: must be >= 1"),
+        (["stages.cle.model=adaround"], "feed one another in a circle"),
+        (["scheme.weight.bitwidth=9"], "scheme: bitwidth must be one of"),
+        (["model=onnx_file"], "model.path: missing. Set model.path="),
+        (["model=onnx_file", "model.path=none.onnx"], "stages.source.path: no file or folder at 'none.onnx'"),
+        (["data=python", "data.factory=nowhere:load"], "stages.calibration.factory: no module 'nowhere'"),
+        (["stage@stages.cle=clee"], "Could not find 'stage/clee'"),
+        (["stages.bnf.model=equalized"], "feed one another in a circle"),
+        (["+stages.late={uses: cle, model: adaround}"], "'cle' after 'adaround' is discouraged"),
+        (["goal.metric=top7"], "expected one of"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path: Path, overrides: list[str], words: str) -> None:
+    environment = os.environ | {"QPIPE_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "qpipe", *overrides]
+    found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 2, found.stderr
+    assert words in found.stderr
+    assert len(found.stderr.strip().splitlines()) == 1, found.stderr
+    assert not (tmp_path / "outputs").exists()
