@@ -54,6 +54,7 @@ class Store:
     def __init__(self, root: Path, readonly: bool = False) -> None:
         self.root = Path(root)
         self.readonly = readonly
+        self._prefix = os.path.join(self.root, "")
         self._verified: dict[str, tuple[int, int, int]] = {}
         self._prepared = False
 
@@ -112,7 +113,7 @@ class Store:
     def has(self, digest: str, size: int | None = None) -> bool:
         """Whether there is a blob of that name (and size); its content is not looked at."""
         try:
-            status = os.stat(self._blob(digest))
+            status = os.stat(self._place("blobs", digest, ""))
         except OSError:
             return False
         return stat.S_ISREG(status.st_mode) and size in (None, status.st_size)
@@ -209,7 +210,7 @@ class Store:
         """
         from filelock import FileLock
 
-        path = self._place("locks", key, ".lock")
+        path = Path(self._place("locks", key, ".lock"))
         self._refuse_readonly()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -220,15 +221,16 @@ class Store:
     # the files
 
     def _blob(self, digest: str) -> Path:
-        return self._place("blobs", digest, "")
+        return Path(self._place("blobs", digest, ""))
 
     def _action(self, key: str) -> Path:
-        return self._place("actions", key, ".json")
+        return Path(self._place("actions", key, ".json"))
 
-    def _place(self, kind: str, name: str, suffix: str) -> Path:
+    def _place(self, kind: str, name: str, suffix: str) -> str:
+        """Text, not a Path: a plan asks for thousands of blobs, and making a Path costs more than the stat."""
         if not is_digest(name):
             raise ValueError(f"not a digest: {name!r}")
-        return self.root / kind / name[:2] / (name + suffix)
+        return f"{self._prefix}{kind}/{name[:2]}/{name}{suffix}"
 
     def _keep(self, digest: str, size: int) -> bool:
         """Whether the blob is there already; if so it counts as new again, lest a gc takes it just now."""
