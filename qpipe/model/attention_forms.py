@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qpipe.model.rewrites import bypass, constant, permutation
+from qpipe.model.rewrites import bypass, constant, fresh_name, permutation
 
 _BROADCASTING = frozenset(
     {"Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "And", "Or", "Xor", "Where", "Equal", "Greater", "Less"}
@@ -37,7 +37,7 @@ def expand_later(graph: ir.Graph, node: ir.Node) -> bool:
     output.replace_all_uses_with(later.outputs[0])
     later.replace_input_with(0, output)
     output.shape = source.shape
-    later.outputs[0].name = f"{output.name}_expanded"
+    later.outputs[0].name = fresh_name(graph, f"{output.name}_expanded")
     graph.insert_after(node, later)
     return True
 

@@ -13,14 +13,18 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qpipe.model.invariants import fresh_initializer_name
+from qpipe.model.naming import Names
 
 Rule = Callable[[ir.Graph, ir.Node], bool]
+_NAMES = "qpipe_names"
+"""Where `apply` leaves the names in use, in the graph's own place for such things: to collect them once for
+each new name would take quadratic time."""
 
 
 def apply(graph: ir.Graph, rules: Sequence[Rule]) -> bool:
     """Offer every node of `graph` to the rules, in order, once; True if any changed something."""
     changed = False
+    graph.meta[_NAMES] = Names(ir.convenience.create_value_mapping(graph))
     for node in list(graph):
         for rule in rules:
             if node.graph is not graph:  # an earlier rule removed it
@@ -188,7 +192,7 @@ def inline_decided_if(graph: ir.Graph, node: ir.Node) -> bool:
         return False
     for name, value in list(branch.initializers.items()):
         del branch.initializers[name]
-        value.name = fresh_initializer_name(graph, name)
+        value.name = fresh_name(graph, name)
         graph.register_initializer(value)
     outputs = list(branch.outputs)
     branch.outputs.clear()
@@ -221,11 +225,17 @@ def constant(node: ir.Node, index: int) -> npt.NDArray[Any] | None:
 
 def add_constant(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
     """A new initializer under a free name that begins with `name`."""
-    tensor = ir.Tensor(array, name=fresh_initializer_name(graph, name))
+    tensor = ir.Tensor(array, name=fresh_name(graph, name))
     value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
     value.const_value = tensor
     graph.register_initializer(value)
     return value
+
+
+def fresh_name(graph: ir.Graph, wanted: str) -> str:
+    """A name for a new value of a graph that `apply` is at work on."""
+    names: Names = graph.meta[_NAMES]
+    return names.fresh(wanted)
 
 
 def replace(graph: ir.Graph, node: ir.Node, new: ir.Node) -> bool:

@@ -18,41 +18,35 @@ def infer_shapes(model: ir.Model) -> None:
         inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
     except Exception:  # onnx raises RuntimeError, ValueError or its own InferenceError
         return
-    graphs = zip(model.graphs(), ir.from_proto(inferred).graphs(), strict=True)
-    for graph, other in graphs:
-        known = ir.convenience.create_value_mapping(other, include_subgraphs=False)
-        for name, value in ir.convenience.create_value_mapping(graph, include_subgraphs=False).items():
-            if name in known:
-                _merge(value, known[name])
+    known = ir.convenience.create_value_mapping(model.graph, include_subgraphs=False)
+    graph = inferred.graph
+    for info in [*graph.value_info, *graph.output]:
+        if info.name in known:
+            _merge(known[info.name], info.type)
 
 
-def _merge(value: ir.Value, found: ir.Value) -> None:
-    if value.type is None and found.type is not None:
-        value.type = found.type
-    if found.shape is None:
+def _merge(value: ir.Value, found: onnx.TypeProto) -> None:
+    if value.type is None:
+        value.type = ir.serde.deserialize_type_proto_for_type(found)
+    if found.WhichOneof("value") != "tensor_type" or not found.tensor_type.HasField("shape"):
         return
-    if value.shape is None or len(value.shape) != len(found.shape):
-        value.shape = _copied(found.shape)
-        return
-    pairs = zip(value.shape, found.shape, strict=True)
-    value.shape = ir.Shape([_dimension(mine, theirs) for mine, theirs in pairs])
+    dims = [_size_or_name(dim) for dim in found.tensor_type.shape.dim]
+    if value.shape is not None and len(value.shape) == len(dims):
+        dims = [_better(mine, theirs) for mine, theirs in zip(value.shape, dims, strict=True)]
+    value.shape = ir.Shape(dims)
 
 
-def _dimension(mine: int | ir.SymbolicDim, theirs: int | ir.SymbolicDim) -> int | str | None:
-    if isinstance(mine, int):
-        return mine
-    if isinstance(theirs, int):
-        return theirs
-    return mine.value if mine.value is not None else _name(theirs)
+def _size_or_name(dim: onnx.TensorShapeProto.Dimension) -> int | str | None:
+    """None for a name that inference made up: it numbers them anew each time."""
+    if dim.HasField("dim_value"):
+        return int(dim.dim_value)
+    return None if not dim.dim_param or dim.dim_param.startswith("unk__") else str(dim.dim_param)
 
 
-def _name(dim: ir.SymbolicDim) -> str | None:
-    """The name of a dimension; None where inference made it up, with a number that changes each time."""
-    return None if dim.value is None or dim.value.startswith("unk__") else dim.value
-
-
-def _copied(shape: ir.Shape) -> ir.Shape:
-    return ir.Shape([dim if isinstance(dim, int) else _name(dim) for dim in shape])
+def _better(mine: int | ir.SymbolicDim, theirs: int | str | None) -> int | str | None:
+    if isinstance(mine, int) or isinstance(theirs, int):
+        return mine if isinstance(mine, int) else theirs
+    return mine.value if mine.value is not None else theirs
 
 
 def complete(model: ir.Model) -> bool:
