@@ -28,10 +28,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qpipe.numerics.gradient import GradientOptions, Rounding, optimize, samples_of
-from qpipe.numerics.gram import GramOptions, row_grid, solve
+from qpipe.numerics.gram import GramOptions, solve
 from qpipe.numerics.grid import Encoding
 from qpipe.numerics.moments import LayerMoments
 from qpipe.numerics.observers import weight_encoding
+from qpipe.numerics.rows import row_grid
 from qpipe.numerics.scheme import TensorScheme
 from qpipe.numerics.unfold import Unfold, sample_positions
 

@@ -20,63 +20,14 @@ et al., "GPTQ", arXiv 2210.17323.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-Sharing = Literal["row", "place", "tensor", "fixed"]
+from qpipe.numerics.rows import RowGrid
 
 _BLOCK = 32
 # Of one of the search's two large arrays at a time: 128 MiB.
 _ELEMENTS = 1 << 25
-
-
-@dataclass(frozen=True, eq=False)
-class RowGrid:
-    """Scale and zero point of weight rows, float32, (groups, rows, 1) or (groups, rows, K); code bounds.
-
-    `sharing` says which rows must keep one scale when scales are searched: each its own ("row"), those at one
-    place in every group ("place"), all ("tensor"), or no row may change its scale ("fixed").
-    """
-
-    scale: Tensor
-    zero_point: Tensor
-    qmin: int
-    qmax: int
-    sharing: Sharing = "row"
-
-    def pooled(self, value: Tensor) -> Tensor:
-        """`value` per row, (groups, rows), summed over the rows that share a scale, in its own shape."""
-        if self.sharing == "row":
-            return value
-        return (value.sum(0) if self.sharing == "place" else value.sum()).expand_as(value)
-
-    def nearest(self, target: Tensor) -> Tensor:
-        """The codes nearest to `target`, as float32 whole numbers, bit-equal to QuantizeLinear."""
-        z = self.zero_point
-        return (target / self.scale).round().clamp(self.qmin - z, self.qmax - z) + z
-
-    def values(self, codes: Tensor) -> Tensor:
-        """What the codes stand for."""
-        return (codes - self.zero_point) * self.scale
-
-    def permuted(self, order: Tensor) -> RowGrid:
-        """The grid with its columns in `order`, (groups, K)."""
-        if self.scale.shape[-1] == 1:
-            return self
-        index = order[:, None].expand(-1, self.scale.shape[1], -1)
-        return replace(self, scale=self.scale.gather(2, index), zero_point=self.zero_point.gather(2, index))
-
-    def rows(self, start: int, stop: int) -> RowGrid:
-        """The grid of some of each group's rows."""
-        return replace(self, scale=self.scale[:, start:stop], zero_point=self.zero_point[:, start:stop])
-
-    def column(self, j: int) -> tuple[Tensor, Tensor]:
-        """Scale and zero point of column `j`, (groups, rows, 1)."""
-        i = 0 if self.scale.shape[-1] == 1 else j
-        return self.scale[..., i : i + 1], self.zero_point[..., i : i + 1]
 
 
 def objective(target: Tensor, values: Tensor, h: Tensor) -> Tensor:
@@ -102,7 +53,7 @@ def search(target: Tensor, grid: RowGrid, factor: Tensor, order: Tensor, beam: i
     permuted, columns, m = target.gather(2, index), grid.permuted(order), factor.to(target.dtype)
     part = max(1, _ELEMENTS // (target.shape[0] * target.shape[2] * beam))
     found = [
-        _search_in_order(permuted[:, i : i + part], columns.rows(i, i + part), m, beam)
+        _search_in_order(permuted[:, i : i + part], columns.some_rows(i, i + part), m, beam)
         for i in range(0, target.shape[1], part)
     ]
     codes = torch.cat(found, 1)
@@ -119,7 +70,7 @@ def _search_in_order(target: Tensor, grid: RowGrid, m: Tensor, beam: int) -> Ten
         stop = min(start + _BLOCK, k)
         diagonal = m[:, start:stop, start:stop]
         errors, chosen, parents, cost = _search_block(
-            target[..., start:stop], _columns(grid, start, stop), diagonal, left[..., start:stop], cost
+            target[..., start:stop], grid.columns(start, stop), diagonal, left[..., start:stop], cost
         )
         if beam > 1:
             codes[..., :start] = _take(codes[..., :start], parents)
@@ -251,12 +202,6 @@ def _slopes(e: Tensor, h: Tensor, g: Tensor) -> Tensor:
         if e.shape[1] <= 64
         else torch.cat([e[g == i] @ h[i] for i in range(len(h))])
     )
-
-
-def _columns(grid: RowGrid, start: int, stop: int) -> RowGrid:
-    if grid.scale.shape[-1] == 1:
-        return grid
-    return replace(grid, scale=grid.scale[..., start:stop], zero_point=grid.zero_point[..., start:stop])
 
 
 def _take(values: Tensor, parent: Tensor) -> Tensor:

@@ -186,6 +186,9 @@ class _Rounded(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         x, s, z = ctx.saved_tensors
         (qmin, qmax), grad = ctx.codes, grads[0]
+        if not ctx.needs_input_grad[1] and not ctx.needs_input_grad[2]:
+            inside = (x > (qmin - z - 0.5) * s) & (x < (qmax - z + 0.5) * s)
+            return grads[0] * inside, None, None, None, None
         u = x / s
         rounded = u.round()
         low, high = rounded < qmin - z, rounded > qmax - z

@@ -23,15 +23,16 @@ Well-Conditioned Estimator for Large-Dimensional Covariance Matrices" (shrinkage
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from qpipe.numerics.codes import RowGrid, Sharing, descend, objective, search, upper_factor
-from qpipe.numerics.grid import Encoding, broadcast
+from qpipe.numerics.codes import descend, objective, search, upper_factor
 from qpipe.numerics.moments import Moments, full_float32
-from qpipe.numerics.unfold import Unfold
+from qpipe.numerics.rows import RowGrid
+
+Order = Literal["natural", "descending"]
 
 SCALE_FACTORS = tuple(round(0.40 + 0.06 * i, 2) for i in range(13))
 _SHRINKAGES = (0.003, 0.01, 0.03, 0.1, 0.2, 0.4, 0.6)
@@ -73,40 +74,6 @@ class GramResult:
     report: dict[str, Any]
 
 
-def row_grid(
-    e: Encoding, unfold: Unfold, shape: tuple[int, ...], device: str | torch.device = "cpu"
-) -> RowGrid:
-    """The grid of a weight of `shape` as rows."""
-    scale, zero_point = (torch.tensor(v, device=device) for v in broadcast(e, shape))
-    rows = [unfold.weight_rows(v.float().expand(shape)) for v in (scale, zero_point)]
-    one_per_row = all(bool((v == v[..., :1]).all()) for v in rows)
-    s, z = ((v[..., :1] if one_per_row else v).contiguous() for v in rows)
-    return RowGrid(s, z, e.qmin, e.qmax, _sharing(e, unfold))
-
-
-def _sharing(e: Encoding, unfold: Unfold) -> Sharing:
-    if e.axis is None:
-        return "tensor"
-    if e.block_size is not None:
-        return "fixed" if e.axis == unfold.weight_axis else "row"
-    if e.axis != unfold.weight_axis:
-        return "fixed"
-    return "place" if unfold.kind == "conv_transpose" and unfold.groups > 1 else "row"
-
-
-def row_encoding(e: Encoding, grid: RowGrid, unfold: Unfold, shape: tuple[int, ...]) -> Encoding:
-    """`e` with the scales of `grid`, frozen: the inverse of `row_grid` after a scale search."""
-    k = unfold.weight_rows(torch.empty(shape, device="meta")).shape[-1]
-    full = unfold.weight_from_rows(grid.scale.expand(*grid.scale.shape[:2], k), shape).cpu().numpy()
-    if e.axis is None:
-        scale = full.reshape(-1)[0]
-    elif e.block_size is None:
-        scale = full.swapaxes(0, e.axis).reshape(shape[e.axis], -1)[:, 0]
-    else:
-        scale = full.take(range(0, shape[e.axis], e.block_size), axis=e.axis)
-    return replace(e, scale=scale, frozen=True)
-
-
 def solve(
     weight: Tensor,
     grid: RowGrid,
@@ -124,24 +91,60 @@ def solve(
     weight = weight.float()
     with full_float32(), torch.no_grad():
         problem = _Problem(weight, _moments(fit, weight, options), _moments(held_out or fit, weight, options))
-        shrinkage, asymmetry, codes = _choose(problem, grid, options, held_out is not None)
-        target, h = problem.target(shrinkage, asymmetry), problem.shrunk(shrinkage)
-        used = grid
-        searched = options.scale_search and grid.sharing != "fixed"
-        if searched:
-            used, codes = _search_scales(target, grid, h, codes, options)
-        codes = _codes(target, used, h, options, codes)
-        if searched:
-            used, codes = _refit_scales(target, used, codes, h, options)
-            if problem.error(used.values(codes)) > problem.error(
-                grid.values(fixed := _codes(target, grid, h, options))
-            ):
-                used, codes = grid, fixed
+        choice = _choose(problem, grid, options, held_out is not None)
+        used, codes, kept = grid, _codes(choice, grid, choice.codes, options), "gram"
+        if options.scale_search and grid.sharing != "fixed":
+            moved, found = _search_scales(choice, grid, options)
+            moved, found = _refit_scales(choice, moved, _codes(choice, moved, found, options), options)
+            if problem.error(moved.values(found)) < problem.error(grid.values(codes)):
+                used, codes = moved, found
         nearest = grid.nearest(weight)
-        kept = "gram"
         if problem.error(used.values(codes)) > problem.error(grid.values(nearest)):
             used, codes, kept = grid, nearest, "nearest"
-        return _result(weight, grid, used, codes, kept, fit, held_out, bias, options, shrinkage, asymmetry)
+        values, change = used.values(codes), _mean_change(weight, used.values(codes), fit)
+        if not options.update_bias:
+            change = torch.zeros_like(change)
+        judge = held_out or fit
+        report = {
+            "error_before": _full_error(weight, grid.values(nearest), judge, torch.zeros_like(change)),
+            "error_after": _full_error(weight, values, judge, change),
+            "asymmetry": choice.asymmetry if kept == "gram" else 0.0,
+            "shrinkage": choice.shrinkage,
+            "changed": float((codes != nearest).double().mean()),
+            "kept": kept,
+        }
+    change = change.reshape(-1)
+    new_bias = change if bias is None else bias.double() + change
+    return GramResult(codes.to(torch.int32), values, used, new_bias.float(), report)
+
+
+class _Quadratic:
+    """H' of one shrinkage, float32, and its triangular factors, float64, once they are asked for."""
+
+    def __init__(self, h: Tensor) -> None:
+        self.h = h
+        natural = torch.arange(h.shape[-1], device=h.device).expand(h.shape[0], -1)
+        descending = h.diagonal(dim1=1, dim2=2).argsort(dim=-1, descending=True, stable=True)
+        self._orders: dict[Order, Tensor] = {"natural": natural, "descending": descending}
+        self._factors: dict[Order, Tensor] = {}
+
+    def search(self, target: Tensor, grid: RowGrid, order: Order, beam: int) -> Tensor:
+        """Codes by beam search in `order`."""
+        return search(target, grid, self._factor(order), self._orders[order], beam)
+
+    def divide(self, rows: Tensor) -> Tensor:
+        """rows H'^-1, for rows (groups, n, K)."""
+        index = self._orders["descending"][:, None].expand(-1, rows.shape[1], -1)
+        turned = rows.double().gather(2, index).flip(-1).transpose(1, 2)
+        solved = torch.cholesky_solve(turned, self._factor("descending").flip(1, 2)).transpose(1, 2).flip(-1)
+        return torch.empty_like(solved).scatter_(2, index, solved).to(rows.dtype)
+
+    def _factor(self, order: Order) -> Tensor:
+        if order not in self._factors:
+            places, k = self._orders[order], self.h.shape[-1]
+            rows = self.h.gather(1, places[:, :, None].expand(-1, -1, k))
+            self._factors[order] = upper_factor(rows.gather(2, places[:, None].expand(-1, k, -1)))
+        return self._factors[order]
 
 
 class _Problem:
@@ -152,34 +155,17 @@ class _Problem:
         # A layer whose inputs never vary has H = 0: any multiple of I then asks for nearest rounding.
         level = fit.cov.diagonal(dim1=1, dim2=2).mean(1)
         self._level = torch.where(level > 0, level, torch.ones_like(level))[:, None, None]
-        self._shifts: dict[float, Tensor] = {}
 
-    def shrunk(self, shrinkage: float) -> Tensor:
-        """H' of `shrinkage`, float32, positive definite."""
+    def shrunk(self, shrinkage: float) -> _Quadratic:
+        """H' of `shrinkage`, positive definite."""
         k = self.fit.cov.shape[-1]
         eye = torch.eye(k, dtype=self.fit.cov.dtype, device=self.fit.cov.device)
-        return (1.0 - shrinkage) * self.fit.cov + (shrinkage + 1e-5) * self._level * eye
+        return _Quadratic((1.0 - shrinkage) * self.fit.cov + (shrinkage + 1e-5) * self._level * eye)
 
-    def shift(self, shrinkage: float) -> Tensor | None:
-        """C H'^-1, which makes up for the change of the inputs; None where they did not change."""
-        if self.fit.cross is None:
-            return None
-        if shrinkage not in self._shifts:
-            factor = torch.linalg.cholesky(self.shrunk(shrinkage).double())
-            solved = torch.cholesky_solve(self.fit.cross.double().transpose(1, 2), factor)
-            self._shifts[shrinkage] = solved.transpose(1, 2).to(self.weight.dtype)
-        return self._shifts[shrinkage]
-
-    def target(self, shrinkage: float, asymmetry: float) -> Tensor:
-        """W* = W + a C H'^-1."""
-        shift = self.shift(shrinkage)
-        return self.weight if shift is None else self.weight + asymmetry * shift
-
-    def best_asymmetry(self, shrinkage: float) -> float:
-        """a in 0..1 of the least held-out error of the unrounded W*: the error is a parabola in a."""
-        shift = self.shift(shrinkage)
-        if shift is None or self.judge.cross is None:
-            return 0.0 if shift is None else 1.0
+    def best_asymmetry(self, shift: Tensor) -> float:
+        """a in 0..1 of the least held-out error of the unrounded W + a shift: the error is a parabola in a."""
+        if self.judge.cross is None:
+            return 1.0
         slope = float((self.judge.cross.double() * shift).sum())
         bend = float(((shift @ self.judge.cov).double() * shift).sum())
         return min(1.0, max(0.0, slope / bend)) if bend > 0 else 0.0
@@ -189,10 +175,19 @@ class _Problem:
         return float(_output_error(self.weight, values, self.judge).sum())
 
 
-def _choose(
-    problem: _Problem, grid: RowGrid, options: GramOptions, judged: bool
-) -> tuple[float, float, Tensor]:
-    """Shrinkage, asymmetry, and the codes that were found while choosing them."""
+@dataclass(frozen=True, eq=False)
+class _Choice:
+    """What the hold-out chose: l and a, the target and H' that follow, and greedy codes for them, descended."""
+
+    error: float
+    shrinkage: float
+    asymmetry: float
+    target: Tensor
+    quadratic: _Quadratic
+    codes: Tensor
+
+
+def _choose(problem: _Problem, grid: RowGrid, options: GramOptions, judged: bool) -> _Choice:
     k = problem.weight.shape[-1]
     if options.shrinkage is not None:
         ladder: tuple[float, ...] = (options.shrinkage,)
@@ -200,76 +195,65 @@ def _choose(
         ladder = _SHRINKAGES if k <= options.beam_limit else _SHRINKAGES_LARGE
     else:
         ladder = (min(0.3, k / (2.0 * problem.fit.count)),)
-    best: tuple[float, float, float, Tensor] | None = None
+    best: _Choice | None = None
     for shrinkage in ladder:
-        a = options.asymmetry
-        if a is None:
-            a = problem.best_asymmetry(shrinkage) if judged else 1.0
-        target, h = problem.target(shrinkage, a), problem.shrunk(shrinkage)
-        order = _descending(h)
-        codes, _ = descend(target, search(target, grid, _factor(h, order), order, 1), grid, h)
+        quadratic = problem.shrunk(shrinkage)
+        target, a = problem.weight, 0.0
+        if problem.fit.cross is not None:
+            shift = quadratic.divide(problem.fit.cross)
+            a = options.asymmetry if options.asymmetry is not None else 1.0
+            if options.asymmetry is None and judged:
+                a = problem.best_asymmetry(shift)
+            target = target + a * shift
+        start = quadratic.search(target, grid, "descending", 1)
+        codes, _ = descend(target, start, grid, quadratic.h)
         error = problem.error(grid.values(codes))
-        if best is None or error < best[0]:
-            best = (error, shrinkage, a, codes)
-    assert best is not None
-    return best[1], best[2], best[3]
-
-
-def _codes(
-    target: Tensor, grid: RowGrid, h: Tensor, options: GramOptions, known: Tensor | None = None
-) -> Tensor:
-    """Per row the best of all searches, each descended; `known` are greedy ones by descending diagonal."""
-    k = target.shape[-1]
-    natural = torch.arange(k, device=h.device).expand(h.shape[0], -1)
-    descending = _descending(h)
-    runs = [(natural, 1)]
-    if known is None:
-        runs.append((descending, 1))
-    if options.beam > 1 and k <= options.beam_limit:
-        runs.append((descending, options.beam))
-    best = known
-    least = None if known is None else objective(target, grid.values(known), h)
-    for order, beam in runs:
-        codes, _ = descend(target, search(target, grid, _factor(h, order), order, beam), grid, h)
-        cost = objective(target, grid.values(codes), h)
-        if best is None or least is None:
-            best, least = codes, cost
-        else:
-            better = cost < least
-            best, least = torch.where(better[..., None], codes, best), torch.where(better, cost, least)
+        if best is None or error < best.error:
+            best = _Choice(error, shrinkage, a, target, quadratic, codes)
     assert best is not None
     return best
 
 
-def _search_scales(
-    target: Tensor, grid: RowGrid, h: Tensor, known: Tensor, options: GramOptions
-) -> tuple[RowGrid, Tensor]:
-    """The grid with each row's best factor by greedy codes, and those codes."""
-    order = _descending(h)
-    factor = _factor(h, order)
-    cost = grid.pooled(objective(target, grid.values(known), h))
-    best, scale = known, grid.scale
+def _codes(choice: _Choice, grid: RowGrid, known: Tensor, options: GramOptions) -> Tensor:
+    """Per row the best of `known`, greedy in natural order, and a beam, each descended."""
+    target, quadratic = choice.target, choice.quadratic
+    runs: list[tuple[Order, int]] = [("natural", 1)]
+    if options.beam > 1 and target.shape[-1] <= options.beam_limit:
+        runs.append(("descending", options.beam))
+    best, least = known, objective(target, grid.values(known), quadratic.h)
+    for order, beam in runs:
+        codes, _ = descend(target, quadratic.search(target, grid, order, beam), grid, quadratic.h)
+        cost = objective(target, grid.values(codes), quadratic.h)
+        better = cost < least
+        best, least = torch.where(better[..., None], codes, best), torch.where(better, cost, least)
+    return best
+
+
+def _search_scales(choice: _Choice, grid: RowGrid, options: GramOptions) -> tuple[RowGrid, Tensor]:
+    """The grid with each row's best factor by greedy codes, and those codes, descended."""
+    target, quadratic = choice.target, choice.quadratic
+    cost = grid.pooled(objective(target, grid.values(choice.codes), quadratic.h))
+    best, scale = choice.codes, grid.scale
     for f in (0.25, 0.5, 2.0) if options.power_of_two else options.scale_factors:
         trial = replace(grid, scale=grid.scale * f)
-        codes = search(target, trial, factor, order, 1)
-        value = grid.pooled(objective(target, trial.values(codes), h))
+        codes = quadratic.search(target, trial, "descending", 1)
+        value = grid.pooled(objective(target, trial.values(codes), quadratic.h))
         better = value < cost
         cost = torch.where(better, value, cost)
-        best, scale = (
-            torch.where(better[..., None], codes, best),
-            torch.where(better[..., None], trial.scale, scale),
-        )
+        best = torch.where(better[..., None], codes, best)
+        scale = torch.where(better[..., None], trial.scale, scale)
     used = replace(grid, scale=scale)
-    codes, _ = descend(target, best, used, h)
+    codes, _ = descend(target, best, used, quadratic.h)
     return used, codes
 
 
 def _refit_scales(
-    target: Tensor, grid: RowGrid, codes: Tensor, h: Tensor, options: GramOptions, rounds: int = 3
+    choice: _Choice, grid: RowGrid, codes: Tensor, options: GramOptions, rounds: int = 3
 ) -> tuple[RowGrid, Tensor]:
     """Scales by least squares for the codes and codes by descent for the scales, in turn."""
     if grid.scale.shape[-1] != 1 or options.power_of_two:
         return grid, codes
+    target, h = choice.target, choice.quadratic.h
     for _ in range(rounds):
         steps = codes - grid.zero_point
         through = (steps @ h).double()
@@ -283,45 +267,9 @@ def _refit_scales(
     return grid, codes
 
 
-def _result(
-    weight: Tensor,
-    given: RowGrid,
-    used: RowGrid,
-    codes: Tensor,
-    kept: str,
-    fit: Moments,
-    held_out: Moments | None,
-    bias: Tensor | None,
-    options: GramOptions,
-    shrinkage: float,
-    asymmetry: float,
-) -> GramResult:
-    values = used.values(codes)
-    delta = _mean_change(weight, values, fit).reshape(-1)
-    old = torch.zeros_like(delta) if bias is None else bias.double()
-    judge = held_out or fit
-    plain = given.nearest(weight)
-    after = _moved_error(weight, values, judge, delta if options.update_bias else torch.zeros_like(delta))
-    before = _moved_error(weight, given.values(plain), judge, torch.zeros_like(delta))
-    return GramResult(
-        codes.to(torch.int32),
-        values,
-        used,
-        (old + delta if options.update_bias else old).float(),
-        {
-            "error_before": before,
-            "error_after": after,
-            "asymmetry": asymmetry if kept == "gram" else 0.0,
-            "shrinkage": shrinkage,
-            "changed": float((codes != plain).double().mean()),
-            "kept": kept,
-        },
-    )
-
-
-def _moved_error(weight: Tensor, values: Tensor, m: Moments, bias_change: Tensor) -> float:
+def _full_error(weight: Tensor, values: Tensor, m: Moments, bias_change: Tensor) -> float:
     """The output's mean squared error over its variance, means included."""
-    means = _mean_change(weight, values, m) - bias_change.reshape(weight.shape[:2])
+    means = _mean_change(weight, values, m) - bias_change
     error = _output_error(weight, values, m) + means.square()
     energy = m.energy if m.energy is not None else objective(weight, torch.zeros_like(weight), m.cov)
     return float(error.sum() / energy.sum().clamp(min=1e-30))
@@ -353,13 +301,3 @@ def _moments(m: Moments, weight: Tensor, options: GramOptions) -> Moments:
     moved = torch.einsum("grk,gk->gr", weight.double(), m.mean.double() - mean_hat)
     cross = (m.cross.double() + moved[:, :, None] * mean_hat[:, None, :]).float()
     return replace(m, cov=cov, cross=cross, drift=m.drift + moved.square())
-
-
-def _descending(h: Tensor) -> Tensor:
-    return h.diagonal(dim1=1, dim2=2).argsort(dim=-1, descending=True, stable=True)
-
-
-def _factor(h: Tensor, order: Tensor) -> Tensor:
-    k = h.shape[-1]
-    rows = h.gather(1, order[:, :, None].expand(-1, -1, k))
-    return upper_factor(rows.gather(2, order[:, None].expand(-1, k, -1)))

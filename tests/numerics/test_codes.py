@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qpipe.numerics.codes import RowGrid, descend, objective, search, upper_factor
+from qpipe.numerics.codes import descend, objective, search, upper_factor
+from qpipe.numerics.rows import RowGrid
 
 
 def _problem(

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from qpipe.numerics.codes import RowGrid
-from qpipe.numerics.gram import GramOptions, GramResult, row_encoding, row_grid, solve
+from qpipe.numerics.gram import GramOptions, GramResult, solve
 from qpipe.numerics.grid import Encoding, quantize_dequantize, same_grid
 from qpipe.numerics.moments import LayerMoments, Moments, MomentSums
 from qpipe.numerics.observers import weight_encoding
+from qpipe.numerics.rows import RowGrid, row_encoding, row_grid
 from qpipe.numerics.scheme import TensorScheme
 from qpipe.numerics.unfold import Unfold
 
