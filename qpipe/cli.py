@@ -1,6 +1,6 @@
 """The edge: the command line, Hydra, and what a person sees.
 
-    qpipe [run|plan|why NODE|graph [FILE]|stages [NAME]|report [RUN]|cache ls|verify] [Hydra overrides …] [-m]
+    qpipe [run|plan|why NODE|graph [FILE]|stages [NAME]|report [RUN]|cache ls|verify|gc] [Hydra overrides …] [-m]
 
 Exit status: 0 all done; 1 a node failed; 2 the config or an input is wrong; 3 the goal was not met; 4
 `run.expect=cached` and something had to run; 130 interrupted.
@@ -99,7 +99,7 @@ def _command(name: str, rest: list[str]) -> tuple[Many | None, list[str]]:
         return None, []
     if name in ("why", "cache"):
         if not rest or "=" in rest[0] or rest[0].startswith("-"):
-            example = {"why": "why NODE", "cache": "cache ls|verify"}[name]
+            example = {"why": "why NODE", "cache": "cache ls|verify|gc"}[name]
             raise ConfigError(f"{name}: names nothing. Say `qpipe {example}`.")
         subject, *rest = rest
         function = commands.why if name == "why" else commands.cache

@@ -204,8 +204,8 @@ def sweep_table(records: Sequence[tuple[Job, Mapping[str, Any]]]) -> list[str]:
 
 
 def cache(jobs: Sequence[Job], subject: str) -> int:
-    """`ls`: what the cache holds; `verify`: read every blob against its digest."""
-    known = {"ls": _cache_ls, "verify": _cache_verify}
+    """`ls`: what the cache holds; `verify`: read every blob against its digest; `gc`: drop what no result refers to."""
+    known = {"ls": _cache_ls, "verify": _cache_verify, "gc": _cache_gc}
     if subject not in known:
         raise ConfigError(
             f"cache: no command '{subject}'.{nearest(subject, known)} Commands: {listed(known)}."
@@ -245,3 +245,11 @@ def _cache_verify(store: Store) -> int:
         f"{checked} blobs read, {damaged} damaged, {len(incomplete)} results incomplete (they run again when asked for)"
     )
     return 1 if damaged else 0
+
+
+def _cache_gc(store: Store) -> int:
+    from qpipe.cleanup import collect
+
+    removed = collect(store)
+    print(f"removed {removed.results} results and {removed.blobs} blobs, {removed.size_bytes / 1e6:.1f} MB")
+    return 0

@@ -12,8 +12,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from filelock import Timeout
-
 from qpipe.action import as_result, request
 from qpipe.errors import CacheError, DamagedError, QpipeError
 from qpipe.graph import Graph
@@ -65,10 +63,21 @@ def execute(
             _Run(walks, store, run, pool, view).go()
         except DamagedError as error:
             view.message(f"The cache is damaged: {error} What made it runs again.")
+            _forget(walks, store, error.digest)
             walks = rebuild()
         else:
             return walks
     raise CacheError(f"The cache at {store.root} stays damaged after {HEAL_ROUNDS} attempts. Check the disk.")
+
+
+def _forget(walks: Sequence[Walk], store: Store, digest: str) -> None:
+    """Drop the results that name a blob which is there and yet is not what they say."""
+    if not store.has(digest):
+        return  # the store moved it aside, so that its results are incomplete and run again
+    for walk in walks:
+        for outcome in walk.outcomes.values():
+            if outcome.key and digest in (outcome.result or {}).get("blobs", {}):
+                store.forget(outcome.key)
 
 
 class _Run:
@@ -161,6 +170,8 @@ class _Run:
             self._queue.remove(key)
 
     def _lock(self, key: str) -> bool:
+        from filelock import Timeout  # not at the top: a run that is all hits locks nothing
+
         lock = self._store.lock(key)
         try:
             lock.acquire(blocking=False)
