@@ -1,0 +1,42 @@
+"""Targets: built from YAML, refused with a sentence."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from qpipe.model.target import OpRule, Target
+from tests.model.quantized import ONNXRUNTIME
+
+
+def test_the_table_of_onnxruntime_is_a_target() -> None:
+    assert ONNXRUNTIME.name == "onnxruntime"
+    assert ONNXRUNTIME.quantize["Conv"] == OpRule(None, True)
+    assert ONNXRUNTIME.quantize["Softmax"] == OpRule((), True)
+    assert "Relu" in ONNXRUNTIME.fused["Conv"]
+
+
+def test_an_operator_cannot_have_a_rule_and_share() -> None:
+    with pytest.raises(ValueError, match="Add cannot stand in both"):
+        Target("t", {"Add": OpRule()}, share=("Add",))
+
+
+def test_an_expression_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="no regular expression"):
+        Target("t", exclude=("(",))
+
+
+def test_names_are_matched_whole() -> None:
+    target = Target("t", exclude=(r"head\..*",))
+    assert target.excludes("head.weight")
+    assert not target.excludes("forehead.weight")
+
+
+def test_a_target_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, qpipe.model.target; print({'numpy', 'torch', 'onnx', 'onnxruntime'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
