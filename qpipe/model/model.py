@@ -98,9 +98,9 @@ class Model:
     def from_proto(cls, proto: onnx.ModelProto | onnx_ir.Model) -> Model:
         """The model in canonical form. Raises InputError for what cannot be taken, all of it listed."""
         from qpipe.model.canonical import canonicalize
+        from qpipe.model.reader import deserialized
 
-        source: onnx_ir.Model
-        source = proto.clone() if isinstance(proto, onnx_ir.Model) else onnx_ir.from_proto(proto)
+        source = proto.clone() if isinstance(proto, onnx_ir.Model) else deserialized(proto)
         model, notes = canonicalize(source)
         return cls(model, metadata={"notes": notes} if notes else {})
 

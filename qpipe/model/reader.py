@@ -8,6 +8,7 @@ import onnx
 import onnx_ir as ir
 
 from qpipe.errors import InputError
+from qpipe.model.soundness import refuse_broken
 
 
 def read_onnx(path: Path) -> ir.Model:
@@ -22,8 +23,15 @@ def read_onnx(path: Path) -> ir.Model:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
     if not data:
         raise InputError(f"{path} is empty (0 bytes). Export the model again.")
-    model: ir.Model = ir.from_proto(_parsed(path, data))
+    model = deserialized(_parsed(path, data))
     _attach_external(model, path)
+    return model
+
+
+def deserialized(proto: onnx.ModelProto) -> ir.Model:
+    """`proto` as an onnx_ir model. Raises InputError for a graph that is none, its defects listed."""
+    refuse_broken(proto)
+    model: ir.Model = ir.from_proto(proto)
     return model
 
 

@@ -31,6 +31,9 @@ def checked(module: nn.Module, example: dict[str, torch.Tensor]) -> Model:
     wanted = result if isinstance(result, torch.Tensor) else result[0]
     found = model.session().run(None, {name: value.numpy() for name, value in larger.items()})[0]
     assert relative_error(wanted.numpy(), found) < TOLERANCE
+    with torch.no_grad():
+        replayed = model.to_torch(quantized=False)(*(larger[spec.name] for spec in model.inputs))
+    assert relative_error(wanted.numpy(), replayed.numpy()) < TOLERANCE
     return model
 
 
@@ -132,6 +135,23 @@ def test_a_vision_transformer_has_no_detours_around_attention() -> None:
     linear = next(layer for layer in model.layers() if layer.op_type == "MatMul")
     assert linear.bias is not None
     assert linear.add is not None
+
+
+@pytest.mark.slow
+def test_a_bert_with_a_mask_that_is_an_input() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, vocab_size=50
+    )
+    module = transformers.BertForSequenceClassification(config).eval()
+    example = {
+        "input_ids": torch.randint(0, 50, (2, 12)),
+        "attention_mask": torch.ones(2, 12, dtype=torch.int64),
+    }
+    example["attention_mask"][0, 9:] = 0
+    model = checked(module, example)
+    assert_parameters_kept(module, model)
+    assert len(model.layers()) == 2 * 6 + 2
 
 
 class Fixed(nn.Module):
