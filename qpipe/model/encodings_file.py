@@ -34,7 +34,8 @@ def write_encodings(model: Model, path: Path, version: Version = "1.0.0") -> Non
 def encodings_document(model: Model, version: Version = "1.0.0") -> dict[str, Any]:
     """The grids of `model` as the JSON value that the format `version` prescribes, sorted by name.
 
-    Raises InputError for another version, and where 0.6.1 is asked for block scales, which it cannot express.
+    How the ranges were found is said where the model's metadata have `quant_scheme`. Raises InputError for
+    another version, and where 0.6.1 is asked for block scales, which it cannot express.
     """
     if version not in get_args(Version):
         raise InputError(f"encodings.json has the versions {', '.join(get_args(Version))}, got {version!r}.")
@@ -45,6 +46,8 @@ def encodings_document(model: Model, version: Version = "1.0.0") -> dict[str, An
         listed = [{"name": name, **_onnx_terms(e)} for name, e in {**activations, **params}.items()]
         return {"version": version, "encodings": listed}
     arguments = _quantizer_args(params, activations)
+    if "quant_scheme" in model.metadata:
+        arguments["quant_scheme"] = model.metadata["quant_scheme"]
     if version == "1.0.0":
         return {
             "version": version,
@@ -146,7 +149,6 @@ def _quantizer_args(params: dict[str, Encoding], activations: dict[str, Encoding
         "is_symmetric": _commonest([_is_symmetric(e) for e in weights], True),
         "param_bitwidth": _commonest([e.bitwidth for e in weights], 32),
         "per_channel_quantization": any(e.axis is not None for e in weights),
-        "quant_scheme": "min_max",
     }
 
 

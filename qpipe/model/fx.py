@@ -29,6 +29,7 @@ from torch import fx
 
 from qpipe.errors import InputError
 from qpipe.model.bias import BIAS_MAX, BIAS_MIN, QuantizedBias, effective_encodings, quantized_biases
+from qpipe.model.constants import constant, host_values, keywords, literal, statistics, stays, tensor_of
 from qpipe.model.operators import OPERATORS
 from qpipe.model.operators.host import host_constant, to_device
 from qpipe.model.operators.registry import MOVING
@@ -40,8 +41,6 @@ if TYPE_CHECKING:
 
 BOUNDING = frozenset({"Min", "Max", "Clip", "Relu", "Pad", "Concat"})
 """Operators whose output may share the quantizer of their first input, but has to be rounded again."""
-_HOST_OUTPUT = frozenset({"Shape", "Size", "Range", "ConstantOfShape"})
-_LARGEST_HOST_CONSTANT = 64
 
 
 def supported_ops() -> frozenset[tuple[str, str]]:
@@ -119,7 +118,7 @@ class _Builder:
         self.env: dict[ir.Value, fx.Node] = {}
         self.moved: dict[ir.Value, fx.Node] = {}
         self.host = host_values(graph)
-        self.statistics = _statistics(graph)
+        self.statistics = statistics(graph)
         self.trainable = self._check_trainable(trainable)
         self.taken = {sanitize(str(node.name)) for node in graph}
         self.attributes: set[str] = set()
@@ -145,7 +144,7 @@ class _Builder:
     def _node(self, node: ir.Node) -> None:
         op = OPERATORS[node.op_type]
         args = tuple(self._argument(node, i, value, i in op.numbers) for i, value in enumerate(node.inputs))
-        kwargs = {name: value for a in node.attributes.values() for name, value in _attribute(a)}
+        kwargs = {name: value for a in node.attributes.values() for name, value in keywords(a)}
         named = [i for i, output in enumerate(node.outputs) if output.name and (i == 0 or _wanted(output))]
         several = op.many or (bool(op.more) and any(named))
         if op.more and several:
@@ -172,17 +171,17 @@ class _Builder:
             return None
         array = constant(value)
         if number and array is not None:
-            return _literal(array.tolist())
+            return literal(array.tolist())
         bias = self.biases.get((str(node.name), position))
         if bias is not None:
             return self._bias(value, bias)
-        if node.op_type not in ("Shape", "Size") and _stays(node, self.host):
+        if node.op_type not in ("Shape", "Size") and stays(node, self.host):
             return self.env[value] if array is None else self._host_constant(array)
         return self.env[value] if number and value in self.host else self._device(value)
 
     def _device(self, value: ir.Value) -> fx.Node:
         """The fx node that holds `value` where the module lives."""
-        if constant(value) is not None and value not in self.env:
+        if value not in self.env and constant(value) is not None:
             self._provide(value, self._initializer(value))
         node = self.env[value]
         if value not in self.host:
@@ -198,11 +197,11 @@ class _Builder:
 
     def _host_constant(self, array: np.ndarray[Any, Any]) -> fx.Node:
         dtype = torch.from_numpy(np.zeros((), array.dtype)).dtype
-        return self.graph.call_function(host_constant, (_literal(array.tolist()), dtype))
+        return self.graph.call_function(host_constant, (literal(array.tolist()), dtype))
 
     def _initializer(self, value: ir.Value) -> fx.Node:
         """An attribute of the module for the initializer, and the fx node that reads it."""
-        name, tensor = str(value.name), _tensor(constant(value))
+        name, tensor = str(value.name), tensor_of(constant(value))
         attribute = self._attribute_name(name)
         if tensor.is_floating_point() and value not in self.statistics:
             parameter = torch.nn.Parameter(tensor, requires_grad=name in self.trainable)
@@ -293,75 +292,9 @@ class _Builder:
         return name
 
 
-def host_values(graph: ir.Graph) -> set[ir.Value]:
-    """The values that follow from shapes and small constants alone; they are computed on the CPU."""
-    host: set[ir.Value] = set()
-    for node in graph:
-        if node.op_type in _HOST_OUTPUT or _stays(node, host):
-            host.update(node.outputs)
-    return host
-
-
-def constant(value: ir.Value) -> np.ndarray[Any, Any] | None:
-    """The array that `value` always is: an initializer's, or a Constant node's; otherwise None."""
-    if value.is_initializer() and value.const_value is not None:
-        return np.asarray(value.const_value.numpy())
-    node = value.producer()
-    if node is None or node.op_type != "Constant":
-        return None
-    from qpipe.model.invariants import constant_tensor
-
-    tensor = constant_tensor(node)
-    return None if tensor is None else np.asarray(tensor.numpy())
-
-
-def _stays(node: ir.Node, host: set[ir.Value]) -> bool:
-    """Whether a node's inputs are host values and constants small enough to be written into the code."""
-    given = [value for value in node.inputs if value is not None]
-    return any(value in host for value in given) and all(value in host or _small(value) for value in given)
-
-
-def _small(value: ir.Value) -> bool:
-    """Integers and single numbers; a float vector is a parameter, and stays one."""
-    array = constant(value)
-    if array is None:
-        return False
-    return array.size <= (_LARGEST_HOST_CONSTANT if array.dtype.kind in "iub" else 1)
-
-
-def _statistics(graph: ir.Graph) -> set[ir.Value]:
-    """Running means and variances."""
-    found = (node.inputs[3:5] for node in graph if node.op_type == "BatchNormalization")
-    return {value for pair in found for value in pair if value is not None}
-
-
 def _wanted(output: ir.Value) -> bool:
     return bool(output.uses()) or output.is_graph_output()
 
 
 def _domain(node: ir.Node) -> str:
     return "" if node.domain == "ai.onnx" else node.domain
-
-
-def _literal(data: Any) -> Any:
-    """Lists as tuples, at every depth: fx wants immutable arguments."""
-    return tuple(_literal(item) for item in data) if isinstance(data, list) else data
-
-
-def _tensor(array: np.ndarray[Any, Any] | None) -> torch.Tensor:
-    """A copy of `array`; bfloat16, which numpy borrows from ml_dtypes, goes through its bits."""
-    assert array is not None
-    if array.dtype.name == "bfloat16":
-        return torch.tensor(array.view(np.int16)).view(torch.bfloat16)
-    return torch.tensor(array)
-
-
-def _attribute(attribute: ir.Attr) -> list[tuple[str, Any]]:
-    """The keyword arguments for one attribute: a tensor of one number becomes the number and its type."""
-    if attribute.type == ir.AttributeType.TENSOR:
-        tensor = attribute.as_tensor()
-        return [(attribute.name, tensor.numpy().reshape(-1)[0].item()), ("dtype", int(tensor.dtype))]
-    value = attribute.value
-    if isinstance(value, (list, tuple)):
-        value = tuple(v.decode() if isinstance(v, bytes) else v for v in value)
-    return [(attribute.name, value.decode() if isinstance(value, bytes) else value)]

@@ -94,6 +94,7 @@ class _Marks:
 
         self.graph, self.target = model.graph, target
         self.data = data_values(model.graph)
+        self.data_names = {str(value.name) for value in self.data}
         self.composites = find_composites(model.graph, self.data, target.composite)
         self.adds = {layer.add for layer in model.layers() if layer.add is not None}
         self.biased = {layer.name for layer in model.layers() if layer.add is not None}
@@ -106,7 +107,7 @@ class _Marks:
 
     def is_data(self, name: str) -> bool:
         """Whether the value called `name` comes from the data."""
-        return any(value.name == name for value in self.data)
+        return name in self.data_names
 
     def place(self) -> None:
         """Marks every value that the target wants quantized, and joins those that share a grid."""
@@ -209,8 +210,8 @@ class _Marks:
     def follows(self, groups: Iterable[tuple[str, ...]]) -> dict[str, str]:
         """What is cut off afterwards, and the last value of its group that it is cut down to."""
         found = {}
+        cut = {str(value.name): str(after.name) for value, after in self.cut.items()}
         for group in groups:
-            cut = {str(v.name): str(after.name) for v, after in self.cut.items()}
             for name in group:
                 last = name
                 while last in cut:

@@ -10,6 +10,9 @@ of the graph stay float. Codes narrower than the types that ONNX has (3 bits, 6 
 wider type; an activation is clipped to its codes' range first. Activations of 4 bits and less are stored in 8:
 onnxruntime (1.31) fuses 4-bit ones into integer kernels that do not take them, and then refuses the graph.
 
+On a CPU without VNNI, onnxruntime's products of uint8 activations and int8 weights can saturate in 16 bits. Weights
+of 7 bits, stored in int8, cannot (this is what `reduce_range` means elsewhere).
+
 Source: ONNX operators QuantizeLinear and DequantizeLinear, opset 21.
 """
 

@@ -12,7 +12,8 @@ from torch import nn
 
 from qpipe.errors import InputError
 from qpipe.model import Model
-from qpipe.model.fx import build, host_values, sanitize, value_nodes
+from qpipe.model.constants import host_values
+from qpipe.model.fx import build, sanitize, value_nodes
 from qpipe.model.operators.host import host_constant
 from qpipe.numerics.fake_quantize import FakeQuantize
 from qpipe.numerics.grid import Encoding, quantize_dequantize
