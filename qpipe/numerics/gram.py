@@ -59,8 +59,7 @@ class GramOptions:
 
 @dataclass(frozen=True, eq=False)
 class GramResult:
-    """One layer's outcome: `codes` int32 and `values` float32 (groups, O / groups, K), the grid, the bias
-    (O,).
+    """One layer's outcome: `codes` int32 and `values` float32 (groups, O / groups, K), grid, bias (O,).
 
     `report` is JSON: error_before and error_after, the output's squared error over its variance on the
     held-out samples (the fitted ones where none are held out), of plain nearest rounding and of the result;

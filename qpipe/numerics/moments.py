@@ -21,6 +21,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from qpipe.errors import InputError
+
 HELD_OUT_EVERY = 10
 """One sample of so many is held out, the fifth of each ten, so that five samples already hold one out."""
 
@@ -47,9 +49,14 @@ class MomentSums:
     """Running sums for `Moments`; float inputs beside quantized ones need `weight`, (groups, O / groups, K)."""
 
     def __init__(
-        self, groups: int, k: int, weight: Tensor | None = None, device: str | torch.device = "cpu"
+        self,
+        groups: int,
+        k: int,
+        weight: Tensor | None = None,
+        device: str | torch.device = "cpu",
+        name: str = "",
     ) -> None:
-        self.count = 0
+        self.count, self.name = 0, name
         self.weight = None if weight is None else weight.detach().to(device, torch.float32)
         shape = None if weight is None else tuple(weight.shape[:2])
         self._sums: dict[str, Tensor] = {
@@ -98,9 +105,14 @@ class MomentSums:
             s["cross"].baddbmm_(drift.transpose(1, 2), h)
 
     def moments(self) -> Moments:
-        """The moments of all rows so far. Raises ValueError when there are none."""
+        """The moments of all rows so far.
+
+        Raises ValueError when there are none, InputError with the layer's name where an input was not finite.
+        """
         if not self.count:
             raise ValueError("there are no rows to take moments of.")
+        if not all(bool(torch.isfinite(value).all()) for value in self._sums.values()):
+            raise InputError(f"The inputs of layer '{self.name}' hold nan or infinity: it cannot be tuned.")
         s, n = self._sums, self.count
         mean_hat = s["sum_hat"] / n
         mean = s["sum"] / n if self._asymmetric else mean_hat
@@ -120,11 +132,16 @@ class LayerMoments:
     """The moments of one layer, every tenth sample apart. Takes the rows of whole samples, in their order."""
 
     def __init__(
-        self, groups: int, k: int, weight: Tensor | None = None, device: str | torch.device = "cpu"
+        self,
+        groups: int,
+        k: int,
+        weight: Tensor | None = None,
+        device: str | torch.device = "cpu",
+        name: str = "",
     ) -> None:
         self.samples = 0
-        self._fit = MomentSums(groups, k, weight, device)
-        self._held_out = MomentSums(groups, k, weight, device)
+        self._fit = MomentSums(groups, k, weight, device, name)
+        self._held_out = MomentSums(groups, k, weight, device, name)
 
     def update(self, x_hat: Tensor, x: Tensor | None = None, samples: int = 1) -> None:
         """Takes in the rows of `samples` samples, (groups, samples * positions, K), as `Unfold.rows` gives."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qpipe.errors import InputError
 from qpipe.numerics.moments import LayerMoments, Moments, MomentSums, from_arrays, to_arrays
 
 draw = np.random.default_rng(0)
@@ -97,3 +98,7 @@ def test_what_cannot_be_summed_is_refused() -> None:
     sums.update(X_HAT, X)
     with pytest.raises(ValueError, match="every batch or with none"):
         sums.update(X_HAT)
+    broken = LayerMoments(GROUPS, K, name="conv1")
+    broken.update(X_HAT * float("inf"), samples=4)
+    with pytest.raises(InputError, match="inputs of layer 'conv1' hold nan or infinity"):
+        _ = broken.fit
