@@ -121,7 +121,7 @@ schemes = st.builds(
 bounds = st.floats(-1e6, 1e6, width=32)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(scheme=schemes, a=bounds, b=bounds)
 def test_zero_is_exact_the_scale_usable_and_the_range_covered(
     scheme: TensorScheme, a: float, b: float
@@ -139,7 +139,7 @@ def test_zero_is_exact_the_scale_usable_and_the_range_covered(
         assert np.frexp(e.scale)[0] == 0.5
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(scheme=schemes, seed=st.integers(0, 2**16))
 def test_rounding_twice_is_rounding_once_and_never_off_by_more_than_half_a_step(
     scheme: TensorScheme, seed: int
@@ -153,7 +153,8 @@ def test_rounding_twice_is_rounding_once_and_never_off_by_more_than_half_a_step(
     q = quantize(x, e)
     assert e.qmin <= q.min() <= q.max() <= e.qmax
     inside = (q > e.qmin) & (q < e.qmax)
-    assert np.all(np.abs(once - x)[inside] <= 0.5001 * e.scale)
+    # Beside half a step, the last bit of float32: at 16 bits it shows.
+    assert np.all(np.abs(once - x)[inside] <= 0.5001 * e.scale + 1e-6 * np.abs(x).max())
 
 
 @pytest.mark.parametrize(
