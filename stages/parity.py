@@ -1,0 +1,54 @@
+"""Whether the simulation computes what is deployed: torch with fake-quantize against QDQ in onnxruntime.
+
+    unit by unit    each quantized value from equal inputs; differences are counted in steps of its grid
+    end to end      both run whole, and one flipped rounding may travel on
+
+    score = share of all elements, unit by unit, that are at most one step apart
+
+Assumes: a model with encodings.
+Source: own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from qpipe.stage import NULL, Context, Range, Samples, Scores, stage
+
+if TYPE_CHECKING:
+    from qpipe.model import Model
+    from qpipe.model.parity import ParityReport
+
+
+def difference(report: ParityReport) -> str | None:
+    """A sentence about the units that do not agree, with the worst of them; None where all agree."""
+    apart = [unit for unit in report.units if not unit.agree]
+    if not apart:
+        return None
+    worst = next(unit for unit in report.units if unit.value == report.worst)
+    return (
+        f"{len(apart)} of {len(report.units)} quantized values differ from the deployed ones, '{worst.value}' "
+        f"({', '.join(worst.op_types)}) by {worst.largest} steps of its grid."
+    )
+
+
+@stage(version=1, config={"data": "evaluation"})
+def parity(
+    model: Model,
+    data: Samples,
+    *,
+    limit: Annotated[int, Range(ge=1)] = 64,
+    batch_size: Annotated[int, Range(ge=1)] = 16,
+    ctx: Context = NULL,
+) -> Scores:
+    """`score`, the share of values within one grid step, `agree`, and all counts by unit and by tensor.
+
+    The first `limit` samples are compared. A unit that does not agree is noted. Errors: InputError for a model
+    without encodings, or data that do not fit.
+    """
+    from qpipe.model.parity import parity as compare
+
+    report = compare(model, data.head(limit).arrays, batch_size=batch_size)
+    if sentence := difference(report):
+        ctx.note(sentence)
+    return Scores({"score": report.within_one, "metric": "within_one", **report.to_json()})

@@ -1,0 +1,57 @@
+"""parity: the counts are those of the model's own comparison, and a unit that differs is noted."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from qpipe.stages.calibrate import calibrate
+from qpipe.stages.parity import difference, parity
+
+from qpipe.errors import InputError
+from qpipe.model.parity import ParityReport, Steps
+from qpipe.numerics.scheme import Scheme, TensorScheme
+from qpipe.stage import Samples
+
+SCHEME = Scheme(TensorScheme(8, True, True), TensorScheme(8, False, False))
+
+
+@pytest.fixture
+def model(network):
+    return network(
+        """n (float[N,3,6,6] x) => (float[N,5] y) {
+            t = Conv<pads=[1,1,1,1]>(x, w, b)  r = Relu(t)  g = GlobalAveragePool(r)  f = Flatten(g)
+            y = Gemm<transB=1>(f, v, c) }""",
+        {"w": (4, 3, 3, 3), "b": (4,), "v": (5, 4), "c": (5,)},
+    )
+
+
+@pytest.fixture
+def data():
+    return Samples({"x": np.random.default_rng(2).normal(size=(20, 3, 6, 6)).astype(np.float32)})
+
+
+def test_a_quantized_network_agrees_with_its_deployment(model, data, target, notes):
+    calibrated = calibrate(model, data, scheme=SCHEME, target=target)
+    values = parity(calibrated, data, limit=10, ctx=notes).values
+    assert values["score"] == pytest.approx(1.0)
+    assert values["agree"] is True
+    assert values["samples"] == 10
+    units = {unit["value"]: unit for unit in values["units"]}
+    assert {"r", "y"} <= set(units)
+    assert units["r"]["op_types"] == ["Conv", "Relu"]
+    assert sum(units["r"]["counts"]) == 10 * 4 * 6 * 6
+    assert notes.notes == []
+
+
+def test_the_worst_unit_is_named():
+    good = Steps("r", ("Conv", "Relu"), 8, (100, 0, 0, 0), 0)
+    bad = Steps("y", ("Gemm",), 8, (50, 40, 9, 1), 4)
+    report = ParityReport((good, bad), (good, bad), (), 10)
+    sentence = "1 of 2 quantized values differ from the deployed ones, 'y' (Gemm) by 4 steps of its grid."
+    assert difference(report) == sentence
+    assert difference(ParityReport((good,), (good, bad), (), 10)) is None
+
+
+def test_a_model_without_encodings_is_refused(model, data):
+    with pytest.raises(InputError, match="nothing to compare"):
+        parity(model, data)
