@@ -161,7 +161,11 @@ def _insert_weight(graph: ir.Graph, weight: ir.Value, encoding: Encoding) -> Non
     name = str(weight.name)
     assert weight.const_value is not None
     codes = quantize(weight.const_value.numpy(), encoding, name)
-    _replace_constant(graph, weight, name, codes, encoding, _uses(weight))
+    dtype = storage(encoding)
+    if encoding.block_size is not None and dtype.bitwidth == 8:
+        # onnxruntime (1.31) fuses these into an integer MatMul that cannot run with scales per block.
+        dtype = storage(replace(encoding, bitwidth=16))
+    _replace_constant(graph, weight, name, codes, encoding, _uses(weight), dtype)
 
 
 def _insert_bias(graph: ir.Graph, node: ir.Node, bias: QuantizedBias, encodings: dict[str, Encoding]) -> None:
@@ -175,7 +179,7 @@ def _insert_bias(graph: ir.Graph, node: ir.Node, bias: QuantizedBias, encodings:
     grid = Encoding(32, True, True, scale, np.zeros(scale.shape, np.int32), axis)
     uses = ((node, bias.position),)
     name = bias.name if len(_uses(value)) == 1 else f"{bias.name}__{node.name}"
-    _replace_constant(graph, value, name, codes, grid, uses)
+    _replace_constant(graph, value, name, codes, grid, uses, ir.DataType.INT32)
 
 
 def _replace_constant(
@@ -185,9 +189,9 @@ def _replace_constant(
     codes: Array,
     encoding: Encoding,
     uses: Uses,
+    dtype: ir.DataType,
 ) -> None:
     """A DQ of `codes`, called `name`, for the given readers of the initializer `value`."""
-    dtype = ir.DataType.INT32 if encoding.bitwidth == 32 else storage(encoding)
     stored = _constant(graph, f"{name}__quantized", codes, dtype)
     inputs = [stored, *_constants(graph, name, encoding, dtype)]
     if value.name == name and len(uses) == len(_uses(value)):
@@ -200,11 +204,11 @@ def _replace_constant(
 
 
 def _constants(
-    graph: ir.Graph, name: str, encoding: Encoding, dtype: ir.DataType | None = None
+    graph: ir.Graph, name: str, encoding: Encoding, dtype: ir.DataType
 ) -> tuple[ir.Value, ir.Value]:
     """Scale and zero point as initializers."""
     scale = _constant(graph, f"{name}__scale", encoding.scale)
-    return scale, _constant(graph, f"{name}__zero_point", encoding.zero_point, dtype or storage(encoding))
+    return scale, _constant(graph, f"{name}__zero_point", encoding.zero_point, dtype)
 
 
 _NUMPY: dict[ir.DataType, Any] = {

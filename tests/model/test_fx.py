@@ -15,6 +15,7 @@ from qpipe.model import Model
 from qpipe.model.constants import host_values
 from qpipe.model.fx import build, sanitize, value_nodes
 from qpipe.model.operators.host import host_constant
+from qpipe.model.stream import Stream
 from qpipe.numerics.fake_quantize import FakeQuantize
 from qpipe.numerics.grid import Encoding, quantize_dequantize
 from tests.model.nets import Mobile, UNet, normal, parsed, randomized
@@ -183,6 +184,16 @@ def test_the_module_can_be_copied_and_run_again() -> None:
     twin = copy.deepcopy(module)
     x = torch.tensor(normal(2, 3, 8, seed=3))
     assert torch.equal(module(x), twin(x))
+
+
+def test_a_chain_of_a_thousand_nodes_is_no_recursion() -> None:
+    body = "  ".join(f"v{i + 1} = {('Sin', 'Relu')[i % 2]}(v{i})" for i in range(1200))
+    model = Model.from_proto(parsed(f"n (float[N,4] v0) => (float[N,4] v1200) {{ {body} }}"))
+    x = normal(3, 4)
+    model = quantized(model, {"v0": x})
+    expected = model.to_torch()(torch.tensor(x))
+    assert torch.equal(Stream(model.to_torch(), [(x,)]).finish()[0], expected)
+    assert len(model.to_qdq().graph.node) > 1200
 
 
 def test_host_constants_are_shared_and_typed() -> None:

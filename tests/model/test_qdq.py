@@ -190,6 +190,21 @@ def test_four_bit_weights_are_packed() -> None:
     assert len(stored.raw_data) == 32
 
 
+@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize("activation", [8, 16, None])
+def test_block_scales_run_in_a_plain_session(bits: int, activation: int | None) -> None:
+    text = "n (float[N,5,32] x) => (float[N,5,16] y) { t = MatMul(x, w)  y = Add(t, b) }"
+    x = {"x": normal(4, 5, 32)}
+    model = Model.from_proto(parsed(text, w=normal(32, 16), b=normal(16)))
+    model = quantized(model, x, scheme(bits, activation, "per_block", 8))
+    # 4-bit weights alone become MatMulNBits, which rounds activations unless told not to.
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    found = onnxruntime.InferenceSession(to_qdq(model).SerializeToString(), options).run(None, x)[0]
+    simulated = model.to_torch()(torch.tensor(x["x"])).numpy()
+    np.testing.assert_allclose(found, simulated, rtol=1e-5, atol=1e-5)
+
+
 def test_a_model_without_encodings_is_written_as_it_is() -> None:
     model = cnn()
     assert [node.name for node in qdq_model(model).graph] == [node.name for node in model.graph]
