@@ -15,8 +15,11 @@ A bound scales too: min(x, 6) / s = min(x / s, 6 / s). So Clip(0, 6) becomes Rel
 channel, and the model computes what it did. `relu6: replace_if_unused` puts Relu in its place where no sample
 reaches the bound.
 
-A channel whose weights are nearly zero has no range to equalize: its scale would explode, and with it what
-its bias adds. Scales stay within `max_scale` of their median over the channels of that layer.
+A channel whose weights are nearly zero but whose bias is not, a dead one, would be stretched by its scale
+until it alone sets the range of all activations: a network trained with a penalty on its normalizations fell
+from 96.3 % to 12.6 % at 8 bits. `headroom` limits how much further than the channels that count a channel may
+reach (96.1 %; and 91 instead of 10 % with 4-bit weights, for which it was equalized). The reach comes from
+samples, else from folded statistics.
 
 Assumes: BatchNormalization folded (bnf); every value between the layers is read once, every weight by one
 layer.
@@ -26,7 +29,7 @@ Correction, arXiv 1906.04721, sections 4.1 and 5.1.1.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from qpipe.errors import InputError, StageError
@@ -44,38 +47,55 @@ if TYPE_CHECKING:
 LARGEST_ERROR = 1e-3
 """Relative; what float32 rounding leaves lies three orders below."""
 
+SMALLEST = 1e-30
+"""What a range of zero counts as, in a logarithm."""
+
 
 def scales(ranges: Sequence[Vector]) -> list[Vector]:
     """s_1 … s_(n-1), each (C,), that give n layers in a row the geometric mean of their `ranges`, each (C,).
 
     Layer k is divided by s_(k+1) in its rows and multiplied by s_k in its columns. A range of zero counts as
-    1e-30.
+    `SMALLEST`.
     """
     import numpy as np
 
-    logs = np.log(np.maximum(np.stack(ranges), 1e-30))
+    logs = np.log(np.maximum(np.stack(ranges), SMALLEST))
     return list(np.exp(np.cumsum(logs - logs.mean(axis=0), axis=0)[:-1]))
 
 
-def clamped(total: Vector, largest: float) -> Vector:
-    """`total` (C,), each within a factor of `largest` of the median."""
+def bounded(scale: Vector, ranges: Vector, reach: Vector | None, headroom: float, max_scale: float) -> Vector:
+    """`scale` (C,), held back where a channel's weights say little and its activations much.
+
+    `ranges` (C,) are what the channels' weights would end with; squared, they say how much each counts. A
+    channel that would reach (`reach` / scale, C) more than `headroom` times as far as the channels do on that
+    average gets a larger scale, at most the average one. All stay within `max_scale` of the average.
+    """
     import numpy as np
 
-    median = np.median(total)
-    return np.clip(total, median / largest, median * largest)
+    weights = ranges**2 / max(float((ranges**2).sum()), 1e-300)
+    average = float(np.exp((weights * np.log(scale)).sum()))
+    if reach is not None:
+        allowed = headroom * float((weights * reach / scale).sum())
+        if allowed > 0:
+            scale = np.maximum(scale, np.minimum(reach / allowed, average))
+    return np.clip(scale, average / max_scale, average * max_scale)
 
 
 def equalize(
     peaks: Mapping[str, Vector],
     rows: Sequence[Sequence[Link]],
+    reach: Mapping[str, Vector],
     *,
     iterations: int,
     tolerance: float,
+    headroom: float,
     max_scale: float,
 ) -> tuple[dict[str, Vector], int]:
     """The scale (C,) of each link, by its first layer, and the number of passes it took.
 
-    `peaks` are max abs over the kernel, (g, O/g, I/g) by layer.
+    `peaks` are max abs over the kernel, (g, O/g, I/g) by layer; `reach` the activations' by first layer. The
+    first pass takes layers in a row together, the others two by two: a scale that is held back moves its
+    neighbours too.
     """
     import numpy as np
 
@@ -93,45 +113,23 @@ def equalize(
             array = array * link.way.channels.spread(totals[link.first]).reshape(groups, 1, columns)
         return array
 
-    for done in range(1, iterations + 1):
+    def move(row: Sequence[Link]) -> float:
+        ranges = [scaled(row[0].first).max(axis=2).reshape(-1)]
+        ranges += [link.way.channels.gathered(scaled(link.second).max(axis=1).reshape(-1)) for link in row]
+        mean = np.exp(np.log(np.maximum(np.stack(ranges), SMALLEST)).mean(axis=0))
         moved = 0.0
-        for row in rows:
-            ranges = [scaled(row[0].first).max(axis=2).reshape(-1)]
-            ranges += [
-                link.way.channels.gathered(scaled(link.second).max(axis=1).reshape(-1)) for link in row
-            ]
-            for link, scale in zip(row, scales(ranges), strict=True):
-                before = totals[link.first]
-                totals[link.first] = clamped(before * scale, max_scale)
-                moved = max(moved, float(np.abs(np.log(totals[link.first] / before)).max()))
-        if moved <= tolerance:
+        for link, scale in zip(row, scales(ranges), strict=True):
+            before = totals[link.first]
+            after = bounded(before * scale, mean, reach.get(link.first), headroom, max_scale)
+            totals[link.first] = after
+            moved = max(moved, float(np.abs(np.log(after / before)).max()))
+        return moved
+
+    pairs = [[link] for row in rows for link in row]
+    for done in range(1, iterations + 1):
+        if max((move(row) for row in (rows if done == 1 else pairs)), default=0.0) <= tolerance:
             return totals, done
     return totals, iterations
-
-
-def unreached(model: Model, data: Samples, links: Iterable[Link]) -> set[str]:
-    """The names of the Clips on the way of `links` whose upper bound no sample reaches, in onnxruntime."""
-    import numpy as np
-
-    from qpipe.model.channels import constant
-    from qpipe.model.run import batches
-
-    uppers: dict[str, tuple[str, float]] = {}
-    for node in (step.node for link in links for step in link.way.steps if step.node.op_type == "Clip"):
-        upper = constant(node.inputs[2]) if len(node.inputs) > 2 else None
-        value = node.inputs[0]
-        if value is not None and upper is not None and np.isfinite(upper):
-            uppers[str(node.name)] = (str(value.name), float(upper))
-    if not uppers:
-        return set()
-    session = model.session(quantized=False, outputs=[value for value, _ in uppers.values()])
-    free = set(uppers)
-    for batch in batches(model, data.arrays, 32):
-        fed = dict(zip([spec.name for spec in model.inputs], batch.arrays, strict=True))
-        for (name, (_, bound)), array in zip(uppers.items(), session.run(None, fed), strict=True):
-            if array.max() >= bound:
-                free.discard(name)
-    return free
 
 
 def apply(
@@ -172,18 +170,18 @@ def cle(
     *,
     iterations: Annotated[int, Range(ge=1)] = 100,
     tolerance: Annotated[float, Range(ge=0)] = 1e-4,
-    max_scale: Annotated[float, Range(gt=1)] = 100.0,
+    headroom: Annotated[float, Range(ge=1)] = 8.0,
+    max_scale: Annotated[float, Range(gt=1)] = 1000.0,
     relu6: Literal["exact", "replace_if_unused"] = "exact",
     ctx: Context = NULL,
 ) -> Model:
-    """The model with the ranges of its channels equalized across layers; it computes the same, which is
-    measured.
+    """The model with its channels' ranges equalized across layers; it computes the same, which is measured.
 
     At most `iterations` passes over all rows of layers, fewer once no scale moves by more than `tolerance`
-    (of its logarithm); 1 is one pass. `data` serve `replace_if_unused` and the measurement (random inputs
-    without). The scales' extent, the largest error and each layer left as it was, with the reason, are in
-    `metadata["cle"]`. Errors: InputError for a quantized model or missing data; StageError where the outputs
-    moved by more than 1e-3.
+    (of its logarithm); 1 is one pass. `data` say how far activations reach, and serve `replace_if_unused` and
+    the measurement (random inputs without). The scales' extent, the largest error and each layer left as it
+    was, with the reason, are in `metadata["cle"]`. Errors: InputError for a quantized model or missing data;
+    StageError where the outputs moved by more than 1e-3.
     """
     if model.encodings:
         raise InputError(
@@ -198,6 +196,7 @@ def cle(
     from qpipe.model.channels import grouped
     from qpipe.model.compare import outputs_error
     from qpipe.model.links import chains, find_links, rescale_bounds
+    from qpipe.model.reach import expected_reach, measured_reach, unreached
 
     editor = model.edit()
     layers = {layer.name: layer for layer in model.layers()}
@@ -207,9 +206,15 @@ def cle(
         for name, layer in layers.items()
     }
     rows = chains(links, layers)
-    totals, passes = equalize(peaks, rows, iterations=iterations, tolerance=tolerance, max_scale=max_scale)
-    free = (
-        unreached(model, data, links.values()) if data is not None and relu6 == "replace_if_unused" else set()
+    free: set[str] = set()
+    if data is None:
+        reach = {name: expected_reach(model, layers[name], link) for name, link in links.items()}
+    else:
+        reach = measured_reach(model, data.arrays, layers, links)
+        if relu6 == "replace_if_unused":
+            free = unreached(model, data.arrays, links.values())
+    totals, passes = equalize(
+        peaks, rows, reach, iterations=iterations, tolerance=tolerance, headroom=headroom, max_scale=max_scale
     )
     apply(editor, layers, links, totals)
     for link in links.values():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qpipe.stages.cle import clamped, cle, scales
+from qpipe.stages.cle import bounded, cle, scales
 
 from qpipe.errors import InputError
 from qpipe.stage import Samples
@@ -204,8 +204,8 @@ def test_replacing_relu6_needs_data(network):
 
 
 def test_a_second_run_moves_nothing(network, run):
-    once = cle(relu6(network))
-    twice = cle(once)
+    once = cle(relu6(network), headroom=1e6)
+    twice = cle(once, headroom=1e6)
     np.testing.assert_allclose(twice.param("w"), once.param("w"), rtol=1e-5)
     check_same(run, once, twice, image(2, 4, 6, 6))
 
@@ -290,5 +290,37 @@ def test_two_layers_get_the_papers_scale():
     np.testing.assert_allclose(found, first / np.sqrt(first * second))
 
 
-def test_clamped_scales_stay_near_their_median():
-    np.testing.assert_allclose(clamped(np.array([1e-9, 1.0, 2.0, 3.0, 1e9]), 10), [0.2, 1, 2, 3, 20])
+def test_scales_are_held_back_where_weights_say_little_and_activations_much():
+    scale, ranges = np.array([1.0, 1.2, 0.8, 1e-6]), np.array([1.0, 1.0, 1.0, 1e-6])
+    free = bounded(scale, ranges, None, headroom=4, max_scale=1e9)
+    np.testing.assert_allclose(free, scale)
+    silent = bounded(scale, ranges, np.array([1.0, 1, 1, 0]), headroom=4, max_scale=1e9)
+    np.testing.assert_allclose(silent, scale, err_msg="a channel that is always 0 may have any scale")
+    held = bounded(scale, ranges, np.ones(4), headroom=4, max_scale=1e9)
+    reached = np.mean(1 / scale[:3])
+    np.testing.assert_allclose(held, [1, 1.2, 0.8, 1 / (4 * reached)], rtol=1e-6)
+    clipped = bounded(scale, ranges, None, headroom=4, max_scale=10)
+    assert clipped[3] == pytest.approx(np.cbrt(0.96) / 10, rel=1e-4)
+
+
+@pytest.mark.parametrize("wired", [True, False])
+def test_a_dead_channel_does_not_set_the_range_of_all_activations(network, run, wired):
+    weight = uneven(8, 4, 3, 3)
+    weight[2] *= 1e-6
+    model = pair(network, "t = Relu(s)", params={"w": weight, "b": np.full(8, 3, np.float32)})
+    feeds = image(50, 4, 6, 6)
+
+    def reach(model):
+        (layer, _) = model.layers()
+        largest = (
+            model.session(quantized=False, outputs=[layer.activation_output])
+            .run(None, feeds)[0]
+            .max((0, 2, 3))
+        )
+        return largest[2] / np.delete(largest, 2).max()
+
+    data = Samples(feeds) if wired else None
+    assert reach(cle(model, data, headroom=1e12, max_scale=1e12)) > 20
+    equalized = cle(model, data)
+    assert reach(equalized) < 8
+    check_same(run, model, equalized, feeds)
