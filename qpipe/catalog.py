@@ -46,7 +46,7 @@ class Catalog(Mapping[str, Stage]):
     def __getitem__(self, name: str) -> Stage:
         if name not in self._loaded:
             module, _, attribute = self._addresses[name].partition(":")
-            found = getattr(importlib.import_module(module), attribute).__stage__
+            found = _load(name, module, attribute)
             if any(param in RESERVED for param in (*found.params, *found.ports)):
                 raise ConfigError(
                     f"stages: '{name}' has a param called one of {RESERVED}, which the language uses."
@@ -66,6 +66,17 @@ class Catalog(Mapping[str, Stage]):
             known = [*self, *FORMS]
             raise ConfigError(f"{address}: no stage '{name}'.{nearest(name, known)} Stages: {listed(known)}.")
         return self[name]
+
+
+def _load(name: str, module: str, attribute: str) -> Stage:
+    try:
+        found = getattr(importlib.import_module(module), attribute).__stage__
+    except Exception as error:  # a stage's file is anyone's code
+        raise ConfigError(
+            f"stages: '{name}' cannot be loaded from {module}: {type(error).__name__}: {error}."
+        ) from error
+    assert isinstance(found, Stage)
+    return found
 
 
 @cache

@@ -126,8 +126,11 @@ def _register() -> None:
         base["stages"], False
     )  # nodes and params are checked by qpipe.spec, in its own words
     store.store(name="qpipe_base", node=base)
-    for name, stage in catalog().items():
-        store.store(group="stage", name=name, node=schema(stage))
+    for name in catalog():
+        try:
+            store.store(group="stage", name=name, node=schema(catalog()[name]))
+        except ConfigError as error:  # one broken stage does not stop pipelines that do not use it
+            say(f"qpipe: {error}")
     Plugins.instance().register(QpipeLauncher)
     store.store(
         group="hydra/launcher", name="qpipe", node={"_target_": "hydra_plugins.qpipe.launcher.QpipeLauncher"}
