@@ -1,0 +1,147 @@
+"""Round each weight up or down so that the layer's output errs least on the data, where nearest is not best.
+
+    gram        min over codes of E |W x - W^ x^|^2, in closed form on the second moments of the inputs
+    gradient    min over V of |f(W^ x^) - f(W x)|^2 + reg_param * sum(1 - |2 h(V) - 1|^beta), f the activation
+
+Layers in order, each once: x^ is what the layers before make of the data, tuned already and with activations
+quantized; x is the float model's. `gram` also moves the bias by W E[x] - W^ E[x^]. A layer whose result is no
+better than nearest rounding keeps that; each one that is not tuned is noted with its reason. Afterwards the
+weights lie on their grids, and their encodings are frozen.
+
+Assumes: weights have encodings (`calibrate`); some hundred samples like those the model will see. A MatMul
+without a bias gets none.
+Source: Nagel, Amjad, van Baalen, Louizos, Blankevoort, "Up or Down? Adaptive Rounding for Post-Training
+Quantization", arXiv 2004.10568; for the closed form see qpipe.numerics.gram and its sources.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from qpipe.errors import InputError
+from qpipe.stage import NULL, Context, Range, Samples, stage
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from qpipe.model import Layer, Model
+    from qpipe.model.rounding import Rounded
+
+READ_BY = {
+    "gram": ("beam", "scale_search", "bias_correction", "positions"),
+    "gradient": (
+        "iterations", "batch_size", "learning_rate", "reg_param", "beta_range", "warm_start", "early_stop",
+    ),
+}  # fmt: skip
+"""The options that one solver alone reads."""
+
+
+def refuse_unread(solver: str, given: Mapping[str, Any]) -> None:
+    """Errors: InputError where an option that only the other solver reads is set away from its default."""
+    parameters = inspect.signature(adaround).parameters
+    for owner, names in READ_BY.items():
+        changed = [name for name in names if owner != solver and given[name] != parameters[name].default]
+        if changed:
+            raise InputError(
+                f"adaround: the solver '{solver}' does not read {', '.join(map(repr, changed))}. Leave it out, "
+                f"or set solver: {owner}."
+            )
+
+
+def with_biases(model: Model) -> Model:
+    """The model with a bias of its own for each layer to be tuned; a MatMul without one stays without."""
+    from qpipe.model.channels import bias_vector, own_bias, set_bias
+    from qpipe.model.walk import tunable_layers
+
+    editor = model.edit()
+    for layer in tunable_layers(model)[0]:
+        if layer.bias is not None or layer.op_type != "MatMul":
+            own = own_bias(editor, layer)
+            set_bias(editor, own, bias_vector(editor, own))
+    return editor.model()
+
+
+def refuse_untunable(layers: tuple[Layer, ...], reasons: Mapping[str, str]) -> None:
+    """Errors: InputError where there is no layer to tune, with the way out."""
+    if layers:
+        return
+    if reasons and all(reason == "its weight was tuned before" for reason in reasons.values()):
+        raise InputError("Every weight of the model was tuned before; there is nothing left to round.")
+    found = "; ".join(f"'{name}': {reason}" for name, reason in reasons.items()) or "there is no layer"
+    raise InputError(f"No layer can be tuned: {found}. Put the stage 'calibrate' before 'adaround'.")
+
+
+@stage(version=1, config={"data": "calibration", "seed": "${seed}"})
+def adaround(
+    model: Model,
+    data: Samples,
+    *,
+    solver: Literal["gram", "gradient"] = "gram",
+    asymmetric: bool = True,
+    limit: Annotated[int, Range(ge=1)] | None = 1000,
+    seed: int = 0,
+    beam: Annotated[int, Range(ge=1)] = 8,
+    scale_search: bool = False,
+    bias_correction: bool = True,
+    positions: Annotated[int, Range(ge=1)] = 25,
+    iterations: Annotated[int, Range(ge=1)] | None = None,
+    batch_size: Annotated[int, Range(ge=1)] = 32,
+    learning_rate: Annotated[float, Range(gt=0)] = 1e-3,
+    reg_param: Annotated[float, Range(ge=0)] = 0.01,
+    beta_range: tuple[float, float] = (20.0, 2.0),
+    warm_start: Annotated[float, Range(ge=0, lt=1)] = 0.2,
+    early_stop: Annotated[int, Range(ge=0)] = 0,
+    ctx: Context = NULL,
+) -> Model:
+    """The model with tuned weights, frozen on their grids; `metadata["adaround"]` reports each layer.
+
+    Both solvers: `asymmetric` false tunes on the float model's inputs; `limit` takes that many samples.
+    gram: `beam` candidates per row; `scale_search` lets the scales move; `bias_correction`; `positions`
+    places per sample that count. gradient: `iterations` (null: 10000, 15000 below 8 bits), `batch_size`,
+    `learning_rate`, `reg_param`, `beta_range`, `warm_start` as in the paper; `early_stop` ends after so many
+    checks without a gain (0: never). Errors: InputError for options that the solver does not read, a model in
+    which nothing can be tuned, and data that do not fit.
+    """
+    refuse_unread(solver, locals())
+    from qpipe.model.rounding import round_by_gradient, round_by_gram
+    from qpipe.model.walk import Walk, tunable_layers
+    from qpipe.numerics.gradient import GradientOptions
+    from qpipe.numerics.gram import GramOptions
+
+    source = with_biases(model) if solver == "gram" and bias_correction else model
+    layers, reasons = tunable_layers(source)
+    refuse_untunable(layers, reasons)
+    gram = GramOptions(beam=beam, scale_search=scale_search, update_bias=bias_correction)
+    gradient = GradientOptions(
+        iterations, batch_size, learning_rate, reg_param, beta_range, warm_start, early_stop
+    )
+
+    def tune(index: int, layer: Layer) -> Rounded:
+        inputs, own = walk.inputs(layer), ctx.seed(str(seed), layer.name)
+        if solver == "gram":
+            return round_by_gram(
+                source, layer, *inputs, options=gram, positions=positions, seed=own, memo=ctx.memo
+            )
+        return round_by_gradient(
+            source, layer, *inputs, options=gradient, seed=own, memo=ctx.memo,
+            progress=lambda done, total: ctx.progress(index * total + done, len(layers) * total, layer.name),
+        )  # fmt: skip
+
+    walk = Walk(source, data.arrays, asymmetric=asymmetric, limit=limit, device=ctx.device)
+    editor, reports = source.edit(), {}
+    for index, layer in enumerate(layers):
+        tuned = tune(index, layer)
+        walk.replace(layer, tuned.weight, tuned.bias, tuned.encoding)
+        editor.set_param(layer.weight, tuned.weight)
+        if tuned.bias is not None and layer.bias is not None:
+            editor.set_param(layer.bias, tuned.bias.reshape(editor.param(layer.bias).shape))
+        editor.encodings[layer.weight] = tuned.encoding
+        reports[layer.name] = tuned.report
+        if tuned.report["kept"] == "nearest":
+            ctx.note(f"'{layer.name}' keeps nearest rounding: tuning did not lower its error.")
+        ctx.progress(index + 1, len(layers), layer.name)
+    for name, reason in reasons.items():
+        ctx.note(f"'{name}' is not tuned: {reason}.")
+    editor.metadata["adaround"] = {"solver": solver, "layers": reports, "not_tuned": reasons}
+    return editor.model()

@@ -1,0 +1,311 @@
+"""adaround: weights on their grids, errors below those of nearest rounding, measured by onnxruntime."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from qpipe.stages.adaround import adaround
+from qpipe.stages.calibrate import calibrate
+from qpipe.stages.nearest import nearest
+
+from qpipe.errors import InputError
+from qpipe.numerics.grid import quantize_dequantize
+from qpipe.numerics.scheme import Scheme, TensorScheme
+from qpipe.stage import Context, Samples
+
+ACTIVATION = TensorScheme(8, False, False)
+W4 = Scheme(TensorScheme(4, True, True, "per_channel"), None)
+W4A8 = Scheme(W4.weight, ACTIVATION)
+FAST = {"solver": "gradient", "iterations": 400, "batch_size": 16, "learning_rate": 0.02}
+
+SMALL_NET = """n (float[N,3,6,6] x) => (float[N,5] y) {
+    t = Conv<pads=[1,1,1,1]>(x, w, b)  r = Relu(t)
+    u = Conv<group=4, pads=[1,1,1,1]>(r, k, kb)  q = PRelu(u, slope)
+    g = GlobalAveragePool(q)  f = Flatten(g)  y = Gemm<transB=1>(f, v, c) }"""
+SMALL_PARAMS = {
+    "w": (8, 3, 3, 3), "b": (8,), "k": (8, 2, 3, 3), "kb": (8,), "v": (5, 8), "c": (5,),
+    "slope": np.full((8, 1, 1), 0.2, np.float32),
+}  # fmt: skip
+
+
+def correlated(seed, count, *shape):
+    """Samples whose channels and neighbours depend on one another, as those inside a network do."""
+    rng = np.random.default_rng(seed)
+    sources = rng.normal(size=(count, 2, *(n + 2 for n in shape[1:])))
+    for axis in range(2, sources.ndim):  # a moving average over three neighbours
+        n = sources.shape[axis] - 2
+        sources = sum(sources.take(range(i, i + n), axis=axis) for i in range(3)) / np.sqrt(3)
+    mix = np.random.default_rng(99).normal(size=(shape[0], 2))
+    x = np.einsum("cs,ns...->nc...", mix, sources) + 0.1 * rng.normal(size=(count, *shape))
+    return Samples({"x": x.astype(np.float32)})
+
+
+@pytest.fixture
+def net(network):
+    return network(SMALL_NET, SMALL_PARAMS)
+
+
+def float_outputs(model, data):
+    return np.asarray(model.session(quantized=False).run(None, data.arrays)[0], np.float64)
+
+
+def error(model, reference, data):
+    """Squared output error over the float output's, of the deployed QDQ graph in onnxruntime."""
+    y = np.asarray(model.session(mode="reference").run(None, data.arrays)[0], np.float64)
+    r = float_outputs(reference, data)
+    return float(np.sum((y - r) ** 2) / np.sum((r - r.mean(axis=0)) ** 2))
+
+
+def check_on_grid(model):
+    for name in model.encodings:
+        if name in model.params:
+            assert model.encodings[name].frozen, name
+            array = model.param(name)
+            np.testing.assert_array_equal(quantize_dequantize(array, model.encodings[name]), array)
+
+
+LAYERS = [
+    ("Conv<pads=[1,1,1,1]>(x, w, b)", (6, 4, 3, 3), (4, 6, 6)),
+    ('Conv<auto_pad="SAME_UPPER", strides=[2,2]>(x, w)', (6, 4, 3, 3), (4, 7, 6)),
+    ("Conv<group=2, dilations=[2,1]>(x, w, b)", (6, 2, 2, 3), (4, 6, 6)),
+    ("Conv<group=4, pads=[1,1,1,1]>(x, w, b)", (4, 1, 3, 3), (4, 6, 6)),
+    ("Conv<pads=[1,1]>(x, w, b)", (6, 4, 3), (4, 12)),
+    ("Conv(x, w, b)", (6, 4, 2, 2, 2), (4, 3, 4, 4)),
+    ("ConvTranspose<strides=[2,2], pads=[1,1,1,1], output_padding=[1,0]>(x, w, b)", (4, 6, 3, 3), (4, 4, 4)),
+    ("ConvTranspose<group=4, strides=[2,2]>(x, w, b)", (4, 1, 3, 3), (4, 4, 4)),
+    ("ConvTranspose<group=2, strides=[2]>(x, w, b)", (4, 3, 3), (4, 8)),
+    ("Gemm<transB=1>(x, w, b)", (6, 8), (8,)),
+    ("Gemm(x, w)", (8, 6), (8,)),
+    ("MatMul(x, w)", (8, 6), (8,)),
+]
+
+
+@pytest.mark.parametrize(("layer", "weight", "sample"), LAYERS)
+@pytest.mark.parametrize("solver", ["gram", "gradient"])
+def test_every_kind_of_layer_errs_less_than_nearest(network, target, layer, weight, sample, solver):
+    dims = ",".join(map(str, sample))
+    out = ",".join("NOPQR"[i] for i in range(len(sample) + 1))
+    channels = {"Conv": weight[0], "Gemm": 6, "MatMul": 6}.get(layer.partition("<")[0].partition("(")[0])
+    if channels is None:
+        channels = weight[1] * (4 if "group=4" in layer else 2 if "group=2" in layer else 1)
+    params = {"w": weight, **({"b": (channels,)} if ", b)" in layer else {})}
+    model = network(f"n (float[N,{dims}] x) => (float[{out}] y) {{ y = {layer} }}", params)
+    data, test = correlated(0, 200, *sample), correlated(1, 100, *sample)
+    calibrated = calibrate(model, data, scheme=W4, target=target)
+    options = FAST if solver == "gradient" else {}
+    tuned = adaround(calibrated, data, **options)
+    check_on_grid(tuned)
+    (report,) = tuned.metadata["adaround"]["layers"].values()
+    assert report["kept"] == solver
+    assert report["error_after"] < report["error_before"]
+    assert error(tuned, model, test) < 0.95 * error(nearest(calibrated), model, test)
+
+
+@pytest.mark.parametrize("options", [{}, {"asymmetric": False}, {"bias_correction": False}, FAST])
+def test_a_network_errs_less_than_nearest_with_quantized_activations(net, target, options):
+    data, test = correlated(0, 160, 3, 6, 6), correlated(1, 100, 3, 6, 6)
+    calibrated = calibrate(net, data, scheme=W4A8, target=target)
+    tuned = adaround(calibrated, data, **options)
+    check_on_grid(tuned)
+    assert len(tuned.metadata["adaround"]["layers"]) == 3
+    assert error(tuned, net, test) < 0.6 * error(nearest(calibrated), net, test)
+    for name in set(calibrated.encodings) - {"w", "k", "v"}:
+        assert tuned.encodings[name] is calibrated.encodings[name]
+
+
+def test_biases_make_up_for_the_means_of_what_the_quantized_prefix_gives(net, target):
+    """b^ = b + W E[x] - W^ E[x^], the means taken from onnxruntime: x^ behind its activation quantizer."""
+    data = correlated(0, 50, 3, 6, 6)
+    calibrated = calibrate(net, data, scheme=W4A8, target=target)
+    tuned = adaround(calibrated, data, positions=36)
+    fitted = np.arange(50) % 10 != 4  # every tenth sample is held out
+    for layer, weight, bias in [("f", "v", "c")]:
+        x = np.asarray(net.session(quantized=False, outputs=[layer]).run(None, data.arrays)[0])[fitted]
+        x_hat = np.asarray(tuned.session(outputs=[layer]).run(None, data.arrays)[0])[fitted]
+        expected = (
+            net.param(bias) + net.param(weight) @ x.mean(axis=0) - tuned.param(weight) @ x_hat.mean(axis=0)
+        )
+        np.testing.assert_allclose(tuned.param(bias), expected, atol=2e-4)
+        assert np.abs(tuned.param(bias) - net.param(bias)).max() > 5e-3
+
+
+def test_targets_of_the_gradient_stand_behind_the_activation(network, target):
+    """Outputs that Relu cuts off do not count: with a bias of -100 there is nothing to learn."""
+    text = "n (float[N,3,6,6] x) => (float[N,4,6,6] y) { t = Conv<pads=[1,1,1,1]>(x, w, b)  y = Relu(t) }"
+    model = network(text, {"w": (4, 3, 3, 3), "b": np.array([-100, 0, 0, 0], np.float32)})
+    data = correlated(0, 64, 3, 6, 6)
+    calibrated = calibrate(model, data, scheme=W4, target=target)
+    tuned = adaround(calibrated, data, **FAST)
+    rounded = nearest(calibrated).param("w")
+    np.testing.assert_array_equal(tuned.param("w")[0], rounded[0])
+    assert (tuned.param("w")[1:] != rounded[1:]).any()
+
+
+class Killed(Exception):
+    pass
+
+
+class Resuming(Context):
+    """Keeps sub-results; dies after `lives` new ones."""
+
+    def __init__(self, lives=10**9):
+        self.kept, self.lives, self.new, self.notes, self.steps = {}, lives, 0, [], []
+
+    def memo(self, name, fn, *inputs):
+        from qpipe.hashing import digest
+
+        key = digest(name, list(inputs))
+        if key not in self.kept:
+            if self.new == self.lives:
+                raise Killed
+            self.new += 1
+            self.kept[key] = fn(*inputs)
+        return self.kept[key]
+
+    def note(self, sentence):
+        self.notes.append(sentence)
+
+    def progress(self, done, total, what=""):
+        self.steps.append((done / total, what))
+
+
+@pytest.mark.parametrize("options", [{}, {**FAST, "iterations": 50}])
+def test_a_killed_run_goes_on_at_the_layer_where_it_was(net, target, options):
+    data = correlated(0, 40, 3, 6, 6)
+    calibrated = calibrate(net, data, scheme=W4A8, target=target)
+    whole = adaround(calibrated, data, **options)
+    ctx = Resuming(lives=2)
+    with pytest.raises(Killed):
+        adaround(calibrated, data, **options, ctx=ctx)
+    ctx.lives, ctx.new = 10**9, 0
+    resumed = adaround(calibrated, data, **options, ctx=ctx)
+    assert ctx.new == 1
+    for name in net.params:
+        np.testing.assert_array_equal(resumed.param(name), whole.param(name))
+    adaround(calibrated, Samples({"x": data.arrays["x"] * 1.5}), **options, ctx=ctx)
+    assert ctx.new == 4
+
+
+def test_progress_names_the_layers_and_ends_at_all_of_them(net, target):
+    data = correlated(0, 20, 3, 6, 6)
+    ctx = Resuming()
+    calibrated = calibrate(net, data, scheme=W4, target=target)
+    tuned = adaround(calibrated, data, solver="gradient", iterations=20, ctx=ctx)
+    shares = [share for share, _ in ctx.steps]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+    assert {what for _, what in ctx.steps} == set(tuned.metadata["adaround"]["layers"])
+
+
+def test_the_same_inputs_give_the_same_bits(net, target):
+    data = correlated(0, 40, 3, 6, 6)
+    calibrated = calibrate(net, data, scheme=W4A8, target=target)
+    for options in ({}, {**FAST, "iterations": 60}):
+        first, second = (adaround(calibrated, data, **options) for _ in range(2))
+        assert first.pack()[1].keys() == second.pack()[1].keys()
+        for name, blob in first.pack()[1].items():
+            assert bytes(blob) == bytes(second.pack()[1][name]), name
+
+
+def test_skipping_a_layer_changes_no_other(network, target):
+    text = """n (float[N,8] x) => (float[N,6] y, float[N,6] z) {
+        y = Gemm<transB=1>(x, v, a)  z = Gemm<transB=1>(x, w, b) }"""
+    model = network(text, {"v": (6, 8), "a": (6,), "w": (6, 8), "b": (6,)})
+    data = correlated(0, 60, 8)
+    calibrated = calibrate(model, data, scheme=W4, target=target)
+    frozen = {**calibrated.encodings, "v": replace(calibrated.encodings["v"], frozen=True)}
+    for options in ({"positions": 1}, {**FAST, "iterations": 60}):
+        both = adaround(calibrated, data, **options)
+        alone = adaround(calibrated.with_encodings(frozen), data, **options)
+        np.testing.assert_array_equal(alone.param("w"), both.param("w"))
+        np.testing.assert_array_equal(alone.param("v"), model.param("v"))
+        assert (both.param("v") != model.param("v")).any()
+
+
+def test_layers_that_are_not_tuned_are_named_with_their_reason(network, target):
+    text = """n (float[N,8] x, float[N,8] z) => (float[N,8] y) {
+        a = MatMul(x, w)  r = Relu(a)  b = MatMul(r, w)  c = MatMul(b, v)  d = MatMul(c, u)
+        e = MatMul(d, s)  y = Add(e, z) }"""
+    model = network(text, {"w": (8, 8), "v": (8, 8), "u": (8, 8), "s": (8, 8)})
+    data = Samples({"x": correlated(0, 40, 8).arrays["x"], "z": np.ones((40, 8), np.float32)})
+    names = {layer.output: layer.name for layer in model.layers()}
+    calibrated = calibrate(model, data, scheme=W4, target=replace(target, exclude=("u",)))
+    encodings = {**calibrated.encodings, "v": replace(calibrated.encodings["v"], frozen=True)}
+    ctx = Resuming()
+    tuned = adaround(calibrated.with_encodings(encodings), data, ctx=ctx)
+    expected = {
+        names["b"]: f"it shares the weight of '{names['a']}' and is tuned there",
+        names["c"]: "its weight was tuned before",
+        names["d"]: "its weight has no encoding",
+    }
+    assert tuned.metadata["adaround"]["not_tuned"] == expected
+    assert ctx.notes == [f"'{name}' is not tuned: {reason}." for name, reason in expected.items()]
+    assert set(tuned.metadata["adaround"]["layers"]) == {names["a"], names["e"]}
+
+
+def test_a_layer_that_gains_nothing_keeps_nearest_and_says_so(network, target):
+    """Weights that lie on the grid already: no rounding can be better."""
+    w = (np.random.default_rng(0).integers(-7, 8, (6, 8)) / 8).astype(np.float32)
+    w[:, 0] = 7 / 8
+    model = network("n (float[N,8] x) => (float[N,6] y) { y = Gemm<transB=1>(x, w, b) }", {"w": w, "b": (6,)})
+    data = correlated(0, 60, 8)
+    calibrated = calibrate(model, data, scheme=W4, target=target)
+    for options in ({}, {**FAST, "iterations": 30}):
+        tuned = adaround(calibrated, data, **options)
+        np.testing.assert_array_equal(tuned.param("w"), w)
+        np.testing.assert_allclose(tuned.param("b"), model.param("b"), atol=1e-6)
+
+
+def test_scales_move_only_when_asked_and_stay_powers_of_two(net, target):
+    data, test = correlated(0, 160, 3, 6, 6), correlated(1, 100, 3, 6, 6)
+    for power_of_two in (False, True):
+        scheme = Scheme(replace(W4.weight, power_of_two=power_of_two), None)
+        calibrated = calibrate(net, data, scheme=scheme, target=target)
+        fixed, moved = (adaround(calibrated, data, scale_search=search) for search in (False, True))
+        np.testing.assert_array_equal(fixed.encodings["w"].scale, calibrated.encodings["w"].scale)
+        assert (moved.encodings["w"].scale != calibrated.encodings["w"].scale).any()
+        assert error(moved, net, test) < error(fixed, net, test)
+        check_on_grid(moved)
+        if power_of_two:
+            assert (np.frexp(moved.encodings["w"].scale)[0] == 0.5).all()
+
+
+def test_activations_and_other_settings_reach_the_gradient(net, target):
+    data = correlated(0, 40, 3, 6, 6)
+    calibrated = calibrate(net, data, scheme=W4, target=target)
+    plain = adaround(calibrated, data, solver="gradient", iterations=40)
+    for changed in (
+        {"iterations": 41}, {"batch_size": 8}, {"learning_rate": 0.1}, {"reg_param": 10.0, "learning_rate": 0.1},
+        {"beta_range": (3.0, 1.0), "learning_rate": 0.1}, {"warm_start": 0.9, "learning_rate": 0.1}, {"seed": 1},
+        {"asymmetric": False}, {"limit": 20},
+    ):  # fmt: skip
+        ctx = Resuming()
+        adaround(calibrated, data, solver="gradient", iterations=40, ctx=ctx)
+        adaround(calibrated, data, **{"solver": "gradient", "iterations": 40, **changed}, ctx=ctx)
+        assert ctx.new > 3, changed
+    assert plain.metadata["adaround"]["solver"] == "gradient"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"iterations": 1000, "reg_param": 0.1},
+         "adaround: the solver 'gram' does not read 'iterations', 'reg_param'. Leave it out, or set solver: gradient."),
+        ({"solver": "gradient", "beam": 16},
+         "adaround: the solver 'gradient' does not read 'beam'. Leave it out, or set solver: gram."),
+    ],
+)  # fmt: skip
+def test_options_that_the_solver_does_not_read_are_refused(net, options, message):
+    with pytest.raises(InputError) as caught:
+        adaround(net, correlated(0, 4, 3, 6, 6), **options)
+    assert str(caught.value) == message
+
+
+def test_models_without_anything_to_tune_are_refused(net, target):
+    data = correlated(0, 8, 3, 6, 6)
+    with pytest.raises(InputError, match=r"its weight has no encoding.* Put the stage 'calibrate' before"):
+        adaround(net, data)
+    with pytest.raises(InputError, match="Every weight of the model was tuned before"):
+        adaround(nearest(calibrate(net, data, scheme=W4, target=target)), data)
