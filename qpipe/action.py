@@ -152,12 +152,13 @@ def perform(request: Request, store: Store, emit: Emit, threads: int) -> dict[st
 def failure(error: BaseException) -> dict[str, Any]:
     """An exception as JSON: the sentence for the person, the exit status, and the traceback for the record."""
     ours = isinstance(error, QpipeError)
-    first = str(error).strip().partition("\n")[0]
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    said = " ".join(lines) if ours else (lines or [""])[0]
     text = "".join(traceback.format_exception(error))
     return {
         "event": "failed",
         "kind": type(error).__name__,
-        "message": first if ours else f"{type(error).__name__}: {first}",
+        "message": said if ours else f"{type(error).__name__}: {said}",
         "exit_code": getattr(error, "exit_code", 1),
         "traceback": text,
         **({"digest": error.digest} if isinstance(error, DamagedError) else {}),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from qpipe.action import as_result, request
-from qpipe.errors import CacheError, DamagedError, QpipeError
+from qpipe.errors import CacheError, DamagedError, InputError, QpipeError
 from qpipe.graph import Graph
 from qpipe.plan import Action, State, Walk
 from qpipe.spec import RunSpec
@@ -230,7 +230,8 @@ class _Run:
         for walk, action in self._wanted.pop(key):
             walk.fail(action.node, error)
             self._view.failed(walk.label + action.node, error["message"])
-        self._stopped = self._stopped or not self._options.keep_going
+        refused = error["exit_code"] == InputError.exit_code and len(self._walks) == 1
+        self._stopped = self._stopped or refused or not self._options.keep_going
         self._advance()
 
     def _unlock(self, key: str) -> None:

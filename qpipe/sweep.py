@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from qpipe.errors import ConfigError, QpipeError
+from qpipe.errors import ConfigError, InputError
 from qpipe.executor import View, execute, exit_code, open_pool
 from qpipe.graph import build_graph
 from qpipe.plan import Keyring, Outcome, Walk
@@ -117,10 +117,12 @@ def _conclude(jobs: Sequence[Job], walks: Sequence[Walk], store: Store, watch: W
         own = dataclasses.replace(info, folder=job.folder)
         files = write_files(walk, store, job.folder) if status in (0, 1) else {}
         record = build_record(walk, store, own, files)
-        if status != QpipeError.exit_code + 1:
+        if status != InputError.exit_code:
             write_record(record, job.folder)
             (job.folder / "config.yaml").write_text(job.config_text)
         records.append((job, record))
+    if status == InputError.exit_code:
+        return status  # each bad input was told in its line; there is nothing to show
     if len(jobs) > 1:
         write_sweep(records, walks, jobs[0].folder.parent)
     watch.ended_jobs(records)
