@@ -141,7 +141,7 @@ def main() -> None:
     """Train, say the figures, write the file."""
     parser = argparse.ArgumentParser(description="Train the built-in network and write it as ONNX.")
     parser.add_argument(
-        "--sigma", type=float, default=0.7, help="spread of the BatchNorm weights at the start"
+        "--sigma", type=float, default=0.85, help="spread of the BatchNorm weights at the start"
     )
     parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
