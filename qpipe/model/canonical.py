@@ -16,7 +16,7 @@ from collections.abc import Collection
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from qpipe.model import attention_forms, layer_forms, rewrites
+from qpipe.model import attention_forms, bound_forms, layer_forms, rewrites
 from qpipe.model.check import check_supported, refuse_quantized
 from qpipe.model.floats import to_float32
 from qpipe.model.folding import fold_constants, fold_weights
@@ -81,7 +81,11 @@ def canonicalize(model: ir.Model, parameters: Collection[str] | None = None) -> 
 def simplify(model: ir.Model, parameters: Collection[str]) -> None:
     """Fold, rewrite and merge until nothing changes, in place."""
     rules: tuple[rewrites.Rule, ...]
-    rules = (*SIMPLIFICATIONS, functools.partial(rewrites.skip_neutral, frozenset(parameters)))
+    rules = (
+        *SIMPLIFICATIONS,
+        functools.partial(rewrites.skip_neutral, frozenset(parameters)),
+        functools.partial(bound_forms.bound_as_clip, frozenset(parameters)),
+    )
     for _ in range(_ROUNDS):
         infer_shapes(model)
         changed = rewrites.apply(model.graph, rules)

@@ -28,6 +28,7 @@ import onnx_ir as ir
 from qpipe.errors import InputError
 from qpipe.model.bias import QuantizedBias, bias_codes, bias_scale, effective_encodings, quantized_biases
 from qpipe.model.operators.registry import MOVING
+from qpipe.model.packing import graph_proto
 from qpipe.numerics.grid import Array, Encoding, quantize, same_grid
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ def to_qdq(model: Model) -> onnx.ModelProto:
 
     Raises InputError for an encoding that ONNX has no integer type for (more than 16 bits).
     """
-    return ir.to_proto(qdq_model(model))
+    # Not ir.to_proto: tensors of a model just loaded may lie in the file beside it, and would stay there.
+    return graph_proto(qdq_model(model), inline_bytes=None)[0]
 
 
 def qdq_model(model: Model) -> ir.Model:
