@@ -16,9 +16,10 @@ from typing import Any, Literal
 
 from qpipe.artifact import FORMAT, Artifact
 from qpipe.code import CodeIndex
+from qpipe.companions import digest_with_companions
 from qpipe.errors import ConfigError, InputError
 from qpipe.graph import Graph, Source
-from qpipe.hashing import digest, digest_tree
+from qpipe.hashing import digest
 from qpipe.param import is_factory
 from qpipe.spec import FirstWithin, NodeSpec
 from qpipe.store import Store
@@ -115,7 +116,9 @@ class Keyring:
 
     def _path(self, path: Path, address: str) -> str:
         try:
-            return digest_tree(path if path.is_absolute() else self._search_path / path, self._memo)
+            return digest_with_companions(
+                path if path.is_absolute() else self._search_path / path, self._memo
+            )
         except FileNotFoundError as error:
             raise ConfigError(
                 f"{address}: no file or folder at '{path}'. Give the path of an existing one."

@@ -128,7 +128,8 @@ class Stage:
 
     @property
     def summary(self) -> str:
-        return (inspect.getdoc(self.function) or "").partition("\n")[0]
+        """The first paragraph of the docstring, in one line."""
+        return " ".join((inspect.getdoc(self.function) or "").partition("\n\n")[0].split())
 
     def unpack(self, returned: Any) -> dict[str, Any]:
         """The function's return value as {output name: value}."""

@@ -13,7 +13,7 @@ from qpipe.syntax import Import, analyse
 
 ROOT = Path(__file__).parents[1]
 COLUMN = [
-    *("errors", "hashing", "syntax", "code", "artifact", "index", "store", "cleanup"),
+    *("errors", "hashing", "companions", "syntax", "code", "artifact", "index", "store", "cleanup"),
     *("param", "stage", "catalog", "spec", "graph", "plan"),
     *("action", "workers", "executor", "record", "sweep", "commands", "cli", "__main__"),
 ]

@@ -214,6 +214,7 @@ def following_activation(value: ir.Value) -> tuple[tuple[str, ...], str]:
         return nothing
     if len(region) > 1:
         region = _with_trailing_factor(region)
+    region = _with_trailing_bounds(region)
     return tuple(str(node.name) for node in region), str(region[-1].outputs[0].name)
 
 
@@ -246,6 +247,17 @@ def _with_trailing_factor(region: list[ir.Node]) -> list[ir.Node]:
     others = [value for value in after.inputs if value is not region[-1].outputs[0]]
     scalar = len(others) == 1 and others[0] is not None and _size(others[0]) == 1
     return [*region, after] if scalar and after.inputs[0] is not None else region
+
+
+def _with_trailing_bounds(region: list[ir.Node]) -> list[ir.Node]:
+    """A Clip with one bound per channel is written as Relu, then Min with a constant: the bounds belong to it."""
+    while (after := _only_consumer(region[-1].outputs[0])) is not None:
+        others = [value for value in after.inputs if value is not region[-1].outputs[0]]
+        bounds = all(value is not None and _constant(value) for value in others)
+        if after.domain or after.op_type not in ("Min", "Max") or not bounds:
+            break
+        region = [*region, after]
+    return region
 
 
 def _only_consumer(value: ir.Value) -> ir.Node | None:
