@@ -81,6 +81,24 @@ def transpose_directly(graph: ir.Graph, node: ir.Node) -> bool:
     return True
 
 
+def mask_of_zeros(graph: ir.Graph, node: ir.Node) -> bool:
+    """A mask of zeros that is added to scores, on their way to a Softmax alone, masks nothing.
+
+    One mask for all heads: a position bias, which may be zeros as well, has one for each."""
+    if node.op_type != "Add" or node.domain:
+        return False
+    readers = node.outputs[0].consumers()
+    if not readers or any(reader.op_type != "Softmax" or reader.domain for reader in readers):
+        return False
+    for index in (1, 0):
+        scores, mask = node.inputs[1 - index], constant(node, index)
+        if scores is None or mask is None or mask.any() or mask.ndim < 2 or mask.shape[-2] == 1:
+            continue
+        if mask.size == mask.shape[-2] * mask.shape[-1] and _broadcasts_to([scores], node.outputs[0]):
+            return bypass(graph, node, scores)
+    return False
+
+
 def unguarded_softmax(graph: ir.Graph, node: ir.Node) -> bool:
     """Where(IsNaN(p), 0, p) is p where p is the softmax of a product: only a mask makes a row all -inf."""
     if node.op_type != "Where" or node.domain:

@@ -37,6 +37,7 @@ SIMPLIFICATIONS: tuple[rewrites.Rule, ...] = (
     attention_forms.expand_later,
     attention_forms.expand_never,
     attention_forms.transpose_directly,
+    attention_forms.mask_of_zeros,
     attention_forms.unguarded_softmax,
     layer_forms.transpose_parameter,
     layer_forms.reshape_parameter,

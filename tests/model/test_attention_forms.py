@@ -37,6 +37,24 @@ def test_a_mask_that_masks_becomes_a_constant_and_keeps_the_guard() -> None:
     assert error_of_import(proto, model) < 1e-6
 
 
+ADDED = """net (float[2,3,4,4] x, float[2,3,4,4] z) => (float[2,3,4,4] y) {
+    m = MatMul(x, z)  a = Add(m, mask)  p = Softmax(a)  n = IsNaN(p)  zero = Constant<value_float=0.0>()
+    y = Where(n, zero, p) }"""
+
+
+def test_a_mask_of_zeros_goes_with_its_guard() -> None:
+    proto = parsed(ADDED, mask=np.zeros((1, 1, 4, 4), np.float32))
+    model = Model.from_proto(proto)
+    assert op_types(model) == ["MatMul", "Softmax"]
+    assert error_of_import(proto, model) < 1e-6
+
+
+def test_zeros_that_may_be_a_position_bias_or_a_bias_stay() -> None:
+    for shape in ((3, 4, 4), (4,), (1, 4)):
+        proto = parsed(ADDED, mask=np.zeros(shape, np.float32))
+        assert "Add" in op_types(Model.from_proto(proto))
+
+
 def test_an_expansion_that_the_reader_needs_stays() -> None:
     proto = parsed(
         "net (float[N,4] x, float[1,4] c) => (float[N,4] y) { s = Shape(x)  e = Expand(c, s)  y = Add(e, c) }"
