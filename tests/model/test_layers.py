@@ -153,3 +153,13 @@ def test_layers_come_in_topological_order_and_refused_ones_with_a_reason() -> No
     assert set(refused) == {"scaled", "left"}
     assert "alpha" in refused["scaled"]
     assert "left of the input" in refused["left"]
+
+
+def test_a_bound_per_channel_behind_a_relu_belongs_to_the_activation() -> None:
+    layer = one_layer(
+        """net (float[N,3,8,8] x) => (float[N,4,6,6] y) {
+        c = Conv(x, w)  [relu] r = Relu(c)  [bound] y = Min(r, top) }""",
+        w=normal(4, 3, 3, 3),
+        top=abs(normal(4, 1, 1)),
+    )
+    assert (layer.activation, layer.activation_output) == (("relu", "bound"), "y")
