@@ -1,4 +1,28 @@
-"""Makes `mobilenet.onnx`: `OMP_NUM_THREADS=1 python -m qpipe.demo.train`."""
+"""Trains the built-in network and writes `mobilenet.onnx`: `OMP_NUM_THREADS=1 python -m qpipe.demo.train`.
+
+How its channels come to differ: before ordinary training (16 epochs of AdamW, cross entropy, 16,000 images and their
+symmetries) every BatchNorm weight is drawn from a lognormal, exp(0.85 normal), instead of 1. The gradient leaves most
+of that spread where it is. Folded into the convolutions, it makes the largest channel of five of the nine depthwise
+layers 100 to 300 times the median one: on one 8-bit grid for the layer, the median channel has no more than two codes
+of either sign.
+
+Seven minutes on one core; the file is 0.7 MB and has 158,874 parameters. ReLU6 matters: 1,243 of the 2,800 rectified
+channels reach the bound on the calibration images, and Relu in its place leaves 51.75 %. 44 channels are dead (0 on
+every calibration image), so equalization meets ranges that mean nothing.
+
+Top-1 on the 2,000 evaluation images, in percent. Float: 98.60. Quantized with the stages of this repository (bnf,
+calibrate on the 1,000 calibration images with minmax observers, target onnxruntime; weights symmetric, activations
+uint8 per tensor; cle with `relu6: exact`; adaround with the gram solver on 500 images), in simulation:
+
+    weights             nearest   adaround   cle, nearest   cle, adaround
+    W8A8 per tensor       57.90      96.95          98.75           98.45
+    W8A8 per channel      98.60                     98.60
+    W4A8 per tensor        9.30                     82.65
+    W4A8 per channel      96.45      98.30          97.50           98.55
+
+onnxruntime gives the same 57.90 and 98.75 for the QDQ form of W8A8 per tensor. So it is the weights that fail (with
+8-bit activations alone: 98.55), and cle repairs them, bounds of ReLU6 kept, without any other method.
+"""
 
 from __future__ import annotations
 
