@@ -3,6 +3,9 @@
     unit by unit    each quantized value from equal inputs; differences are counted in steps of its grid
     end to end      both run whole, and one flipped rounding may travel on
 
+A difference from equal inputs is one of rounding where the value, before it was rounded, lay next to the
+middle between two codes; `tie_distance` says how near at most, in steps.
+
     score = share of all elements, unit by unit, that are at most one step apart
 
 Assumes: a model with encodings.
@@ -32,6 +35,30 @@ def difference(report: ParityReport) -> str | None:
     )
 
 
+def origin(report: ParityReport) -> str | None:
+    """Sentences that say where the differences come from, unit by unit and end to end; None where there are
+    none.
+    """
+    elements = sum(unit.elements for unit in report.units)
+    apart = elements - sum(unit.counts[0] for unit in report.units)
+    if not apart:
+        return None
+    said = f"From equal inputs {apart} of {elements} values differ"
+    if report.tie_distance is not None:
+        said += f", none further than {report.tie_distance:.1g} steps from the middle between two codes"
+    first = (
+        next(tensor for tensor in report.end_to_end if tensor.value == report.first) if report.first else None
+    )
+    if first is None:
+        return f"{said}. End to end none does."
+    total = sum(tensor.elements for tensor in report.end_to_end)
+    equal = sum(tensor.counts[0] for tensor in report.end_to_end) / total
+    return (
+        f"{said}. End to end they begin at '{first.value}' ({', '.join(first.op_types)}) and travel on: "
+        f"{equal:.2%} of the values are equal."
+    )
+
+
 @stage(version=1, config={"data": "evaluation"})
 def parity(
     model: Model,
@@ -43,12 +70,14 @@ def parity(
 ) -> Scores:
     """`score`, the share of values within one grid step, `agree`, and all counts by unit and by tensor.
 
-    The first `limit` samples are compared. A unit that does not agree is noted. Errors: InputError for a model
+    The first `limit` samples are compared. Units that do not agree are noted, and where differences come
+    from. Errors: InputError for a model
     without encodings, or data that do not fit.
     """
     from qpipe.model.parity import parity as compare
 
     report = compare(model, data.head(limit).arrays, batch_size=batch_size)
-    if sentence := difference(report):
-        ctx.note(sentence)
+    for sentence in (difference(report), origin(report)):
+        if sentence:
+            ctx.note(sentence)
     return Scores({"score": report.within_one, "metric": "within_one", **report.to_json()})

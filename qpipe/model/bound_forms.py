@@ -54,7 +54,12 @@ def _bounds(node: ir.Node, parameters: Collection[str]) -> tuple[ir.Value, _Boun
         return None
     for index, other in ((1, 0), (0, 1)):
         source, number = node.inputs[other], _number(node, index, parameters)
-        if number is not None and source is not None and not source.is_initializer() and _keeps_rank(node, source):
+        if (
+            number is not None
+            and source is not None
+            and not source.is_initializer()
+            and _keeps_rank(node, source)
+        ):
             return source, (number, math.inf) if node.op_type == "Max" else (-math.inf, number)
     return None
 
@@ -89,7 +94,7 @@ def _clip(graph: ir.Graph, node: ir.Node, source: ir.Value, low: float, high: fl
     inputs: list[ir.Value | None] = [source]
     for side, bound in (("min", low), ("max", high)):
         name = f"{node.outputs[0].name}_{side}"
-        inputs.append(None if math.isinf(bound) else add_constant(graph, name, np.float32(bound)))
+        inputs.append(None if math.isinf(bound) else add_constant(graph, name, np.array(bound, np.float32)))
     while inputs[-1] is None:
         inputs.pop()
     return ir.node("Clip", inputs, name=node.name)

@@ -11,7 +11,7 @@ import torch
 from qpipe.errors import InputError
 from qpipe.model import Model
 from qpipe.model.fx import MOVING
-from qpipe.model.parity import Steps, parity, quantized_values, unit_op_types
+from qpipe.model.parity import ParityReport, Steps, _Count, parity, quantized_values, unit_op_types
 from tests.model.nets import Mobile, UNet, normal, randomized
 from tests.model.quantized import quantized, scheme
 from tests.model.test_fx import attention
@@ -123,3 +123,28 @@ def to_fixed() -> object:
 
 def test_arrays_may_be_of_any_float_type() -> None:
     assert parity(quantized(cnn(), X), {"x": X["x"].astype(np.float64)}).agree
+
+
+def test_a_value_that_differs_says_how_far_from_a_tie_it_was() -> None:
+    tied = Steps("v", ("Add",), 8, (998, 2, 0, 0), 1, 1e-5)
+    assert tied.agree  # 0.2 % differ, and no arithmetic of float32 decides them
+    assert not Steps("v", ("Add",), 8, (998, 2, 0, 0), 1, 0.2).agree
+    assert not Steps("v", ("Add",), 8, (998, 2, 0, 0), 2, 1e-5).agree
+
+
+def test_the_distance_is_that_of_the_unrounded_value() -> None:
+    model = quantized(cnn(), X)
+    count = _Count("r", ("Conv", "Relu"), model)
+    scale = float(model.encodings["r"].scale)
+    codes = np.array([3.0, 4.0, 8.0])
+    count.add(codes * scale, np.array([3.0, 5.0, 7.0]) * scale, np.array([3.1, 4.497, 7.51]) * scale)
+    steps = count.steps()
+    assert steps.counts == (1, 2, 0, 0)
+    assert steps.tie_distance == pytest.approx(0.01, rel=1e-4)
+
+
+def test_the_report_has_the_largest_distance() -> None:
+    units = (Steps("a", (), 8, (9, 1, 0, 0), 1, 1e-6), Steps("b", (), 8, (9, 1, 0, 0), 1, 1e-5))
+    report = ParityReport((*units, Steps("c", (), 8, (10, 0, 0, 0), 0)), (), (), 1)
+    assert report.to_json()["tie_distance"] == 1e-5
+    assert ParityReport((), (), (), 1).tie_distance is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from qpipe.stages.calibrate import calibrate
-from qpipe.stages.parity import difference, parity
+from qpipe.stages.parity import difference, origin, parity
 
 from qpipe.errors import InputError
 from qpipe.model.parity import ParityReport, Steps
@@ -50,6 +50,20 @@ def test_the_worst_unit_is_named():
     sentence = "1 of 2 quantized values differ from the deployed ones, 'y' (Gemm) by 4 steps of its grid."
     assert difference(report) == sentence
     assert difference(ParityReport((good,), (good, bad), (), 10)) is None
+
+
+def test_it_says_where_differences_come_from():
+    units = (
+        Steps("r", ("Conv", "Relu"), 8, (100, 0, 0, 0), 0),
+        Steps("y", ("Add",), 8, (98, 2, 0, 0), 1, 4e-6),
+    )
+    whole = (Steps("r", ("Conv", "Relu"), 8, (100, 0, 0, 0), 0), Steps("y", ("Add",), 8, (95, 5, 0, 0), 1))
+    assert origin(ParityReport(units, whole, (), 10)) == (
+        "From equal inputs 2 of 200 values differ, none further than 4e-06 steps from the middle between two "
+        "codes. End to end they begin at 'y' (Add) and travel on: 97.50% of the values are equal."
+    )
+    assert origin(ParityReport(units[:1], whole, (), 10)) is None
+    assert origin(ParityReport(units, whole[:1], (), 10)).endswith("End to end none does.")
 
 
 def test_a_model_without_encodings_is_refused(model, data):
