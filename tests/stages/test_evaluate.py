@@ -156,8 +156,9 @@ def test_several_outputs_count_alike(network):
 
 
 def test_the_simulation_scores_as_the_deployed_model_does(classifier, data, target):
-    from qpipe.numerics.scheme import Scheme, TensorScheme
     from qpipe.stages.calibrate import calibrate
+
+    from qpipe.numerics.scheme import Scheme, TensorScheme
 
     scheme = Scheme(TensorScheme(8, True, True), TensorScheme(8, False, False))
     model = calibrate(classifier, data, scheme=scheme, target=target)
