@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -222,5 +223,18 @@ def write_record(record: Mapping[str, Any], folder: Path) -> None:
     """`record.json`, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f"{RECORD}.tmp"
-    temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False))
+    temporary.write_text(json_text(record))
     temporary.replace(folder / RECORD)
+
+
+def json_text(value: Any) -> str:
+    """`value` as JSON that every reader takes: null for nan and infinity, which a score may be."""
+    return json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -5,7 +5,6 @@ common. A single run is a sweep of one.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from qpipe.errors import ConfigError, InputError
 from qpipe.executor import View, execute, exit_code, open_pool
 from qpipe.graph import build_graph
 from qpipe.plan import Keyring, Outcome, Walk
-from qpipe.record import RunInfo, build_record, write_files, write_record
+from qpipe.record import RunInfo, build_record, json_text, write_files, write_record
 from qpipe.spec import PipelineSpec
 from qpipe.store import Store
 
@@ -153,7 +152,7 @@ def write_sweep(
         }
         for (job, record), walk in zip(records, walks, strict=True)
     ]
-    content = json.dumps({"schema": 1, "actions": actions, "trials": trials}, indent=1)
+    content = json_text({"schema": 1, "actions": actions, "trials": trials})
     temporary = folder / "sweep.json.tmp"
     temporary.write_text(content)
     temporary.replace(folder / "sweep.json")

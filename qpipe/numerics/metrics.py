@@ -93,7 +93,7 @@ def mse(outputs: Array, reference: Array) -> float:
 
 def negative_mse(outputs: Array, reference: Array) -> float:
     """The mean squared error with its sign turned, so that higher is better."""
-    return -mse(outputs, reference)
+    return 0.0 - mse(outputs, reference)  # not -0.0 for equal tensors
 
 
 METRICS: Mapping[str, Callable[[Array, Array], float]] = {
