@@ -212,7 +212,8 @@ def make_job(config: DictConfig, folder: Path, overrides: tuple[str, ...], label
     spec = read_spec(config)
     import yaml
 
-    text = yaml.safe_dump(dict(spec.resolved), sort_keys=False, allow_unicode=True)
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # the one in C is ten times as fast
+    text = yaml.dump(dict(spec.resolved), Dumper=dumper, sort_keys=False, allow_unicode=True)
     return Job(spec, folder, overrides, text, label)
 
 

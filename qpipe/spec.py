@@ -136,15 +136,18 @@ def read_spec(config: DictConfig) -> PipelineSpec:
 
 def _filled(config: DictConfig) -> DictConfig:
     """The config with what a stage's schema pre-fills also in nodes that were written by `uses` alone."""
-    filled = config.copy()
-    stages = filled.get("stages")
-    for body in stages.values() if isinstance(stages, DictConfig) else ():
+    missing: dict[str, Any] = {}
+    stages = config.get("stages")
+    for node, body in stages.items() if isinstance(stages, DictConfig) else ():
         name = body.get("uses") if isinstance(body, DictConfig) else None
         if name in catalog():
-            OmegaConf.set_struct(body, False)
-            for key, value in catalog()[str(name)].config.items():
-                if key not in body:
-                    body[key] = value
+            prefilled = catalog()[str(name)].config
+            missing[str(node)] = {key: value for key, value in prefilled.items() if key not in body}
+    if not any(missing.values()):
+        return config
+    filled = config.copy()
+    OmegaConf.set_struct(filled, False)
+    filled.stages = OmegaConf.merge(filled.stages, missing)
     return filled
 
 
