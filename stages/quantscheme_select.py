@@ -8,7 +8,8 @@ other. One pass of the float model serves all candidates; no labels are needed. 
 port of `calibrate`.
 
 Assumes: `calibration` are samples like those the model will see. Scores are taken on `evaluation` where it is
-wired, on `calibration` otherwise. A tie goes to the candidate that stands first.
+wired, on `calibration` otherwise. A tie goes to the candidate that stands first, and
+so does a choice among candidates that all leave more noise than signal.
 Source: own; sqnr is known as tf_enhanced in AIMET, whose AutoQuant tries schemes in the same way.
 """
 
@@ -48,9 +49,17 @@ def row(side: str, scheme: TensorScheme, score: float) -> dict[str, Any]:
     return {"side": side, "observer": scheme.observer, "percentile": percentile, "score": score}
 
 
-def best(table: list[dict[str, Any]], side: str) -> dict[str, Any]:
-    """The row of the side with the highest score; the first of equals."""
-    return max((line for line in table if line["side"] == side), key=lambda line: float(line["score"]))
+def best(table: list[dict[str, Any]], side: str, metric: str) -> dict[str, Any]:
+    """The row of the side with the highest score; the first of equals, and where no signal is left."""
+    rows = [line for line in table if line["side"] == side]
+    if drowned(rows, metric):
+        return rows[0]
+    return max(rows, key=lambda line: float(line["score"]))
+
+
+def drowned(rows: list[dict[str, Any]], metric: str) -> bool:
+    """Whether the noise is louder than the signal with every candidate: such scores say nothing."""
+    return metric == "sqnr_db" and all(line["score"] <= 0.0 for line in rows)
 
 
 def scored(
@@ -128,7 +137,10 @@ def quantscheme_select(
         ctx.progress(len(table), len(tried), f"{side} {candidate.observer}")
         grids.append(encodings(side, candidate))
         table.append(row(side, candidate, score(grids[-1])))
-    winners = {side: best(table, side) for side in dict(tried)}
+    winners = {side: best(table, side, metric) for side in dict(tried)}
+    for side in winners:
+        if drowned([line for line in table if line["side"] == side], metric):
+            ctx.note(f"No {side} observer leaves a signal (all at most 0 dB): the first one stays.")
     together = {name: grid for line in winners.values() for name, grid in grids[table.index(line)].items()}
     chosen = {
         f"{side}_{key}": line[key] for side, line in winners.items() for key in ("observer", "percentile")

@@ -100,3 +100,17 @@ def test_weights_only_chooses_no_observer_of_activations(model, target):
     ).values
     assert "activation_observer" not in scores
     assert {row["side"] for row in scores["table"]} == {"weight"}
+
+
+def test_scores_below_the_noise_choose_nothing(network, target, notes):
+    """Two inputs that cancel: 0.6 - 0.4 becomes 1 - 0 on a grid of 2 bits, whichever the observer."""
+    w = np.array([[0.6, 0.4], [1.0, 0.6]], np.float32)
+    model = network("n (float[N,2] x) => (float[N,2] y) { y = Gemm<transB=1>(x, w) }", {"w": w})
+    x = np.random.default_rng(1).normal(size=(40, 1)).astype(np.float32) * np.array([[1, -1]], np.float32)
+    scores = quantscheme_select(
+        model, Samples({"x": x}), scheme=Scheme(TensorScheme(2, True, True), None), target=target,
+        weight_observers=("percentile", "minmax"), percentiles=(99.999,), ctx=notes,
+    ).values  # fmt: skip
+    assert all(row["score"] == pytest.approx(10 * np.log10(0.2 / 0.8), abs=0.01) for row in scores["table"])
+    assert scores["weight_observer"] == "percentile"
+    assert notes.notes == ["No weight observer leaves a signal (all at most 0 dB): the first one stays."]
