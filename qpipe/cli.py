@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
 import sys
 from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import suppress
@@ -26,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qpipe.catalog import catalog, schema
 from qpipe.errors import ConfigError, QpipeError
+from qpipe.record import RECORD
 from qpipe.sweep import INTERRUPTED, Job
 
 COMMANDS = ("run", "plan", "why", "graph", "stages", "report", "cache")
@@ -181,28 +181,41 @@ def one_line(error: BaseException) -> str:
 
 
 def _carry_out(many: Many, build: Callable[[], Sequence[Job]], folders: Sequence[Path]) -> int:
-    """Build the jobs and run the command; where the config or the input was wrong, leave no folder behind."""
+    """Build the jobs and run the command; a folder in which no record came to lie is not left behind."""
     try:
         status = many(build())
     except QpipeError as error:
         say(f"qpipe: {error}")
         status = error.exit_code
-    if status == ConfigError.exit_code or status == 4:
-        for folder in folders:
+    for folder in folders:
+        if not (folder / RECORD).exists():
             remove_folder(folder)
     return status
 
 
+LEFT_BY_US = (
+    ".hydra/config.yaml",
+    ".hydra/hydra.yaml",
+    ".hydra/overrides.yaml",
+    "workers.log",
+    "../multirun.yaml",
+)
+
+
 def remove_folder(folder: Path) -> None:
-    """Remove a run folder and its parents as far as they are empty; never the working directory."""
-    if folder.resolve() == Path.cwd() or not folder.is_dir():
+    """Remove what Hydra and we put into a run folder, then the folders that are empty, up to the working directory.
+
+    Nothing else is touched: the folder may be one that the person named, with other things in it.
+    """
+    if folder.resolve() == Path.cwd():
         return
-    shutil.rmtree(folder, ignore_errors=True)
-    for parent in list(folder.parents)[:3]:
-        if parent.resolve() == Path.cwd():
+    for name in LEFT_BY_US:
+        (folder / name).unlink(missing_ok=True)
+    for place in [folder / ".hydra", folder, *folder.parents]:
+        if place.resolve() == Path.cwd() or not place.resolve().is_relative_to(Path.cwd()):
             return
         with suppress(OSError):
-            parent.rmdir()
+            place.rmdir()
 
 
 def make_job(config: DictConfig, folder: Path, overrides: tuple[str, ...], label: str = "") -> Job:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,9 +19,6 @@ from qpipe.plan import Action, State, Walk
 from qpipe.spec import RunSpec
 from qpipe.store import Store
 from qpipe.workers import Event, InProcess, Pool, Processes
-
-HEAL_ROUNDS = 8
-"""How often a run plans anew because a blob it read was damaged, before it gives up."""
 
 _POLL_S = 0.1
 _WAIT_S = 1.0
@@ -45,32 +42,16 @@ def open_pool(store: Store, run: RunSpec, log: Path | None = None) -> Pool:
     return Processes(store.root, workers, threads, log) if workers else InProcess(store, threads)
 
 
-def execute(
-    walks: Sequence[Walk],
-    rebuild: Callable[[], Sequence[Walk]],
-    store: Store,
-    run: RunSpec,
-    pool: Pool,
-    view: View,
-) -> Sequence[Walk]:
-    """Run what `walks` lack, until every target of each has its outcome; the walks as they ended.
+def execute(walks: Sequence[Walk], store: Store, run: RunSpec, pool: Pool, view: View) -> None:
+    """Run what `walks` lack, until every target of each has its outcome.
 
-    A damaged blob that comes to light on reading is moved aside by the store; then everything is planned anew with
-    `rebuild`, so that what made the blob runs again.
+    Errors: DamagedError, once what was under way has ended, where a blob that an action reads is not what it should
+    be. The store has moved it aside by then, so that what made it runs again when all is planned anew.
     """
-    for _ in range(HEAL_ROUNDS):
-        try:
-            _Run(walks, store, run, pool, view).go()
-        except DamagedError as error:
-            view.message(f"The cache is damaged: {error} What made it runs again.")
-            _forget(walks, store, error.digest)
-            walks = rebuild()
-        else:
-            return walks
-    raise CacheError(f"The cache at {store.root} stays damaged after {HEAL_ROUNDS} attempts. Check the disk.")
+    _Run(walks, store, run, pool, view).go()
 
 
-def _forget(walks: Sequence[Walk], store: Store, digest: str) -> None:
+def forget(walks: Sequence[Walk], store: Store, digest: str) -> None:
     """Drop the results that name a blob which is there and yet is not what they say."""
     if not store.has(digest):
         return  # the store moved it aside, so that its results are incomplete and run again

@@ -32,7 +32,7 @@ class RunInfo:
     command: Sequence[str]
     folder: Path
     started: float
-    finished: float
+    finished: float = 0.0
     interrupted: bool = False
 
 

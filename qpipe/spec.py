@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qpipe.catalog import MISSING, RESERVED, catalog
-from qpipe.errors import ConfigError
+from qpipe.errors import ConfigError, InputError
 from qpipe.param import coerce, listed, nearest
 from qpipe.stage import REQUIRED, Stage
 
@@ -187,6 +187,11 @@ def _node(name: str, body: Any) -> NodeSpec | FirstWithin:
         else coerce(value, stage.params[key].hint, f"{address}.{key}")
         for key, value in written.items()
     }
+    if stage.check is not None:
+        try:
+            stage.check(params)
+        except (ValueError, InputError) as error:
+            raise ConfigError(f"{address}: {error}") from error
     enabled = coerce(body.get("enabled", True), bool, f"{address}.enabled")
     shown = {key: value for key, value in written.items() if value is not REQUIRED}
     return NodeSpec(name, stage, ports, params, shown, enabled)

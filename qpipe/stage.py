@@ -41,6 +41,7 @@ __all__ = [
 
 REQUIRED = inspect.Parameter.empty
 Function = TypeVar("Function", bound=Callable[..., Any])
+Check = Callable[[Mapping[str, Any]], None]
 
 
 class Context:
@@ -121,6 +122,7 @@ class Stage:
     config: Mapping[str, Any]
     always: bool
     takes_context: bool
+    check: Check | None = None
 
     @property
     def module(self) -> str:
@@ -142,16 +144,21 @@ class _Decorator(Protocol):
     def __call__(self, function: Function) -> Function: ...
 
 
-def stage(*, version: int, config: Mapping[str, Any] | None = None, always: bool = False) -> _Decorator:
+def stage(
+    *, version: int, config: Mapping[str, Any] | None = None, always: bool = False, check: Check | None = None
+) -> _Decorator:
     """Make a stage of a function. Raise `version` when its meaning changes in a way its code does not show.
 
     `config` pre-fills the stage's schema: the node a port is usually wired to (`{"data": "calibration"}`), the
     interpolation a param usually takes (`{"scheme": "${scheme}"}`). `always` is for sources that read the
     outside world: they run every time, and what depends on them still hits when they bring back the same bytes.
+    `check` is given {param: value} before anything runs and raises ValueError or InputError, a sentence, for values
+    that do not go together.
     """
 
     def decorate(function: Function) -> Function:
-        function.__stage__ = describe_function(function, version, config or {}, always)  # type: ignore[attr-defined]
+        described = describe_function(function, version, config or {}, always)
+        function.__stage__ = dataclasses.replace(described, check=check)  # type: ignore[attr-defined]
         return function
 
     return decorate

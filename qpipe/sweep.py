@@ -12,8 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from qpipe.errors import ConfigError, InputError
-from qpipe.executor import View, execute, exit_code, open_pool
+from qpipe.errors import CacheError, ConfigError, DamagedError, InputError
+from qpipe.executor import View, execute, exit_code, forget, open_pool
 from qpipe.graph import build_graph
 from qpipe.plan import Keyring, Outcome, Walk
 from qpipe.record import RunInfo, build_record, json_text, write_files, write_record
@@ -23,6 +23,8 @@ from qpipe.store import Store
 GOAL_MISSED = 3
 NOT_CACHED = 4
 INTERRUPTED = 130
+HEAL_ROUNDS = 8
+"""How often a run plans anew because a blob it read was damaged, before it gives up."""
 
 
 class Watch(View, Protocol):
@@ -68,36 +70,54 @@ def plan_jobs(jobs: Sequence[Job], store: Store) -> list[Walk]:
 
 
 def run_jobs(jobs: Sequence[Job], store: Store, watch: Watch, command: Sequence[str]) -> int:
-    """Carry all jobs out and write their records; the exit status of the worst."""
-    started = time.time()
-    walks: Sequence[Walk] = plan_jobs(jobs, store)
-    watch.planned_jobs(list(zip(jobs, walks, strict=True)))
+    """Carry all jobs out and write their records; the exit status of the worst.
+
+    A blob that turns out damaged when it is read is moved aside by the store, and all is planned anew: what made it
+    runs again.
+    """
+    info = RunInfo(command, jobs[0].folder, time.time())
+    told = False
+    for _ in range(HEAL_ROUNDS):
+        walks: list[Walk] = []
+        try:
+            walks = plan_jobs(jobs, store)
+            if not told:
+                watch.planned_jobs(list(zip(jobs, walks, strict=True)))
+                told = True
+            return _carry_out(jobs, walks, store, watch, info)
+        except DamagedError as error:
+            watch.message(f"The cache is damaged: {error} What made it runs again.")
+            forget(walks, store, error.digest)
+    raise CacheError(f"The cache at {store.root} stays damaged after {HEAL_ROUNDS} attempts. Check the disk.")
+
+
+def _carry_out(jobs: Sequence[Job], walks: Sequence[Walk], store: Store, watch: Watch, info: RunInfo) -> int:
     options = jobs[0].spec.run
     if options.expect == "cached" and (missing := _would_run(walks)):
         watch.message(
             f"run.expect=cached, and {len(missing)} nodes would have to run: {', '.join(missing[:8])}."
         )
         return NOT_CACHED
-    interrupted = False
-    if any(walk.running for walk in walks):
-        log = jobs[0].folder / "workers.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        pool = open_pool(store, options, log)
-        try:
-            walks = execute(walks, lambda: plan_jobs(jobs, store), store, options, pool, watch)
-        except KeyboardInterrupt:
-            interrupted = True
-            watch.message(
-                "Interrupted. What was finished is in the cache; the same command goes on from there."
-            )
-        finally:
-            pool.close()
-            with suppress(OSError):
-                if log.stat().st_size == 0:
-                    log.unlink()
-    return _conclude(
-        jobs, walks, store, watch, RunInfo(command, jobs[0].folder, started, time.time(), interrupted)
-    )
+    interrupted = any(walk.running for walk in walks) and not _run(jobs, walks, store, watch)
+    return _conclude(jobs, walks, store, watch, dataclasses.replace(info, interrupted=interrupted))
+
+
+def _run(jobs: Sequence[Job], walks: Sequence[Walk], store: Store, watch: Watch) -> bool:
+    """Run what the walks lack; False where the person interrupted it."""
+    log = jobs[0].folder / "workers.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    pool = open_pool(store, jobs[0].spec.run, log)
+    try:
+        execute(walks, store, jobs[0].spec.run, pool, watch)
+    except KeyboardInterrupt:
+        watch.message("Interrupted. What was finished is in the cache; the same command goes on from there.")
+        return False
+    finally:
+        pool.close()
+        with suppress(OSError):
+            if log.stat().st_size == 0:
+                log.unlink()
+    return True
 
 
 def _would_run(walks: Sequence[Walk]) -> list[str]:
@@ -110,18 +130,17 @@ def _would_run(walks: Sequence[Walk]) -> list[str]:
 
 
 def _conclude(jobs: Sequence[Job], walks: Sequence[Walk], store: Store, watch: Watch, info: RunInfo) -> int:
+    """Write and show the records. A single job whose input was refused leaves none: its lines said it all."""
     status = INTERRUPTED if info.interrupted else exit_code(walks)
+    if status == InputError.exit_code and len(jobs) == 1:
+        return status
     records = []
     for job, walk in zip(jobs, walks, strict=True):
-        own = dataclasses.replace(info, folder=job.folder)
-        files = write_files(walk, store, job.folder) if status in (0, 1) else {}
-        record = build_record(walk, store, own, files)
-        if status != InputError.exit_code:
-            write_record(record, job.folder)
-            (job.folder / "config.yaml").write_text(job.config_text)
+        own = dataclasses.replace(info, folder=job.folder, finished=time.time())
+        record = build_record(walk, store, own, write_files(walk, store, job.folder))
+        write_record(record, job.folder)
+        (job.folder / "config.yaml").write_text(job.config_text)
         records.append((job, record))
-    if status == InputError.exit_code:
-        return status  # each bad input was told in its line; there is nothing to show
     if len(jobs) > 1:
         write_sweep(records, walks, jobs[0].folder.parent)
     watch.ended_jobs(records)

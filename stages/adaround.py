@@ -37,9 +37,9 @@ READ_BY = {
 """The options that one solver alone reads."""
 
 
-def refuse_unread(solver: str, given: Mapping[str, Any]) -> None:
+def refuse_unread(given: Mapping[str, Any]) -> None:
     """Errors: InputError where an option that only the other solver reads is set away from its default."""
-    parameters = inspect.signature(adaround).parameters
+    parameters, solver = inspect.signature(adaround).parameters, given["solver"]
     for owner, names in READ_BY.items():
         changed = [name for name in names if owner != solver and given[name] != parameters[name].default]
         if changed:
@@ -72,7 +72,7 @@ def refuse_untunable(layers: tuple[Layer, ...], reasons: Mapping[str, str]) -> N
     raise InputError(f"No layer can be tuned: {found}. Put the stage 'calibrate' before 'adaround'.")
 
 
-@stage(version=1, config={"data": "calibration", "seed": "${seed}"})
+@stage(version=1, config={"data": "calibration", "seed": "${seed}"}, check=refuse_unread)
 def adaround(
     model: Model,
     data: Samples,
@@ -96,15 +96,16 @@ def adaround(
 ) -> Model:
     """The model with tuned weights, frozen on their grids; `metadata["adaround"]` reports each layer.
 
-    Both solvers: `asymmetric` false tunes on the float model's inputs; `limit` takes that many samples.
-    gram: `beam` candidates per row; `scale_search` lets the scales move; `bias_correction`; `positions`
-    places per sample that count. gradient: `iterations` (null: 10000, 15000 below 8 bits), `batch_size`,
-    `learning_rate`, `reg_param`, `beta_range`, `warm_start` as in the paper; `early_stop` ends after so many
-    checks without a gain (0: never). Errors: InputError for options that the solver does not read, a model in
-    which nothing can be tuned, and data that do not fit.
+    Both solvers: `asymmetric` false tunes on the float model's inputs; `limit` takes that many samples,
+    evenly spread. gram: `beam` candidates per row; `scale_search` lets the scales move; `bias_correction`;
+    `positions` places per sample that count. gradient: `iterations` (null: 10000, 15000 below 8 bits),
+    `batch_size`, `learning_rate`, `reg_param`, `beta_range`, `warm_start` as in the paper; `early_stop` ends
+    after so many checks without a gain (0: never). Errors: InputError for options that the solver does not
+    read, a model in which nothing can be tuned, and data that do not fit.
     """
-    refuse_unread(solver, locals())
+    refuse_unread(locals())
     from qpipe.model.rounding import round_by_gradient, round_by_gram
+    from qpipe.model.run import thinned
     from qpipe.model.walk import Walk, tunable_layers
     from qpipe.numerics.gradient import GradientOptions
     from qpipe.numerics.gram import GramOptions
@@ -128,7 +129,7 @@ def adaround(
             progress=lambda done, total: ctx.progress(index * total + done, len(layers) * total, layer.name),
         )  # fmt: skip
 
-    walk = Walk(source, data.arrays, asymmetric=asymmetric, limit=limit, device=ctx.device)
+    walk = Walk(source, thinned(data.arrays, limit), asymmetric=asymmetric, device=ctx.device)
     editor, reports = source.edit(), {}
     for index, layer in enumerate(layers):
         tuned = tune(index, layer)

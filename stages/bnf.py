@@ -227,6 +227,8 @@ def bnf(model: Model, *, ctx: Context = NULL) -> Model:
     ctx.note(
         f"folded {len(went.get('before', []))} BatchNormalizations into the layer before, "
         f"{len(went.get('behind', []))} into the layer behind."
+        if went
+        else "There is no BatchNormalization to fold; torch's exporter folds them itself, unless told not to."
     )
     editor.metadata["bnf"] = went
     return editor.model()

@@ -62,18 +62,19 @@ def calibrate(
     """The model with an encoding for every weight and activation that `target` quantizes.
 
     `choice`, from `quantscheme_select`, replaces the scheme's observers; `weight_granularity` replaces the
-    scheme's. `limit` takes that many samples, None all. Errors: InputError for data that do not fit the model
-    or hold nan, naming the tensor, and for a model in which the target quantizes nothing.
+    scheme's. `limit` takes that many samples, evenly spread; None all. Errors: InputError for data that do
+    not fit the model or hold nan, naming the tensor, and for a model in which the target quantizes nothing.
     """
     from qpipe.errors import InputError
     from qpipe.model.calibration import activation_encodings, observed, observed_groups, weight_encodings
     from qpipe.model.placement import place
+    from qpipe.model.run import thinned
 
     placement = place(model, target, chosen(scheme, choice, weight_granularity))
     if not placement.weights and not placement.activations:
         raise InputError(f"The target '{target.name}' quantizes nothing in this model.")
     observers = observed(
-        model, data.arrays, observed_groups(placement), ctx.memo, batch_size=batch_size, limit=limit,
+        model, thinned(data.arrays, limit), observed_groups(placement), ctx.memo, batch_size=batch_size,
         device=ctx.device, progress=lambda done, total: ctx.progress(done, total, "samples"),
     )  # fmt: skip
     encodings = {**activation_encodings(placement, observers), **weight_encodings(model, placement)}

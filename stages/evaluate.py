@@ -32,13 +32,21 @@ if TYPE_CHECKING:
 Metric = Literal["top1", "top5", "sqnr_db", "cosine", "mse"]
 
 
+def spread(data: Samples, limit: int | None) -> Samples:
+    """At most `limit` of the samples, evenly spread, with their labels."""
+    from qpipe.model.run import thinned
+
+    labels = None if data.labels is None else thinned({"labels": data.labels}, limit)["labels"]
+    return data if limit is None else Samples(thinned(data.arrays, limit), labels)
+
+
 def score_labels(metric: str, outputs: Outputs, data: Samples) -> float:
     """top1 or top5 of the first output. Errors: InputError where the labels do not fit."""
     from qpipe.numerics.metrics import METRICS
 
     assert data.labels is not None
     logits = next(iter(outputs.values()))
-    return METRICS[metric](logits, data.labels[: len(logits)])
+    return METRICS[metric](logits, data.labels)
 
 
 def score_against(metric: str, outputs: Outputs, reference: Outputs) -> float:
@@ -54,10 +62,9 @@ def score_by_function(name: str, outputs: Outputs, data: Samples) -> float:
     import numpy as np
 
     function = load_factory(name)
-    count = len(next(iter(outputs.values())))
-    labels = None if data.labels is None else data.labels[:count]
+    given = next(iter(outputs.values())) if len(outputs) == 1 else dict(outputs)
     try:
-        returned = function(next(iter(outputs.values())) if len(outputs) == 1 else dict(outputs), labels)
+        returned = function(given, data.labels)
     except Exception as error:  # the function is the user's: whatever it raises is theirs to read
         raise StageError(f"The metric {name} raised {type(error).__name__}: {error}") from error
     value = np.asarray(returned)
@@ -85,13 +92,15 @@ def evaluate(
 ) -> Scores:
     """`score` (higher is better), `metric`, and `n`, the number of samples.
 
-    `backend` simulation runs the torch module with fake-quantize, onnxruntime the QDQ graph as it is
-    deployed. `quantized: false` scores the float weights. Errors: InputError for labels or a float model that
-    are missing, and data that do not fit; StageError where a metric of the user's fails.
+    `limit` takes that many samples, evenly spread. `backend` simulation runs the torch module with
+    fake-quantize, onnxruntime the QDQ graph as it is deployed. `quantized: false` scores the float weights.
+    Errors: InputError for labels or a float model that are missing, and data that do not fit; StageError
+    where a metric of the user's fails.
     """
     from qpipe.model.run import run
     from qpipe.numerics.metrics import LABELLED
 
+    data = spread(data, limit)
     own = metric not in get_args(Metric)
     if metric in LABELLED and data.labels is None:
         raise InputError(
@@ -103,7 +112,7 @@ def evaluate(
 
     def outputs_of(scored: Model, simulated: bool) -> Outputs:
         return run(
-            scored, data.arrays, batch_size=batch_size, limit=limit, quantized=simulated, backend=backend,
+            scored, data.arrays, batch_size=batch_size, quantized=simulated, backend=backend,
             device=ctx.device, progress=lambda done, total: ctx.progress(done, total, "samples"),
         )  # fmt: skip
 
@@ -114,5 +123,5 @@ def evaluate(
         score = score_labels(metric, outputs, data)
     else:
         score = score_against(metric, outputs, outputs_of(float_model, False))
-    count = len(next(iter(outputs.values())))
-    return Scores({"score": score, "metric": metric, "n": count, "backend": backend, "quantized": quantized})
+    said = {"metric": metric, "n": len(data), "backend": backend, "quantized": quantized}
+    return Scores({"score": score, **said})

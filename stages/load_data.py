@@ -168,7 +168,24 @@ def from_images(
     return arrays if classes is None else {**arrays, "labels": classes[kept]}
 
 
-@stage(version=1)
+def source_of(given: Mapping[str, Any]) -> str:
+    """Where the samples come from. Errors: InputError unless exactly one of path, images and factory is given."""
+    sources = [name for name in ("path", "images", "factory") if given[name] is not None]
+    if len(sources) != 1:
+        raise InputError(
+            f"load_data takes one of path, images and factory, got {' and '.join(sources) or 'none'}."
+        )
+    if given["labels"] is not None and given["images"] is None:
+        raise InputError(f"`labels` goes with `images`; with `{sources[0]}` they are the array named labels.")
+    return str(given[sources[0]])
+
+
+def refuse_sources(given: Mapping[str, Any]) -> None:
+    """Errors: as `source_of`."""
+    source_of(given)
+
+
+@stage(version=1, check=refuse_sources)
 def load_data(
     *,
     path: Path | None = None,
@@ -195,15 +212,7 @@ def load_data(
     `layout` say how they are prepared. Errors: InputError, one line, for a source
     that cannot be read or arrays that cannot serve.
     """
-    given = {"path": path, "images": images, "factory": factory}
-    sources = [name for name, value in given.items() if value is not None]
-    if len(sources) != 1:
-        raise InputError(
-            f"load_data takes one of path, images and factory, got {' and '.join(sources) or 'none'}."
-        )
-    if labels is not None and images is None:
-        raise InputError(f"`labels` goes with `images`; with `{sources[0]}` they are the array named labels.")
-    source = str(given[sources[0]])
+    source = source_of(locals())
     if path is not None:
         arrays = read_npz(path, limit)
     elif factory is not None:

@@ -123,7 +123,18 @@ def refuse(name: str, error: float, difference: Mapping[str, Any] | None) -> Non
     )
 
 
-@stage(version=1)
+def refuse_sources(given: Mapping[str, Any]) -> None:
+    """Errors: InputError unless exactly one of path and factory is given; weights go with a factory."""
+    path, factory = given["path"], given["factory"]
+    if (path is None) == (factory is None):
+        raise InputError(
+            f"load_model takes either path or factory, got {'both' if path else 'none of them'}."
+        )
+    if path is not None and given["weights"] is not None:
+        raise InputError("`weights` go with `factory`; an ONNX file holds its own.")
+
+
+@stage(version=1, check=refuse_sources)
 def load_model(
     data: Samples | None = None,
     *,
@@ -143,13 +154,8 @@ def load_model(
     from qpipe.model import Model
     from qpipe.model.check import TOLERANCE, first_difference, verify_import
 
-    if (path is None) == (factory is None):
-        raise InputError(
-            f"load_model takes either path or factory, got {'both' if path else 'none of them'}."
-        )
+    refuse_sources(locals())
     if path is not None:
-        if weights is not None:
-            raise InputError("`weights` go with `factory`; an ONNX file holds its own.")
         model = Model.load(path)
         found = verify_import(model, path)
         if not found["equal"]:

@@ -70,13 +70,13 @@ def parity(
 ) -> Scores:
     """`score`, the share of values within one grid step, `agree`, and all counts by unit and by tensor.
 
-    The first `limit` samples are compared. Units that do not agree are noted, and where differences come
-    from. Errors: InputError for a model
-    without encodings, or data that do not fit.
+    `limit` samples, evenly spread, are compared. Units that do not agree are noted, and where differences
+    come from. Errors: InputError for a model without encodings, or data that do not fit.
     """
     from qpipe.model.parity import parity as compare
+    from qpipe.model.run import thinned
 
-    report = compare(model, data.head(limit).arrays, batch_size=batch_size)
+    report = compare(model, thinned(data.arrays, limit), batch_size=batch_size)
     for sentence in (difference(report), origin(report)):
         if sentence:
             ctx.note(sentence)

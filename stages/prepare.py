@@ -92,6 +92,7 @@ def prepare(
     from qpipe.model import Model
     from qpipe.model.compare import outputs_error
     from qpipe.model.run import fitting
+    from qpipe.model.sharing import shared_weights
 
     if model.encodings:
         raise InputError("prepare takes a float model, and this one is quantized already. Put prepare first.")
@@ -114,4 +115,9 @@ def prepare(
     ctx.note(
         f"{result.graph.num_nodes()} nodes, {len(result.layers())} layers, {len(shared)} parameters separated."
     )
+    if kept := shared_weights(result):
+        ctx.note(
+            f"Several nodes share {', '.join(map(repr, kept))}; tied_weights: copy gives each layer a weight of its "
+            "own, to be equalized and tuned by itself."
+        )
     return result.with_metadata({**model.metadata, "prepare": report})

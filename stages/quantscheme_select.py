@@ -66,13 +66,13 @@ def scored(
     model: Model, data: Samples, metric: str, batch_size: int, limit: int | None, ctx: Context
 ) -> Callable[[Encodings], float]:
     """A function that scores the model with given encodings against the float model, on `data`."""
-    from qpipe.model.run import run
+    from qpipe.model.run import run, thinned
     from qpipe.numerics.metrics import METRICS
 
+    samples = thinned(data.arrays, limit)
+
     def outputs(candidate: Model, quantized: bool) -> dict[str, Any]:
-        return run(
-            candidate, data.arrays, batch_size=batch_size, limit=limit, quantized=quantized, device=ctx.device
-        )
+        return run(candidate, samples, batch_size=batch_size, quantized=quantized, device=ctx.device)
 
     reference = outputs(model, False)
 
@@ -110,14 +110,15 @@ def quantscheme_select(
     """
     from qpipe.model.calibration import activation_encodings, observed, observed_groups, weight_encodings
     from qpipe.model.placement import place
+    from qpipe.model.run import thinned
 
     if weight_granularity is not None:
         block_size = scheme.weight.block_size if weight_granularity == "per_block" else 0
         weight = replace(scheme.weight, granularity=weight_granularity, block_size=block_size)
         scheme = replace(scheme, weight=weight)
     observers = observed(
-        model, calibration.arrays, observed_groups(place(model, target, scheme)), ctx.memo,
-        batch_size=batch_size, limit=limit, device=ctx.device,
+        model, thinned(calibration.arrays, limit), observed_groups(place(model, target, scheme)), ctx.memo,
+        batch_size=batch_size, device=ctx.device,
     )  # fmt: skip
     score = scored(model, evaluation or calibration, metric, batch_size, limit, ctx)
 

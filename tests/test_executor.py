@@ -301,3 +301,46 @@ def test_ctrl_c_ends_with_130_and_the_next_run_goes_on(toy: Toy) -> None:
     assert "Interrupted." in stderr
     assert "Traceback" not in stderr
     assert toy.record()["status"] == "interrupted"
+
+
+def test_a_folder_that_the_person_named_keeps_what_was_in_it(toy: Toy) -> None:
+    toy.pipeline(CHAIN)
+    folder = toy.folder / "mine"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("do not lose")
+    assert toy.run("run", f"hydra.run.dir={folder}", "stages.a.value=x").returncode == 2
+    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
+
+
+def test_a_sweep_keeps_the_trials_beside_one_whose_input_is_refused(toy: Toy) -> None:
+    (toy.folder / "good.txt").write_text("5")
+    toy.pipeline({"r": {"uses": "toy_read", "path": "good.txt"}, "c": {"uses": "toy_refuse", "scores": "r"}})
+    run = toy.run("-m", "stages.c.limit=1,9")
+    assert run.returncode == 2
+    records = [
+        json.loads(path.read_text()) for path in sorted(toy.folder.glob("outputs/*/*-sweep/*/record.json"))
+    ]
+    assert [record["nodes"]["c"]["verdict"] for record in records] == ["failed", "ran"]
+
+
+def test_params_that_do_not_go_together_are_refused_before_anything_runs(toy: Toy) -> None:
+    toy.pipeline({"a": {"uses": "toy_number"}, "c": {"uses": "toy_refuse", "scores": "a", "limit": 0}})
+    run = toy.run()
+    assert run.returncode == 2
+    assert run.stderr == "qpipe: stages.c: a limit of 0 refuses everything.\n"
+    assert toy.calls() == []
+
+
+def test_a_damaged_file_of_the_result_is_made_again(toy: Toy) -> None:
+    toy.pipeline({"a": {"uses": "toy_number", "value": 2}, "out": {"uses": "toy_files", "scores": "a"}})
+    toy.run()
+    toy.calls()
+    blobs = [path for path in (toy.folder / "cache" / "blobs").glob("*/*") if path.read_bytes() == b"2.0"]
+    assert len(blobs) == 1
+    os.chmod(blobs[0], 0o644)
+    blobs[0].write_bytes(b"3.0")
+    run = toy.run()
+    assert run.returncode == 0
+    assert "damaged" in run.stderr
+    assert toy.calls() == ["files"]
+    assert Path(toy.record()["files"]["out"][0]).read_text() == "2.0"

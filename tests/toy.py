@@ -19,6 +19,7 @@ from __future__ import annotations
 import os, time
 from pathlib import Path
 from typing import Annotated
+from qpipe.errors import InputError
 from qpipe.stage import NULL, Context, Files, Range, Scores, stage
 import toy_formula
 
@@ -67,6 +68,17 @@ def boom(scores: Scores, *, how: str = "raise") -> Scores:
         os.kill(os.getpid(), 9)
     raise RuntimeError("it went wrong")
 
+def no_zero(params):
+    if params["limit"] == 0:
+        raise ValueError("a limit of 0 refuses everything.")
+
+@stage(version=1, check=no_zero)
+def refuse(scores: Scores, *, limit: float = 1.0) -> Scores:
+    called("refuse")
+    if scores.values["score"] > limit:
+        raise InputError(f"the score is above {limit}.")
+    return scores
+
 @stage(version=1)
 def files(scores: Scores) -> Files:
     called("files")
@@ -74,7 +86,7 @@ def files(scores: Scores) -> Files:
 '''
 
 FORMULA = "def add(a, b):\n    return a + b\n"
-STAGES = ("number", "add", "total", "sign", "read", "boom", "files")
+STAGES = ("number", "add", "total", "sign", "read", "boom", "refuse", "files")
 
 
 class Toy:

@@ -40,7 +40,6 @@ def observe(
     groups: Sequence[Group],
     *,
     batch_size: int,
-    limit: int | None = None,
     device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> Observers:
@@ -54,9 +53,9 @@ def observe(
     observers = {group: HistogramObserver(name=group[0]) for group in groups}
     by_value = {name: observer for group, observer in observers.items() for name in group}
     watcher = _watcher(model.to_torch(quantized=False, device=device), by_value)
-    total = sample_count(model, arrays, limit)
+    total = sample_count(model, arrays)
     done = 0
-    for batch in batches(model, arrays, batch_size, limit):
+    for batch in batches(model, arrays, batch_size):
         with torch.inference_mode():
             watcher.run(*(torch.tensor(array, device=device) for array in batch.arrays))
         done += batch.count
@@ -72,7 +71,6 @@ def observed(
     memo: Callable[..., Any],
     *,
     batch_size: int,
-    limit: int | None = None,
     device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> Observers:
@@ -81,13 +79,12 @@ def observed(
         return {}
 
     def run(*_: Any) -> dict[str, Array]:
-        found = observe(
-            model, arrays, groups, batch_size=batch_size, limit=limit, device=device, progress=progress
-        )
+        found = observe(model, arrays, groups, batch_size=batch_size, device=device, progress=progress)
         return pack_observers(found)
 
-    seen = {name: array[:limit] for name, array in arrays.items()}
-    states = memo("observers", run, content(model), seen, [list(group) for group in groups], batch_size)
+    states = memo(
+        "observers", run, content(model), dict(arrays), [list(group) for group in groups], batch_size
+    )
     return unpack_observers(groups, states)
 
 

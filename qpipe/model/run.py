@@ -31,15 +31,24 @@ class Batch:
     count: int
 
 
-def batches(
-    model: Model, arrays: Mapping[str, Array], size: int, limit: int | None = None
-) -> Iterator[Batch]:
-    """The first `limit` samples of `arrays` (all where None) as batches for `model`.
+def thinned(arrays: Mapping[str, Array], limit: int | None) -> dict[str, Array]:
+    """At most `limit` samples of each array, evenly spread: data sorted by class keep every class."""
+    if limit is None:
+        return dict(arrays)
+
+    def rows(array: Array) -> Array:
+        return array if len(array) <= limit else array[np.arange(limit) * len(array) // limit]
+
+    return {name: rows(array) for name, array in arrays.items()}
+
+
+def batches(model: Model, arrays: Mapping[str, Array], size: int) -> Iterator[Batch]:
+    """The samples of `arrays` as batches for `model`.
 
     Raises InputError where an input has no array, or one of another type or shape.
     """
     inputs = fitting(model, arrays)
-    total = sample_count(model, arrays, limit)
+    total = sample_count(model, arrays)
     fixed = fixed_batch_size(model)
     step = fixed or size
     for start in range(0, total, step):
@@ -49,11 +58,10 @@ def batches(
         yield Batch(tuple(np.ascontiguousarray(part) for part in parts), min(step, total - start))
 
 
-def sample_count(model: Model, arrays: Mapping[str, Array], limit: int | None = None) -> int:
+def sample_count(model: Model, arrays: Mapping[str, Array]) -> int:
     """How many samples `batches` goes through. Raises InputError where an input has no array."""
     _refuse_missing(model, arrays)
-    count = min(len(arrays[spec.name]) for spec in model.inputs)
-    return count if limit is None else min(count, limit)
+    return min(len(arrays[spec.name]) for spec in model.inputs)
 
 
 def fixed_batch_size(model: Model) -> int | None:
@@ -104,7 +112,6 @@ def run(
     arrays: Mapping[str, Array],
     *,
     batch_size: int = 32,
-    limit: int | None = None,
     quantized: bool = True,
     backend: Backend = "simulation",
     device: str = "cpu",
@@ -121,11 +128,11 @@ def run(
         if backend == "simulation"
         else _onnxruntime(model, quantized, threads)
     )
-    total = sample_count(model, arrays, limit)
+    total = sample_count(model, arrays)
     names = [spec.name for spec in model.outputs]
     parts: dict[str, list[Array]] = {name: [] for name in names}
     done = 0
-    for batch in batches(model, arrays, batch_size, limit):
+    for batch in batches(model, arrays, batch_size):
         fed = len(batch.arrays[0])
         for name, output in zip(names, infer(batch.arrays), strict=True):
             if output.ndim == 0 or len(output) != fed:

@@ -62,11 +62,10 @@ class Walk:
         arrays: Mapping[str, Array],
         *,
         asymmetric: bool = True,
-        limit: int | None = None,
         device: str = "cpu",
     ) -> None:
         """Raises InputError for data that do not fit the model."""
-        taken = (batch.arrays for batch in batches(model, arrays, BATCH_SIZE, limit))
+        taken = (batch.arrays for batch in batches(model, arrays, BATCH_SIZE))
         data = [tuple(torch.tensor(array) for array in batch) for batch in taken]
         self._float = Stream(model.to_torch(quantized=False, device=device), data)
         self._quantized = Stream(model.to_torch(device=device), data) if asymmetric else None
