@@ -8,7 +8,7 @@ import pytest
 
 from qpipe.errors import InputError
 from qpipe.model import Model
-from qpipe.model.run import batches, run
+from qpipe.model.run import batches, run, thinned
 
 
 def network(batch: str) -> Model:
@@ -50,11 +50,13 @@ def test_a_fixed_batch_is_filled_up_with_the_first_samples():
     assert [(batch.count, len(batch.arrays[0])) for batch in only] == [(1, 4)]
 
 
-def test_the_limit_takes_the_first_samples():
-    data = samples(6)
-    np.testing.assert_array_equal(
-        run(network("N"), data, batch_size=4, limit=5)["z"], run(network("N"), data, batch_size=4)["z"][:5]
-    )
+def test_thinned_data_keep_every_class_of_sorted_ones():
+    labels = np.repeat(np.arange(5), 20)
+    few = thinned({"x": np.arange(100) * 2.0, "labels": labels}, 10)
+    np.testing.assert_array_equal(few["labels"], np.repeat(np.arange(5), 2))
+    np.testing.assert_array_equal(few["x"], np.arange(10) * 20.0)
+    for limit in (None, 100, 1000):
+        np.testing.assert_array_equal(thinned({"labels": labels}, limit)["labels"], labels)
 
 
 def test_arrays_are_cast_within_their_kind():

@@ -84,10 +84,15 @@ def test_the_score_does_not_depend_on_the_batch_size(classifier, quantized, data
     assert max(scores.values()) - min(scores.values()) < 1e-3
 
 
-def test_the_limit_takes_the_first_samples_and_their_labels(classifier, data):
-    head = evaluate(classifier, data.head(10), metric="top1").values["score"]
+def test_the_limit_spreads_evenly_over_samples_and_their_labels(classifier, data):
+    rows = np.arange(10) * 41 // 10
+    spread = Samples({"x": data.arrays["x"][rows]}, data.labels[rows])
     limited = evaluate(classifier, data, metric="top1", limit=10).values
-    assert (limited["score"], limited["n"]) == (head, 10)
+    assert (limited["score"], limited["n"]) == (
+        evaluate(classifier, spread, metric="top1").values["score"],
+        10,
+    )
+    assert evaluate(classifier, data, metric="top1", limit=1000).values["n"] == 41
 
 
 @pytest.fixture
