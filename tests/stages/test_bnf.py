@@ -124,6 +124,15 @@ def test_a_value_read_twice_keeps_its_normalization_as_mul_and_add(network, run,
     check_same(run, model, folded, image(3, 6, 4, 4))
 
 
+def test_a_model_without_any_passes_unchanged_and_says_so(network, run, notes):
+    model = network("n (float[N,6,4,4] x) => (float[N,6,4,4] y) { y = Conv(x, w) }", {"w": (6, 6, 1, 1)})
+    folded = bnf(model, ctx=notes)
+    assert ops(folded) == ["Conv"]
+    assert notes.notes == [
+        "There is no BatchNormalization to fold; torch's exporter folds them itself, unless told not to."
+    ]
+
+
 def test_tied_weights_are_folded_one_by_one(network, run):
     model = network(
         """n (float[N,6,4,4] x) => (float[N,6,4,4] y) {

@@ -83,6 +83,18 @@ def test_the_error_is_noted_and_kept(network, notes):
     assert "largest_relative_error" not in prepare(model, verify=False).metadata["prepare"]
 
 
+def test_weights_that_stay_shared_are_named_with_the_way_out(network, notes):
+    model = network(
+        "n (float[N,4] x) => (float[N,4] y) { t = MatMul(x, w)  u = Relu(t)  y = MatMul(u, w) }",
+        {"w": (4, 4)},
+    )
+    prepare(model, ctx=notes)
+    assert "share 'w'; tied_weights: copy gives each layer a weight of its own" in notes.notes[-1]
+    notes.notes.clear()
+    prepare(model, tied_weights="copy", ctx=notes)
+    assert not any("share" in note for note in notes.notes)
+
+
 def test_outputs_that_moved_are_a_failure(network, monkeypatch):
     model = network("n (float[N,4] x) => (float[N,5] y) { y = Gemm<alpha=3.0>(x, w) }", {"w": (4, 5)})
 
