@@ -21,6 +21,8 @@ from qpipe.numerics.scheme import Granularity, Scheme, TensorScheme
 from qpipe.stage import NULL, Context, Range, Samples, Scores, stage
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from qpipe.model import Model
 
 
@@ -46,7 +48,16 @@ def with_choice(scheme: TensorScheme, choice: dict[str, Any], side: str) -> Tens
     )
 
 
-@stage(version=1, config={"data": "calibration", "scheme": "${scheme}", "target": "${target}"})
+def refuse_granularity(given: Mapping[str, Any]) -> None:
+    """Errors: ValueError where the scheme's weights cannot have the granularity that replaces theirs."""
+    chosen(given["scheme"], None, given["weight_granularity"])
+
+
+@stage(
+    version=1,
+    config={"data": "calibration", "scheme": "${scheme}", "target": "${target}"},
+    check=refuse_granularity,
+)
 def calibrate(
     model: Model,
     data: Samples,

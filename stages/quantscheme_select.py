@@ -1,5 +1,4 @@
-"""Which observer suits this model: every candidate is tried, for weights and for activations, and the best is
-named.
+"""Which observers suit this model: every candidate is tried, for weights and for activations; the best win.
 
     score(candidate) = sqnr_db of the outputs against the float model's, by default
 
@@ -43,6 +42,46 @@ def candidates(
             yield replace(scheme, observer=observer, percentile=percentile)
 
 
+def trials(
+    scheme: Scheme,
+    weight_observers: tuple[Observer, ...],
+    activation_observers: tuple[Observer, ...],
+    percentiles: tuple[float, ...],
+) -> list[tuple[str, TensorScheme]]:
+    """All candidates as (side, scheme of its tensors), in the order of trial."""
+    found = [("weight", each) for each in candidates(scheme.weight, weight_observers, percentiles)]
+    if scheme.activation is not None:
+        sided = candidates(scheme.activation, activation_observers, percentiles)
+        found += [("activation", each) for each in sided]
+    return found
+
+
+def with_candidate(scheme: Scheme, side: str, candidate: TensorScheme) -> Scheme:
+    """`scheme` with the candidate on its side."""
+    if side == "weight":
+        return replace(scheme, weight=candidate)
+    return replace(scheme, activation=candidate)
+
+
+def with_granularity(scheme: Scheme, granularity: Granularity | None) -> Scheme:
+    """`scheme` with the granularity of weights, where it is given."""
+    if granularity is None:
+        return scheme
+    block_size = scheme.weight.block_size if granularity == "per_block" else 0
+    return replace(scheme, weight=replace(scheme.weight, granularity=granularity, block_size=block_size))
+
+
+def refuse_trials(given: Mapping[str, Any]) -> None:
+    """Errors: ValueError for a list without candidates, or a candidate that no tensor can have."""
+    names = ("weight_observers", "activation_observers", "percentiles")
+    for name in names:
+        if not given[name]:
+            raise ValueError(f"{name} is empty; name at least one.")
+    scheme = with_granularity(given["scheme"], given["weight_granularity"])
+    for side, candidate in trials(scheme, *(given[name] for name in names)):
+        with_candidate(scheme, side, candidate)
+
+
 def row(side: str, scheme: TensorScheme, score: float) -> dict[str, Any]:
     """One line of the table: what was tried, and what it scored."""
     percentile = scheme.percentile if scheme.observer == "percentile" else None
@@ -84,7 +123,11 @@ def scored(
     return score
 
 
-@stage(version=1, config={"calibration": "calibration", "scheme": "${scheme}", "target": "${target}"})
+@stage(
+    version=1,
+    config={"calibration": "calibration", "scheme": "${scheme}", "target": "${target}"},
+    check=refuse_trials,
+)
 def quantscheme_select(
     model: Model,
     calibration: Samples,
@@ -101,21 +144,17 @@ def quantscheme_select(
     limit: Annotated[int, Range(ge=1)] | None = 256,
     ctx: Context = NULL,
 ) -> Scores:
-    """The winners `weight_observer` and `activation_observer`, their percentiles, and the `table` of all
-    scores.
+    """The winning `weight_observer` and `activation_observer`, their percentiles, and the `table` of scores.
 
     `score` is that of both winners together. `limit` takes that many samples of the calibration and of the
-    evaluation.
-    Errors: InputError for data that do not fit the model.
+    evaluation, evenly spread. Errors: InputError for data that do not fit the model.
     """
+    refuse_trials(locals())
     from qpipe.model.calibration import activation_encodings, observed, observed_groups, weight_encodings
     from qpipe.model.placement import place
     from qpipe.model.run import thinned
 
-    if weight_granularity is not None:
-        block_size = scheme.weight.block_size if weight_granularity == "per_block" else 0
-        weight = replace(scheme.weight, granularity=weight_granularity, block_size=block_size)
-        scheme = replace(scheme, weight=weight)
+    scheme = with_granularity(scheme, weight_granularity)
     observers = observed(
         model, thinned(calibration.arrays, limit), observed_groups(place(model, target, scheme)), ctx.memo,
         batch_size=batch_size, device=ctx.device,
@@ -123,15 +162,14 @@ def quantscheme_select(
     score = scored(model, evaluation or calibration, metric, batch_size, limit, ctx)
 
     def encodings(side: str, candidate: TensorScheme) -> Encodings:
-        if side == "weight":
-            return weight_encodings(model, place(model, target, replace(scheme, weight=candidate)))
-        return activation_encodings(place(model, target, replace(scheme, activation=candidate)), observers)
+        placement = place(model, target, with_candidate(scheme, side, candidate))
+        return (
+            weight_encodings(model, placement)
+            if side == "weight"
+            else activation_encodings(placement, observers)
+        )
 
-    tried = [("weight", each) for each in candidates(scheme.weight, weight_observers, percentiles)]
-    if scheme.activation is not None:
-        tried += [
-            ("activation", each) for each in candidates(scheme.activation, activation_observers, percentiles)
-        ]
+    tried = trials(scheme, weight_observers, activation_observers, percentiles)
     table: list[dict[str, Any]] = []
     grids: list[Encodings] = []
     for side, candidate in tried:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -114,3 +115,22 @@ def test_scores_below_the_noise_choose_nothing(network, target, notes):
     assert all(row["score"] == pytest.approx(10 * np.log10(0.2 / 0.8), abs=0.01) for row in scores["table"])
     assert scores["weight_observer"] == "percentile"
     assert notes.notes == ["No weight observer leaves a signal (all at most 0 dB): the first one stays."]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weight_observers": ()}, "weight_observers is empty; name at least one."),
+        ({"weight_observers": ("moving_average",)},
+         "observer moving_average follows batches of activations, got it for weights."),
+        ({"percentiles": (99.9, 101.0)}, "percentile must lie above 50 and be at most 100, got 101.0."),
+        ({"weight_granularity": "per_block"}, "per_block needs a block_size of at least 1, got 0."),
+    ],
+)  # fmt: skip
+def test_candidates_that_cannot_be_are_refused_before_anything_runs(model, target, options, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        quantscheme_select(model, samples(0, 4), scheme=SCHEME, target=target, **options)
+    parameters = quantscheme_select.__stage__.params
+    given = {name: param.default for name, param in parameters.items()}
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        quantscheme_select.__stage__.check({**given, "scheme": SCHEME, "target": target, **options})
