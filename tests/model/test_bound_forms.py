@@ -41,7 +41,8 @@ def test_bounds_by_numbers(nodes: str, wanted: list[str]) -> None:
 
 def test_bounds_that_are_a_vector_stay() -> None:
     proto = parsed(
-        "net (float[N,4] x) => (float[N,4] y) { a = Relu(x)  y = Min(a, c) }", c=np.arange(4, dtype=np.float32)
+        "net (float[N,4] x) => (float[N,4] y) { a = Relu(x)  y = Min(a, c) }",
+        c=np.arange(4, dtype=np.float32),
     )
     assert op_types(Model.from_proto(proto)) == ["Relu", "Min"]
 
