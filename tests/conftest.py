@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: the tests' tensors are tiny, and they run side by side
 
 from qpipe.catalog import catalog
 from tests.toy import Toy
