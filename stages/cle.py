@@ -162,7 +162,7 @@ def apply(
         editor.set_param(layer.weight, ungrouped(weight, layer.weight_shape, layer.channel_axis))
 
 
-@stage(version=1)
+@stage(version=1, config={"data": "calibration"})
 def cle(
     model: Model,
     data: Samples | None = None,
