@@ -21,6 +21,17 @@ if TYPE_CHECKING:
     from qpipe.model import Model
 
 
+def loads(path: Path) -> str:
+    """A sentence that says what onnxruntime takes; it raises where the file does not load."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    shapes = ", ".join(f"{value.name} {value.shape}" for value in session.get_inputs())
+    return f"onnxruntime {onnxruntime.__version__} loads model.onnx; it takes {shapes}."
+
+
 @stage(version=1)
 def export(
     model: Model, *, encodings_format: Literal["0.6.1", "1.0.0", "2.0.0"] = "1.0.0", ctx: Context = NULL
@@ -43,14 +54,3 @@ def export(
         written = Files({file.name: file for file in sorted(folder.iterdir())})
         # Mapped, so that the content outlives the folder without being read into memory.
         return Files({file: written.read(file) for file in written.contents})
-
-
-def loads(path: Path) -> str:
-    """A sentence that says what onnxruntime takes; it raises where the file does not load."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    shapes = ", ".join(f"{value.name} {value.shape}" for value in session.get_inputs())
-    return f"onnxruntime {onnxruntime.__version__} loads model.onnx; it takes {shapes}."
