@@ -5,7 +5,7 @@ Weights of 4 bits per output channel, alone (W4) and with activations of 8 bits 
 the logits on the evaluation images, squared, over the float logits' variance: the rounding's own where the
 activations stay float. CPU seconds are those of the stage as a whole: streams, moments and all.
 
-    OMP_NUM_THREADS=1 python benchmarks/adaround.py                        about half an hour on one core
+    OMP_NUM_THREADS=1 python benchmarks/adaround.py                        about forty minutes on one core
     OMP_NUM_THREADS=1 python benchmarks/adaround.py --iterations 500       a minute; the gradient is not at
                                                                            its best then
 """
