@@ -45,8 +45,9 @@ def open_pool(store: Store, run: RunSpec, log: Path | None = None) -> Pool:
 def execute(walks: Sequence[Walk], store: Store, run: RunSpec, pool: Pool, view: View) -> None:
     """Run what `walks` lack, until every target of each has its outcome.
 
-    Errors: DamagedError, once what was under way has ended, where a blob that an action reads is not what it should
-    be. The store has moved it aside by then, so that what made it runs again when all is planned anew.
+    Errors: CacheError at once, where the cache cannot be written; DamagedError, once what was under way has ended,
+    where a blob that an action reads is not what it should be. The store has moved that aside by then, so that what
+    made it runs again when all is planned anew.
     """
     _Run(walks, store, run, pool, view).go()
 
@@ -114,13 +115,7 @@ class _Run:
             if not self._pool.idle:
                 break
             action = self._wanted[key][0][1]
-            try:
-                locked = self._lock(key)
-            except CacheError as error:
-                self._take_from_queue(key)
-                self._fail(key, {"message": str(error), "exit_code": error.exit_code})
-                continue
-            if not locked:
+            if not self._lock(key):
                 if key not in self._blocked:
                     self._blocked[key] = time.monotonic()
                     self._queue.remove(key)
@@ -174,6 +169,8 @@ class _Run:
         self._running.pop(key, None)
         if event["event"] == "done":
             self._publish(key, as_result(event))
+        elif event["kind"] == "CacheError":
+            raise CacheError(event["message"])  # no other action could keep its result either
         elif event["kind"] == "DamagedError":
             self._damage = DamagedError(event["message"], event["digest"])
             self._stopped = True
@@ -188,9 +185,6 @@ class _Run:
             result = self._store.publish(key, result)
         except DamagedError as error:
             self._damage, self._stopped = error, True
-            return
-        except CacheError as error:
-            self._fail(key, {"message": str(error), "exit_code": error.exit_code})
             return
         self._store.index.set("history", f"{action.stage}/{action.node}", key)
         self._conclude(key, result, "ran")

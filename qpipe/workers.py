@@ -50,7 +50,10 @@ class Pool(Protocol):
 
 
 class InProcess:
-    """Actions run in this process, one at a time, when their events are asked for: for debuggers and tiny stages."""
+    """Actions run in this process, one at a time, when their events are asked for: for debuggers and tiny stages.
+
+    Of progress nothing is told: it would come when the action is over.
+    """
 
     def __init__(self, store: Store, threads: int) -> None:
         self._store = store
@@ -68,9 +71,8 @@ class InProcess:
     def events(self, timeout_s: float) -> Iterator[tuple[str, Event]]:
         if self._waiting:
             request = self._waiting.popleft()
-            progress: list[Event] = []
             try:
-                event = {"event": "done", **perform(request, self._store, progress.append, self._threads)}
+                event = {"event": "done", **perform(request, self._store, lambda _: None, self._threads)}
             except Exception as error:  # the node's failure, whatever it is
                 event = failure(error)
             yield request["key"], event
