@@ -1,7 +1,7 @@
 """An action as it runs: inputs out of the store, the stage's function called, its outputs into the store.
 
-This is what a worker does, in whatever process. It publishes nothing: the result goes back to the executor, which alone
-decides that it counts.
+This is what a worker does, in whatever process. It publishes the sub-results of `ctx.memo` as it goes, so that a killed
+action resumes; the action's own result goes back to the executor, which alone decides that it counts.
 """
 
 from __future__ import annotations
