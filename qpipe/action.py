@@ -7,6 +7,7 @@ action resumes; the action's own result goes back to the executor, which alone d
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import platform
 import resource
@@ -44,6 +45,7 @@ def request(action: Action, device: str) -> Request:
             for port, artifacts in action.inputs.items()
         },
         "device": device,
+        "provenance": dict(action.provenance),
     }
 
 
@@ -144,7 +146,10 @@ def perform(request: Request, store: Store, emit: Emit, threads: int) -> dict[st
             "device": request["device"],
             "machine": platform.machine(),
             "instruction_set": _instruction_set(),
+            "python": platform.python_version(),
+            "builds": _builds(tuple(request["ingredients"]["libraries"])),
             "written": request["written"],
+            **request.get("provenance", {}),
         },
     }
 
@@ -199,6 +204,19 @@ def _instruction_set() -> str:
                 flags = line.split(":", 1)[1].split()
                 return " ".join(flag for flag in flags if flag in _EXTENSIONS) or platform.machine()
     return platform.processor() or platform.machine()
+
+
+@functools.cache
+def _builds(libraries: tuple[str, ...]) -> dict[str, str]:
+    """The versions of those libraries that are builds for a device: the key has the version alone."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in libraries:
+        with contextlib.suppress(PackageNotFoundError):
+            if "+" in (whole := version(name)):
+                found[name] = whole
+    return found
 
 
 _EXTENSIONS = frozenset(

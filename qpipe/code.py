@@ -73,6 +73,10 @@ class CodeIndex:
         """The code digest of a module. ConfigError where it cannot be found, read or parsed."""
         return digest("code", _FORM, self._reach(module_name).modules)
 
+    def modules(self, module_name: str) -> dict[str, str]:
+        """Full name -> digest, of every module that the code digest of `module_name` covers."""
+        return dict(self._reach(module_name).modules)
+
     def libraries(self, module_name: str) -> dict[str, str]:
         """Distribution name -> version, of the packages of others that the module's code imports."""
         return self._versions(self._reach(module_name))
@@ -88,6 +92,12 @@ class CodeIndex:
             raise ConfigError(f"expected 'module:function', got '{factory}'.")
         reach = self._reach(module_name, search_path, own=False)
         return digest("factory", _FORM, function, reach.modules, self._versions(reach))
+
+    def factory_parts(self, factory: str, search_path: Path) -> dict[str, str]:
+        """Full name -> digest of every module that `digest_factory` covers, and "library NAME" -> version."""
+        reach = self._reach(factory.partition(":")[0], search_path, own=False)
+        versions = self._versions(reach)
+        return {**reach.modules, **{f"library {name}": found for name, found in versions.items()}}
 
     def _reach(self, root: str, search_path: Path | None = None, own: bool = True) -> _Reach:
         """What `root` reaches; with `own`, its own package counts as first-party wherever it lies."""

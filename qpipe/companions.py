@@ -10,7 +10,7 @@ import mmap
 import re
 from pathlib import Path
 
-from qpipe.hashing import Memo, digest, digest_tree, file_identity
+from qpipe.hashing import Memo, digest, digest_file, file_identity, tree_contents
 
 _LOCATION = re.compile(rb"\x0a\x08location\x12")
 """StringStringEntryProto: field 1 (key) = "location", then field 2 (value), a length and the text."""
@@ -21,17 +21,25 @@ def digest_with_companions(path: Path, memo: Memo | None = None) -> str:
 
     Errors: OSError, as for `digest_tree`. A companion that is missing counts as missing; loading refuses it.
     """
-    own = digest_tree(path, memo)
+    return content(path, memo)[0]
+
+
+def content(path: Path, memo: Memo | None = None) -> tuple[str, dict[str, str | None]]:
+    """The digest of `digest_with_companions`, and what it is made of: {name: digest} of every file.
+
+    Errors: as there.
+    """
+    if path.is_dir():
+        contents = tree_contents(path, memo)
+        return digest("tree", contents), contents
+    own = digest_file(path, memo)
     if path.suffix != ".onnx" or not path.is_file():
-        return own
-    beside = {name: path.parent / name for name in _remembered_locations(path, memo)}
-    if not beside:
-        return own
-    return digest(
-        "onnx",
-        own,
-        {name: digest_tree(file, memo) if file.is_file() else None for name, file in beside.items()},
-    )
+        return own, {path.name: own}
+    files = {name: path.parent / name for name in _remembered_locations(path, memo)}
+    if not files:
+        return own, {path.name: own}
+    beside = {name: digest_file(file, memo) if file.is_file() else None for name, file in files.items()}
+    return digest("onnx", own, beside), {path.name: own, **beside}
 
 
 def locations(path: Path) -> list[str]:

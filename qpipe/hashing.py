@@ -215,9 +215,15 @@ def digest_tree(path: Path, memo: Memo | None = None) -> str:
     Links are followed where they stay inside the folder. InputError for a link that leads outside or to a
     folder above itself, and for anything that is neither file nor folder: what they hold cannot be named.
     """
-    if not path.is_dir():
-        return digest_file(path, memo)
-    contents: dict[str, object] = {}
+    return digest("tree", tree_contents(path, memo)) if path.is_dir() else digest_file(path, memo)
+
+
+def tree_contents(path: Path, memo: Memo | None = None) -> dict[str, str | None]:
+    """{relative name: digest} of every file below the folder `path`, and {name/: None} of every folder.
+
+    Errors: as for `digest_tree`.
+    """
+    contents: dict[str, str | None] = {}
     root = path.resolve()
     pending: list[tuple[str, tuple[Path, ...]]] = [("", (root,))]
     while pending:
@@ -236,7 +242,7 @@ def digest_tree(path: Path, memo: Memo | None = None) -> str:
                 contents[name] = digest_file(target, memo)
             else:
                 raise InputError(f"{entry.path} is neither a file nor a folder: its content has no digest.")
-    return digest("tree", contents)
+    return contents
 
 
 def _follow(link: Path, root: Path) -> Path:

@@ -16,13 +16,16 @@ from typing import Any, Literal
 
 from qpipe.artifact import FORMAT, Artifact
 from qpipe.code import CodeIndex
-from qpipe.companions import digest_with_companions
+from qpipe.companions import content
 from qpipe.errors import ConfigError, InputError
 from qpipe.graph import Graph, Source
 from qpipe.hashing import digest
 from qpipe.param import is_factory
 from qpipe.spec import FirstWithin, NodeSpec
 from qpipe.store import Store
+
+LISTED = 2000
+"""A listing of more parts than this is not kept: it would outgrow the result that it explains."""
 
 State = Literal["hit", "ran", "failed", "skipped", "not_needed", "run", "wait"]
 
@@ -40,6 +43,8 @@ class Action:
     reasons: tuple[str, ...]
     always: bool = False
     expected_s: float | None = None
+    provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What the result is to keep for `qpipe why`: the node, what made its inputs, and `Keyring.listings`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +58,7 @@ class Outcome:
     reasons: tuple[str, ...] = ()
     result: Mapping[str, Any] | None = None
     error: Mapping[str, Any] | None = None
+    ingredients: Mapping[str, Any] | None = None
     chosen: tuple[Source, Source] | None = None
 
     @property
@@ -68,6 +74,8 @@ class Keyring:
         self._code = CodeIndex(store.index.memo("code"))
         self._search_path = search_path or Path.cwd()
         self._stages: dict[str, dict[str, Any]] = {}
+        self._parts: dict[str, Mapping[str, str | None]] = {}
+        self._listings: dict[str, str] = {}
 
     def ingredients(self, node: NodeSpec, inputs: Mapping[str, tuple[Artifact, ...]]) -> dict[str, Any]:
         """All that the result of `node` depends on, as JSON; its digest is the action key."""
@@ -80,14 +88,27 @@ class Keyring:
             },
         }
 
+    def listings(self, ingredients: Mapping[str, Any]) -> dict[str, str]:
+        """What the digests among `ingredients` are made of, as far as this keyring made them: {digest: text}, a line
+        for each module of a code digest and for each file of a path's content. Of more than 2,000 files, nothing."""
+        found = {}
+        for made in digests_in(ingredients):
+            if made in self._parts:
+                self._listings[made] = listing(self._parts.pop(made))
+            if text := self._listings.get(made):
+                found[made] = text
+        return found
+
     def _of_stage(self, node: NodeSpec) -> dict[str, Any]:
         stage = node.stage
         if stage.name not in self._stages:
+            code = self._code.digest(stage.module)
+            self._parts[code] = self._code.modules(stage.module)
             self._stages[stage.name] = {
                 "format": FORMAT,
                 "stage": stage.name,
                 "version": stage.version,
-                "code": self._code.digest(stage.module),
+                "code": code,
                 "libraries": self._code.libraries(stage.module),
             }
         return self._stages[stage.name]
@@ -99,6 +120,7 @@ class Keyring:
                 code = self._code.digest_factory(value, self._search_path)
             except ConfigError as error:
                 raise ConfigError(f"stages.{node.name}.{name}: {error}") from error
+            self._parts[code] = self._code.factory_parts(value, self._search_path)
             return {"function": value.partition(":")[2], "code": code}
         return self._content(value, f"stages.{node.name}.{name}")
 
@@ -116,15 +138,45 @@ class Keyring:
 
     def _path(self, path: Path, address: str) -> str:
         try:
-            return digest_with_companions(
-                path if path.is_absolute() else self._search_path / path, self._memo
-            )
+            made, files = content(path if path.is_absolute() else self._search_path / path, self._memo)
         except FileNotFoundError as error:
             raise ConfigError(
                 f"{address}: no file or folder at '{path}'. Give the path of an existing one."
             ) from error
         except OSError as error:
             raise InputError(f"{address}: cannot read '{path}': {error.strerror or error}.") from error
+        self._parts[made] = files
+        return made
+
+
+def digests_in(ingredients: Mapping[str, Any]) -> list[str]:
+    """The digests that stand for something longer: the code, and in the params the contents of paths and the code of
+    factories."""
+    found = [ingredients["code"]]
+    stack = [*ingredients["params"].values()]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, Mapping):
+            found += [value[name] for name in ("content", "code") if isinstance(value.get(name), str)]
+            stack += value.values()
+        elif isinstance(value, list):
+            stack += value
+    return found
+
+
+def listing(parts: Mapping[str, str | None]) -> str:
+    """`parts`, {name: digest}, as text; "" where there are too many.
+
+    Lines as `b3sum` writes them, but shorter: 16 digits tell two versions of one file apart. Text, because a plan
+    reads thousands of results, and a string costs a JSON reader less than a mapping.
+    """
+    if len(parts) > LISTED:
+        return ""
+    lines = []
+    for name, part in sorted(parts.items()):
+        escaped = name.replace("\\", "\\\\").replace("\n", "\\n")
+        lines.append(f"{part[:16] if part is not None else '-'}  {escaped}")
+    return "\n".join(lines)
 
 
 def decide(
@@ -138,7 +190,7 @@ def decide(
     if result is not None:
         missing = store.complete(result)
         if not missing:
-            return hit(key, result)
+            return dataclasses.replace(hit(key, result), ingredients=ingredients)
     previous = previous_result(node, store)
     if node.stage.always:
         reasons: tuple[str, ...] = ("reads the outside world every time",)
@@ -239,8 +291,9 @@ class Walk:
             else:
                 verdict = decide(node, self._inputs(name), self._keyring, self._store)
                 if isinstance(verdict, Action):
-                    self.running[name] = verdict
-                    actions.append(verdict)
+                    action = dataclasses.replace(verdict, provenance=self._provenance(verdict))
+                    self.running[name] = action
+                    actions.append(action)
                 else:
                     self._settle(name, verdict)
         return actions
@@ -248,12 +301,22 @@ class Walk:
     def finish(self, name: str, result: Mapping[str, Any], state: State = "ran") -> None:
         """The action of `name` has its result."""
         action = self.running.pop(name)
-        self._settle(name, hit(action.key, result, state, action.reasons))
+        outcome = hit(action.key, result, state, action.reasons)
+        self._settle(name, dataclasses.replace(outcome, ingredients=action.ingredients))
 
     def fail(self, name: str, error: Mapping[str, Any]) -> None:
         """The action of `name` failed; `error` holds message, exit_code and, where there is one, traceback."""
         action = self.running.pop(name)
-        self._settle(name, Outcome("failed", key=action.key, reasons=action.reasons, error=error))
+        self._settle(
+            name,
+            Outcome(
+                "failed",
+                key=action.key,
+                reasons=action.reasons,
+                error=error,
+                ingredients=action.ingredients,
+            ),
+        )
 
     def verdicts(self) -> dict[str, Outcome]:
         """An outcome for every enabled node: settled ones as they are, running ones `run`, asked-for ones `wait`, and
@@ -273,12 +336,36 @@ class Walk:
                 )
         return found
 
+    def listings(self, ingredients: Mapping[str, Any]) -> dict[str, str]:
+        """`Keyring.listings` of the keyring that made them."""
+        return self._keyring.listings(ingredients)
+
     def scores(self, source: Source) -> dict[str, Any] | None:
         """The values of a Scores output, once it is there."""
         outcome = self.outcomes.get(source.node)
         if outcome is None or not outcome.good:
             return None
         return read_scores(outcome.outputs[source.output], self._store)
+
+    def maker(self, source: Source) -> Source:
+        """The node behind an output: of a first_within that has chosen, what it chose."""
+        outcome = self.outcomes.get(source.node)
+        if outcome is None or outcome.chosen is None:
+            return source
+        model, scores = outcome.chosen
+        return self.maker(model if source.output == "model" else scores)
+
+    def _provenance(self, action: Action) -> dict[str, Any]:
+        makers: dict[str, list[list[str | None]]] = {}
+        for port, sources in self.graph.inputs[action.node].items():
+            found = [self.maker(source).node for source in sources]
+            if found:
+                makers[port] = [[node, self.outcomes[node].key] for node in found]
+        return {
+            "node": action.node,
+            "makers": makers,
+            "listings": self._keyring.listings(action.ingredients),
+        }
 
     def _outcome(self, source: Source) -> Outcome:
         return self.outcomes[source.node]

@@ -21,7 +21,7 @@ from qpipe.plan import Outcome, Walk
 from qpipe.spec import FirstWithin
 from qpipe.store import Store
 
-SCHEMA = 1
+SCHEMA = 2
 RECORD = "record.json"
 
 
@@ -63,6 +63,8 @@ def build_record(
         "best": _best(walk),
         "ladder": _ladder(walk, verdicts),
         "nodes": nodes,
+        "stages": _stages(verdicts),
+        "listings": _listings(walk, verdicts),
         "edges": [list(edge) for edge in walk.graph.edges()],
         "files": {name: list(paths) for name, paths in files.items()},
         "totals": _totals(verdicts),
@@ -89,6 +91,7 @@ def _node(walk: Walk, name: str, outcome: Outcome) -> dict[str, Any]:
         "reasons": list(outcome.reasons),
         "key": outcome.key,
         "params": written,
+        "counted": dict((outcome.ingredients or {}).get("params", {})),
         "inputs": _digests(walk, name),
         "outputs": {port: _artifact(artifact) for port, artifact in outcome.outputs.items()},
         "duration_s": provenance.get("duration_s") if ran else 0.0,
@@ -99,6 +102,36 @@ def _node(walk: Walk, name: str, outcome: Outcome) -> dict[str, Any]:
         "notes": list(result.get("notes", ())),
         "error": dict(outcome.error) if outcome.error else None,
     }
+
+
+def _stages(verdicts: Mapping[str, Outcome]) -> dict[str, Any]:
+    """What the keys of all nodes of a stage have in common, once: {stage: {format, version, code, libraries}}."""
+    found: dict[str, Any] = {}
+    for outcome in verdicts.values():
+        if outcome.ingredients and outcome.ingredients["stage"] not in found:
+            shared = {name: outcome.ingredients[name] for name in ("format", "version", "code", "libraries")}
+            found[outcome.ingredients["stage"]] = shared
+    return found
+
+
+def _listings(walk: Walk, verdicts: Mapping[str, Outcome]) -> dict[str, str]:
+    """What the digests in the keys are made of, once: {digest: a line for each module or file}."""
+    found: dict[str, str] = {}
+    for outcome in verdicts.values():
+        if outcome.ingredients:
+            found |= walk.listings(outcome.ingredients)
+    return found
+
+
+def ingredients_of(record: Mapping[str, Any], name: str) -> dict[str, Any] | None:
+    """What the key of a node was made of, as `record` has it; None where its inputs were not known, or where the
+    record is of schema 1."""
+    node = record["nodes"][name]
+    shared = record.get("stages", {}).get(node["stage"])
+    if shared is None or node["key"] is None:
+        return None
+    ports = {port: [made] if isinstance(made, str) else made for port, made in node["inputs"].items()}
+    return {**shared, "stage": node["stage"], "params": node["counted"], "ports": ports}
 
 
 def _digests(walk: Walk, name: str) -> dict[str, Any]:
