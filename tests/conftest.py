@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: the tests' tensors are tiny, and they run side by side
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # before torch is imported: the tests' tensors are tiny, and they run side by side
+)
 
 from qpipe.catalog import catalog
 from tests.toy import Toy
@@ -32,3 +35,13 @@ def toy_stages(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Toy]:
     catalog.cache_clear()
     for name in ("toy_stages", "toy_formula"):
         sys.modules.pop(name, None)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One line that sums up what the crash tests tried; they hand their counts over as a property."""
+    counts: Counter[str] = Counter()
+    for report in terminalreporter.getreports("passed"):
+        counts.update(dict(report.user_properties).get("crash", {}))
+    if counts:
+        told = ", ".join(f"{name} {count}" for name, count in counts.items())
+        terminalreporter.write_line(f"crash tests: {told}")
