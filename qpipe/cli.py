@@ -3,7 +3,8 @@
     qpipe [run|plan|why NODE|graph [FILE]|stages [NAME]|report [RUN]|cache ls|verify|gc] [Hydra overrides …] [-m]
 
 Exit status: 0 all done; 1 a node failed; 2 the config or an input is wrong; 3 the goal was not met; 4
-`run.expect=cached` and something had to run; 130 interrupted.
+`run.expect=cached` (or `run.max_misses`) and something (or more) had to run; 5 `run.budget_s` was spent before all was
+done; 130 interrupted.
 """
 
 from __future__ import annotations

@@ -41,7 +41,10 @@ ENGINE = frozenset(
     | {
         "spec",
         "graph",
+        "history",
         "plan",
+        "estimate",
+        "explain",
         "action",
         "workers",
         "executor",

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from qpipe.catalog import catalog, plain
 from qpipe.errors import ConfigError, QpipeError
+from qpipe.estimate import Estimate, estimate
+from qpipe.executor import worker_count
+from qpipe.history import expected_s, rebuild
 from qpipe.param import describe, listed, nearest
-from qpipe.plan import Outcome, Walk, previous_result
+from qpipe.plan import Outcome, Walk
 from qpipe.record import RECORD
 from qpipe.report.plain import PlainDisplay
 from qpipe.report.table import table
 from qpipe.report.terminal import Row, Terminal
+from qpipe.report.text import duration, plural
 from qpipe.spec import FirstWithin
 from qpipe.stage import REQUIRED
 from qpipe.store import Store
-from qpipe.sweep import Job, open_store, plan_jobs, run_jobs
+from qpipe.sweep import NOT_CACHED, Job, open_store, plan_jobs, refusal, run_jobs
 
 
 class Screen(Terminal):
@@ -32,8 +36,19 @@ class Screen(Terminal):
     def __enter__(self) -> Screen:
         return self
 
-    def planned_jobs(self, plans: Iterable[tuple[Job, Walk]]) -> None:
-        self.planned([row for _, walk in plans for row in rows(walk, self._store)])
+    def planned_jobs(self, plans: Sequence[tuple[Job, Walk]]) -> None:
+        shown = [row for _, walk in plans for row in rows(walk, self._store)]
+        wall_s = None
+        if any(row.verdict in ("run", "wait") for row in shown):
+            workers = worker_count(plans[0][0].spec.run)
+            wall_s = estimate([walk for _, walk in plans], self._store, workers).wall_s
+        self.planned(shown, wall_s)
+        budget_s = plans[0][0].spec.run.budget_s
+        if wall_s is not None and budget_s is not None and wall_s > budget_s:
+            self.message(
+                f"run.budget_s={budget_s:g} will not do: this takes about {duration(wall_s)}. What is done by then "
+                f"is kept."
+            )
 
     def ended_jobs(self, records: Sequence[tuple[Job, dict[str, Any]]]) -> None:
         self.close()
@@ -52,16 +67,40 @@ def run(jobs: Sequence[Job]) -> int:
 
 
 def plan(jobs: Sequence[Job]) -> int:
-    """Say what would run, what the cache has, and why. Writes nothing but the memo of file digests."""
+    """Say what would run, what the cache has, why, and what it costs. Writes nothing but the index."""
+    options = jobs[0].spec.run
     with open_store(jobs[0].spec) as store:
+        rebuild(store)
         walks = plan_jobs(jobs, store)
+        costs = estimate(walks, store, worker_count(options))
         screen = Terminal(sys.stdout, live=False)
-        screen.planned([row for walk in walks for row in rows(walk, store)])
-        if jobs[0].spec.run.expect == "cached":
-            return (
-                4 if any(row.verdict in ("run", "wait") for walk in walks for row in rows(walk, store)) else 0
-            )
-    return 0
+        screen.planned([row for walk in walks for row in rows(walk, store)], costs.wall_s)
+        for line in cost_lines(costs, worker_count(options)):
+            screen.message(line)
+        return 0 if (refused := refusal(walks, options)) is None else _refused(screen, refused)
+
+
+def _refused(screen: Terminal, message: str) -> int:
+    screen.message(message)
+    return NOT_CACHED
+
+
+def cost_lines(costs: Estimate, workers: int) -> list[str]:
+    """The Estimate in sentences."""
+    lines = []
+    if costs.compute_s is not None:
+        side_by_side = f", {duration(costs.wall_s)} on {plural(workers, 'worker')}" if workers > 1 else ""
+        lines.append(f"at most {duration(costs.compute_s)} of computing{side_by_side}")
+        if len(costs.longest) > 1:
+            way = costs.longest if len(costs.longest) <= 8 else (*costs.longest[:4], "…", *costs.longest[-3:])
+            lines.append(f"the longest way takes {duration(costs.longest_s)}: {' -> '.join(way)}")
+    if costs.unknown:
+        more = len(costs.unknown) - 8
+        named = ", ".join(costs.unknown[:8]) + (f" and {more} more" if more > 0 else "")
+        lines.append(f"never run, so without an estimate: {named}")
+    if costs.saved_s >= 0.001:
+        lines.append(f"the cache saves {duration(costs.saved_s)}")
+    return [f"  {line}" for line in lines]
 
 
 def rows(walk: Walk, store: Store) -> list[Row]:
@@ -74,8 +113,8 @@ def _row(walk: Walk, name: str, outcome: Outcome, store: Store) -> Row:
     if isinstance(node, FirstWithin):
         return Row(walk.label + name, "first_within", outcome.state, outcome.reasons)
     expected = None
-    if outcome.state in ("run", "wait") and (before := previous_result(node, store)):
-        expected = before["provenance"]["duration_s"]
+    if outcome.state in ("run", "wait"):
+        expected = expected_s(store, node.stage.name, name)
     return Row(walk.label + name, node.stage.name, outcome.state, outcome.reasons, expected)
 
 

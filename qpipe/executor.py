@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from qpipe.action import as_result, request
 from qpipe.errors import CacheError, DamagedError, InputError, QpipeError
 from qpipe.graph import Graph
+from qpipe.history import remember
 from qpipe.plan import Action, State, Walk
 from qpipe.spec import RunSpec
 from qpipe.store import Store
@@ -37,20 +38,42 @@ class View(Protocol):
 
 def open_pool(store: Store, run: RunSpec, log: Path | None = None) -> Pool:
     """The place where actions run, as `run` says; processes are spawned only when an action comes."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(cores, 4) if run.workers is None else run.workers
-    threads = run.threads or max(1, cores // max(1, workers))
+    workers, threads = worker_count(run), thread_count(run)
     return Processes(store.root, workers, threads, log) if workers else InProcess(store, threads)
 
 
-def execute(walks: Sequence[Walk], store: Store, run: RunSpec, pool: Pool, view: View) -> None:
-    """Run what `walks` lack, until every target of each has its outcome.
+def worker_count(run: RunSpec) -> int:
+    """How many processes; 0 stands for this one."""
+    return min(_cores(), 4) if run.workers is None else run.workers
+
+
+def thread_count(run: RunSpec) -> int:
+    """How many threads an action has."""
+    return run.threads or max(1, _cores() // max(1, worker_count(run)))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def execute(
+    walks: Sequence[Walk],
+    store: Store,
+    run: RunSpec,
+    pool: Pool,
+    view: View,
+    deadline: float | None = None,
+) -> bool:
+    """Run what `walks` lack, until every target of each has its outcome. False where `deadline` (a reading of
+    time.monotonic) came before: from then on no action begins, and those under way are finished.
 
     Errors: CacheError at once, where the cache cannot be written; DamagedError, once what was under way has ended,
     where a blob that an action reads is not what it should be. The store has moved that aside by then, so that what
     made it runs again when all is planned anew.
     """
-    _Run(walks, store, run, pool, view).go()
+    one = _Run(walks, store, run, pool, view, deadline)
+    one.go()
+    return not one.late
 
 
 def forget(walks: Sequence[Walk], store: Store, digest: str) -> None:
@@ -66,7 +89,15 @@ def forget(walks: Sequence[Walk], store: Store, digest: str) -> None:
 class _Run:
     """The state of one execution; it exists while `go` runs."""
 
-    def __init__(self, walks: Sequence[Walk], store: Store, run: RunSpec, pool: Pool, view: View) -> None:
+    def __init__(
+        self,
+        walks: Sequence[Walk],
+        store: Store,
+        run: RunSpec,
+        pool: Pool,
+        view: View,
+        deadline: float | None,
+    ) -> None:
         self._walks, self._store, self._options, self._pool, self._view = walks, store, run, pool, view
         self._wanted: dict[str, list[tuple[Walk, Action]]] = {}
         self._queue: list[str] = []
@@ -76,6 +107,8 @@ class _Run:
         self._locks: dict[str, Any] = {}
         self._damage: DamagedError | None = None
         self._stopped = False
+        self._deadline = deadline
+        self.late = False
 
     def go(self) -> None:
         try:
@@ -108,6 +141,8 @@ class _Run:
 
     def _start(self) -> None:
         """Begin what can begin: as many as the pool takes, of keys that no other process holds."""
+        if self._deadline is not None and time.monotonic() >= self._deadline and not self._stopped:
+            self.late = self._stopped = bool(self._queue or self._blocked)
         if self._stopped:
             self._queue.clear()
             self._blocked.clear()
@@ -187,7 +222,7 @@ class _Run:
         except DamagedError as error:
             self._damage, self._stopped = error, True
             return
-        self._store.index.set("history", f"{action.stage}/{action.node}", key)
+        remember(self._store, key, result)
         self._conclude(key, result, "ran")
 
     def _conclude(self, key: str, result: dict[str, Any], verdict: State) -> None:

@@ -20,6 +20,7 @@ from qpipe.companions import content
 from qpipe.errors import ConfigError, InputError
 from qpipe.graph import Graph, Source
 from qpipe.hashing import digest
+from qpipe.history import expected_s, previous_result
 from qpipe.param import is_factory
 from qpipe.spec import FirstWithin, NodeSpec
 from qpipe.store import Store
@@ -191,14 +192,14 @@ def decide(
         missing = store.complete(result)
         if not missing:
             return dataclasses.replace(hit(key, result), ingredients=ingredients)
-    previous = previous_result(node, store)
+    previous = previous_result(store, node.stage.name, node.name)
     if node.stage.always:
         reasons: tuple[str, ...] = ("reads the outside world every time",)
     elif missing:
         reasons = (f"cached result lost {len(missing)} of its blobs",)
     else:
         reasons = tuple(differences(previous["ingredients"], ingredients)) if previous else ("never run",)
-    expected = previous["provenance"]["duration_s"] if previous else None
+    expected = expected_s(store, node.stage.name, node.name)
     return Action(
         node.name,
         node.stage.name,
@@ -216,12 +217,6 @@ def hit(key: str, result: Mapping[str, Any], state: State = "hit", reasons: tupl
     """The Outcome of a node whose action result is at hand."""
     outputs = {name: Artifact(**fields) for name, fields in result["outputs"].items()}
     return Outcome(state, outputs, key, reasons, result)
-
-
-def previous_result(node: NodeSpec, store: Store) -> dict[str, Any] | None:
-    """The action result that this node of this stage had last, for reasons and expected times."""
-    key = store.index.get("history", f"{node.stage.name}/{node.name}")
-    return store.result(key) if isinstance(key, str) else None
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
@@ -335,6 +330,10 @@ class Walk:
                     "not_needed", reasons=("asked for only if the candidates before it miss the goal",)
                 )
         return found
+
+    def unwired(self, node: NodeSpec) -> dict[str, Any]:
+        """The ingredients of a node whose inputs are not known yet: all but `ports`, which is empty."""
+        return self._keyring.ingredients(node, {})
 
     def listings(self, ingredients: Mapping[str, Any]) -> dict[str, str]:
         """`Keyring.listings` of the keyring that made them."""

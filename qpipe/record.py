@@ -33,7 +33,8 @@ class RunInfo:
     folder: Path
     started: float
     finished: float = 0.0
-    interrupted: bool = False
+    stopped: str = ""
+    """What ended it before its time: "interrupted" by the person, "budget_spent", or nothing."""
 
 
 def build_record(
@@ -72,10 +73,12 @@ def build_record(
 
 
 def _status(verdicts: Mapping[str, Outcome], goal: Mapping[str, Any], info: RunInfo) -> str:
-    if info.interrupted:
-        return "interrupted"
+    if info.stopped == "interrupted":
+        return info.stopped
     if any(outcome.state == "failed" for outcome in verdicts.values()):
         return "failed"
+    if info.stopped:
+        return info.stopped
     return "goal_missed" if goal["met"] is False else "done"
 
 

@@ -78,13 +78,15 @@ class RunSpec:
     threads: int | None = None
     device: str = "cpu"
     expect: str | None = None
+    max_misses: int | None = None
+    budget_s: float | None = None
     keep_going: bool = True
     timeout_s: float | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("workers", 0), ("threads", 1)):
+        for name, least in (("workers", 0), ("threads", 1), ("max_misses", 0), ("budget_s", 0)):
             value = getattr(self, name)
-            if value is not None and value < least:
+            if value is not None and not value >= least:
                 raise ValueError(f"{name} must be >= {least} or null, got {value}.")
         if self.expect not in (None, "cached"):
             raise ValueError(f"expect must be null or 'cached', got {self.expect!r}.")

@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from qpipe.errors import CacheError, ConfigError, DamagedError, InputError
+from qpipe.estimate import misses
 from qpipe.executor import View, execute, exit_code, forget, open_pool
 from qpipe.graph import build_graph
 from qpipe.plan import Keyring, Outcome, Walk
 from qpipe.record import RunInfo, build_record, json_text, write_files, write_record
-from qpipe.spec import PipelineSpec
+from qpipe.spec import PipelineSpec, RunSpec
 from qpipe.store import Store
 
 GOAL_MISSED = 3
 NOT_CACHED = 4
+BUDGET_SPENT = 5
 INTERRUPTED = 130
 HEAL_ROUNDS = 8
 """How often a run plans anew because a blob it read was damaged, before it gives up."""
@@ -76,6 +78,8 @@ def run_jobs(jobs: Sequence[Job], store: Store, watch: Watch, command: Sequence[
     runs again.
     """
     info = RunInfo(command, jobs[0].folder, time.time())
+    budget_s = jobs[0].spec.run.budget_s
+    deadline = None if budget_s is None else time.monotonic() + budget_s
     told = False
     for _ in range(HEAL_ROUNDS):
         walks: list[Walk] = []
@@ -84,54 +88,81 @@ def run_jobs(jobs: Sequence[Job], store: Store, watch: Watch, command: Sequence[
             if not told:
                 watch.planned_jobs(list(zip(jobs, walks, strict=True)))
                 told = True
-            return _carry_out(jobs, walks, store, watch, info)
+            return _carry_out(jobs, walks, store, watch, info, deadline)
         except DamagedError as error:
             watch.message(f"The cache is damaged: {error} What made it runs again.")
             forget(walks, store, error.digest)
     raise CacheError(f"The cache at {store.root} stays damaged after {HEAL_ROUNDS} attempts. Check the disk.")
 
 
-def _carry_out(jobs: Sequence[Job], walks: Sequence[Walk], store: Store, watch: Watch, info: RunInfo) -> int:
-    options = jobs[0].spec.run
-    if options.expect == "cached" and (missing := _would_run(walks)):
-        watch.message(
-            f"run.expect=cached, and {len(missing)} nodes would have to run: {', '.join(missing[:8])}."
-        )
+def _carry_out(
+    jobs: Sequence[Job],
+    walks: Sequence[Walk],
+    store: Store,
+    watch: Watch,
+    info: RunInfo,
+    deadline: float | None,
+) -> int:
+    if (refused := refusal(walks, jobs[0].spec.run)) is not None:
+        watch.message(refused)
         return NOT_CACHED
-    interrupted = any(walk.running for walk in walks) and not _run(jobs, walks, store, watch)
-    return _conclude(jobs, walks, store, watch, dataclasses.replace(info, interrupted=interrupted))
+    stopped = ""
+    if any(walk.running for walk in walks):
+        stopped = _run(jobs, walks, store, watch, deadline)
+    return _conclude(jobs, walks, store, watch, dataclasses.replace(info, stopped=stopped))
 
 
-def _run(jobs: Sequence[Job], walks: Sequence[Walk], store: Store, watch: Watch) -> bool:
-    """Run what the walks lack; False where the person interrupted it."""
+def refusal(walks: Sequence[Walk], options: RunSpec) -> str | None:
+    """Why `run.expect` or `run.max_misses` forbids to carry the plan out, if they do.
+
+    What waits for its inputs counts as a miss, and so do the candidates that a first_within may still come to: then
+    a run that is let through cannot run more than it was allowed to.
+    """
+    allowed = 0 if options.expect == "cached" else options.max_misses
+    if allowed is None:
+        return None
+    found = misses(walks)
+    count = len(found.certain) + len(found.possible)
+    if count <= allowed:
+        return None
+    said = "run.expect=cached" if options.expect == "cached" else f"run.max_misses={allowed}"
+    maybe = f", {len(found.possible)} of them only if their inputs change" if found.possible else ""
+    named = [*found.certain, *found.possible]
+    names = ", ".join(named[:8]) + (f" and {count - 8} more" if count > 8 else "")
+    nodes = "1 node" if count == 1 else f"{count} nodes"
+    return f"{said}: {nodes} would run{maybe}: {names}. Nothing was run; `qpipe plan` says why."
+
+
+def _run(
+    jobs: Sequence[Job], walks: Sequence[Walk], store: Store, watch: Watch, deadline: float | None
+) -> str:
+    """Run what the walks lack; what stopped it ("interrupted" or "budget_spent"), or ""."""
     log = jobs[0].folder / "workers.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    pool = open_pool(store, jobs[0].spec.run, log)
+    options = jobs[0].spec.run
+    pool = open_pool(store, options, log)
     try:
-        execute(walks, store, jobs[0].spec.run, pool, watch)
+        if not execute(walks, store, options, pool, watch, deadline):
+            left = len({action.key for walk in walks for action in walk.running.values()})
+            watch.message(
+                f"run.budget_s={options.budget_s:g} is spent; {left} actions that could have begun did not. What was "
+                f"finished is in the cache; the same command goes on from there."
+            )
+            return "budget_spent"
     except KeyboardInterrupt:
         watch.message("Interrupted. What was finished is in the cache; the same command goes on from there.")
-        return False
+        return "interrupted"
     finally:
         pool.close()
         with suppress(OSError):
             if log.stat().st_size == 0:
                 log.unlink()
-    return True
-
-
-def _would_run(walks: Sequence[Walk]) -> list[str]:
-    return [
-        f"{walk.label}{name}"
-        for walk in walks
-        for name, outcome in walk.verdicts().items()
-        if outcome.state in ("run", "wait")
-    ]
+    return ""
 
 
 def _conclude(jobs: Sequence[Job], walks: Sequence[Walk], store: Store, watch: Watch, info: RunInfo) -> int:
     """Write and show the records. A single job whose input was refused leaves none: its lines said it all."""
-    status = INTERRUPTED if info.interrupted else exit_code(walks)
+    status = INTERRUPTED if info.stopped == "interrupted" else exit_code(walks)
     if status == InputError.exit_code and len(jobs) == 1:
         return status
     records = []
@@ -144,6 +175,8 @@ def _conclude(jobs: Sequence[Job], walks: Sequence[Walk], store: Store, watch: W
     if len(jobs) > 1:
         write_sweep(records, walks, jobs[0].folder.parent)
     watch.ended_jobs(records)
+    if status == 0 and info.stopped:
+        return BUDGET_SPENT
     if status == 0 and any(record["goal"]["met"] is False for _, record in records):
         return GOAL_MISSED
     return status

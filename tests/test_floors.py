@@ -14,7 +14,7 @@ from qpipe.syntax import Import, analyse
 ROOT = Path(__file__).parents[1]
 COLUMN = [
     *("errors", "hashing", "companions", "syntax", "code", "artifact", "index", "store", "cleanup"),
-    *("param", "stage", "catalog", "spec", "graph", "plan"),
+    *("history", "param", "stage", "catalog", "spec", "graph", "plan", "estimate"),
     *("action", "workers", "executor", "record", "sweep", "commands", "cli", "__main__"),
 ]
 """The engine; each file may import only what stands before it."""

@@ -106,14 +106,15 @@ class Terminal:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def planned(self, rows: Sequence[Row]) -> None:
-        """Say what will be done; call it once, before the first node starts."""
+    def planned(self, rows: Sequence[Row], expected_s: float | None = None) -> None:
+        """Say what will be done; call it once, before the first node starts. `expected_s` is what it takes in all."""
         with self._lock:
             self._announced = {row.node: row.verdict for row in rows}
             self._pending = {row.node: row.expected_s for row in rows if row.verdict in ("run", "wait")}
             self._planned = len(self._pending)
             if not self._quiet:
-                for line, style in plan_lines(rows, self._plain.width, self._left()):
+                left = self._left() if expected_s is None else expected_s
+                for line, style in plan_lines(rows, self._plain.width, left):
                     self._plain.line(line, style)
 
     def started(self, node: str, stage: str) -> None:
