@@ -1,4 +1,4 @@
-"""A kill before every call by which a run reaches the disk: between any two steps of publishing, and in their middle."""
+"""A kill before every call by which a run reaches the disk: between any two steps of publishing, and within them."""
 
 from __future__ import annotations
 

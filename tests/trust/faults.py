@@ -60,7 +60,7 @@ def arm(at: int, torn: bool = False, log: str = "") -> None:
             counter.step("open", file)
         return real_open(file, mode, *rest, **named)
 
-    builtins.open = io.open = opened  # type: ignore[assignment]
+    builtins.open = io.open = opened
     real_connect = sqlite3.connect
 
     class Connection(sqlite3.Connection):

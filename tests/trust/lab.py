@@ -162,9 +162,8 @@ def half_written(cache: Path) -> list[str]:
 def incomplete(cache: Path) -> list[str]:
     """The keys whose results lack a blob."""
     store = Store(cache, readonly=True)
-    return [
-        key for key in store.keys() if (result := store.result(key)) is not None and store.complete(result)
-    ]
+    found = ((key, store.result(key)) for key in list(store.keys()))
+    return [key for key, result in found if result is not None and store.complete(result)]
 
 
 def blobs(cache: Path) -> Sequence[Path]:
