@@ -50,6 +50,7 @@ ENGINE = frozenset(
         "executor",
         "sweep",
         "cli",
+        "compose",
         "report",
         "hydra_plugins",
         "conf",

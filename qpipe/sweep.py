@@ -5,6 +5,7 @@ common. A single run is a sweep of one.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from qpipe.estimate import misses
 from qpipe.executor import View, execute, exit_code, forget, open_pool
 from qpipe.graph import build_graph
 from qpipe.plan import Keyring, Outcome, Walk
-from qpipe.record import RunInfo, build_record, json_text, write_files, write_record
+from qpipe.record import RunInfo, build_record, json_text, write_config, write_files, write_record
 from qpipe.spec import PipelineSpec, RunSpec
 from qpipe.store import Store
 
@@ -43,7 +44,6 @@ class Job:
     spec: PipelineSpec
     folder: Path
     overrides: tuple[str, ...] = ()
-    config_text: str = ""
     label: str = ""
 
 
@@ -141,6 +141,8 @@ def _run(
     log.parent.mkdir(parents=True, exist_ok=True)
     options = jobs[0].spec.run
     pool = open_pool(store, options, log)
+    gc.freeze()
+    gc.enable()  # the command line switched it off; what runs in this process may leave large cycles
     try:
         if not execute(walks, store, options, pool, watch, deadline):
             left = len({action.key for walk in walks for action in walk.running.values()})
@@ -170,7 +172,7 @@ def _conclude(jobs: Sequence[Job], walks: Sequence[Walk], store: Store, watch: W
         own = dataclasses.replace(info, folder=job.folder, finished=time.time())
         record = build_record(walk, store, own, write_files(walk, store, job.folder))
         write_record(record, job.folder)
-        (job.folder / "config.yaml").write_text(job.config_text)
+        write_config(job.spec.resolved, job.folder)
         records.append((job, record))
     if len(jobs) > 1:
         write_sweep(records, walks, jobs[0].folder.parent)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 COLUMN = [
     *("errors", "hashing", "companions", "syntax", "code", "artifact", "index", "store", "cleanup"),
     *("history", "param", "stage", "catalog", "spec", "graph", "plan", "estimate"),
-    *("action", "workers", "executor", "record", "sweep", "commands", "cli", "__main__"),
+    *("action", "workers", "executor", "record", "sweep", "commands", "compose", "cli", "__main__"),
 ]
 """The engine; each file may import only what stands before it."""
 
