@@ -76,7 +76,9 @@ class ActionContext(Context):
         found = self._store.result(key)
         if found is not None and not self._store.complete(found):
             try:
-                return _remembered(load(Artifact(**found["outputs"]["result"]), self._store))
+                value = _remembered(load(Artifact(**found["outputs"]["result"]), self._store))
+                self._store.touch([key])
+                return value
             except DamagedError:
                 pass  # a damaged sub-result is a miss
         started = time.perf_counter()

@@ -1,54 +1,195 @@
-"""What may go from a store: results that are too old or unreadable, and the blobs that no result needs.
+"""What may go from a store: results that are unreadable, too old or beyond its size; and blobs that no result needs.
 
-Safe beside running processes. A blob that was written, or asked to be written, within the grace period stays:
-its result may not be published yet. Whoever loses a blob to a cleanup all the same finds it missing, and
-computes it again.
+Safe beside running processes: what one of them found, put or published stays until it ends (qpipe.usage says how), and
+so does what is pinned. Results go in the order of their last use, a hit or a publication; a blob goes with the last
+result that needs it. Results go before their blobs, so that a cleanup that is killed leaves no result without blobs.
+
+Where the file system has no locks, nobody can say who lives: blobs that were put within the last hour then stay.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
+import sys
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from qpipe import disk
+from qpipe.errors import CacheError, ConfigError
+from qpipe.pins import pinned
 from qpipe.store import Store
+from qpipe.usage import InUse, alone
 
 GRACE_S = 3600.0
-"""Longer than it takes from the first blob of an output to the publication of its result."""
+"""Without locks: longer than it takes from the first blob of an output to the publication of its result."""
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "p": 10**15}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgtp]?)(i?)b?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Removed:
-    """What a cleanup removed: how many results and blobs, and the bytes of these blobs."""
+    """What a cleanup removed: how many results and blobs, and the bytes of these blobs; and the bytes that are left."""
 
-    results: int
-    blobs: int
+    results: int = 0
+    blobs: int = 0
+    size_bytes: int = 0
+    left_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A result as a cleanup sees it: when it was used last (seconds since 1970), the size of its own file, the blobs it
+    needs (digest -> bytes), its stage, and whether it is a sub-result."""
+
+    used: float
     size_bytes: int
+    blobs: Mapping[str, int]
+    stage: str = "?"
+    is_part: bool = False
+    seconds: float = 0.0
+    kinds: tuple[str, ...] = ()
+    roots: tuple[tuple[str, str], ...] = ()
+    identity: tuple[int, int, int] = (0, 0, 0)
 
 
-def collect(store: Store, older_than_s: float | None = None, grace_s: float = GRACE_S) -> Removed:
-    """Remove from `store` what nothing refers to; with `older_than_s`, results published before that, too.
-
-    CacheError where the store is read-only or the disk refuses.
-    """
-    results, needed = _sort_results(store, older_than_s)
-    blobs = size_bytes = 0
-    for digest, size in list(store.blobs()):
-        if digest not in needed and store.discard(digest, grace_s):
-            blobs, size_bytes = blobs + 1, size_bytes + size
-    shutil.rmtree(store.root / "damaged", ignore_errors=True)
-    return Removed(results, blobs, size_bytes)
+def parse_size(text: Any, address: str) -> int | None:
+    """Bytes from "20GB", "512 MiB" or a number; None from None. ConfigError for anything else."""
+    if text is None:
+        return None
+    match = _SIZE.fullmatch(str(text).strip())
+    if match is None or isinstance(text, bool):
+        raise ConfigError(f"{address}: expected a size such as 20GB or 512MiB, or null, got {text!r}.")
+    number, unit, binary = match.groups()
+    power = "kmgtp".find(unit.lower()) + 1 if unit else 0
+    return int(float(number) * (1024**power if binary else _UNITS[unit.lower()]))
 
 
-def _sort_results(store: Store, older_than_s: float | None) -> tuple[int, set[str]]:
-    """Forget what is unreadable, incomplete or too old; how many, and the blobs that the others need."""
-    needed: set[str] = set()
-    forgotten = 0
-    for key in list(store.keys()):
-        result = store.result(key)
-        too_old = older_than_s is not None and store.age_s(key) > older_than_s
-        if result is None or too_old or store.complete(result):
-            store.forget(key)
-            forgotten += 1
+def read_results(store: Store, known: Mapping[str, Entry] | None = None) -> tuple[dict[str, Entry], list[str]]:
+    """Every readable result, and the keys under which something unreadable stands; of `known` only what changed is
+    read again."""
+    found: dict[str, Entry] = {}
+    unreadable: list[str] = []
+    for key, status in store.results():
+        identity = (status.st_ino, status.st_size, status.st_mtime_ns)
+        before = (known or {}).get(key)
+        if before is not None and before.identity == identity:
+            found[key] = before
+        elif (result := store.peek(key)) is not None:
+            found[key] = _entry(result, status.st_mtime, status.st_size, identity)
         else:
-            needed.update(result["blobs"])
-    return forgotten, needed
+            unreadable.append(key)
+    return found, unreadable
+
+
+def _entry(result: Mapping[str, Any], used: float, size: int, identity: tuple[int, int, int]) -> Entry:
+    ingredients, provenance = result.get("ingredients", {}), result.get("provenance", {})
+    outputs = result["outputs"].values()
+    return Entry(
+        used,
+        size,
+        {sys.intern(digest): size for digest, size in result["blobs"].items()},  # shared by many results
+        str(ingredients.get("stage", "?")),
+        "memo" in ingredients,
+        float(provenance.get("duration_s", 0.0)),
+        tuple(output["kind"] for output in outputs),
+        tuple((output["kind"], output["digest"]) for output in outputs),
+        identity,
+    )
+
+
+def collect(
+    store: Store,
+    older_than_s: float | None = None,
+    grace_s: float | None = None,
+    *,
+    max_bytes: int | None = None,
+    drop: Collection[str] = (),
+) -> Removed:
+    """Remove from `store` what nothing refers to; the results under `drop`; those used last before `older_than_s`; and
+    those used longest ago until what is left takes at most `max_bytes`. What a live process relies on, and what is
+    pinned, stays in any case.
+
+    `grace_s` spares blobs put within that time; None: as the file system demands. CacheError where the store is
+    read-only or the disk refuses.
+    """
+    if store.readonly:
+        raise CacheError(f"the cache {store.root} was opened read-only. Name another with cache.dir.")
+    if not disk.is_folder(store.root.resolve()):
+        return Removed()
+    results, _ = read_results(store)  # the long part, while others go on
+    with alone(store.root) as in_use:
+        return _collect(store, results, in_use, older_than_s, grace_s, max_bytes, drop)
+
+
+def _collect(
+    store: Store,
+    known: Mapping[str, Entry],
+    in_use: InUse,
+    older_than_s: float | None,
+    grace_s: float | None,
+    max_bytes: int | None,
+    drop: Collection[str],
+) -> Removed:
+    results, going = read_results(store, known)
+    have = dict(store.blobs())
+    kept = in_use.keys | pinned(store)
+    going += [key for key, entry in results.items() if not _is_complete(store, entry, have)]
+    going += [key for key in drop if key in results and key not in kept]
+    if older_than_s is not None:
+        going += [key for key in results if key not in kept and store.age_s(key) > older_than_s]
+    standing = {key: entry for key, entry in results.items() if key not in set(going)}
+    if max_bytes is not None:
+        movable = {key: entry for key, entry in standing.items() if key not in kept}
+        for key in _least_recently_used(standing, movable, have, in_use.blobs, max_bytes):
+            going.append(key)
+            del standing[key]
+    for key in dict.fromkeys(going):
+        store.forget(key)
+    needed = in_use.blobs.union(*(entry.blobs for entry in standing.values()))
+    if grace_s is None:
+        grace_s = 0.0 if in_use.certain else GRACE_S
+    gone = [digest for digest in have if digest not in needed and store.discard(digest, grace_s)]
+    freed = sum(have[digest] for digest in gone)
+    _sweep_up(store)
+    left = sum(have.values()) - freed + sum(entry.size_bytes for entry in standing.values())
+    return Removed(len(dict.fromkeys(going)), len(gone), freed, left)
+
+
+def _is_complete(store: Store, entry: Entry, have: Mapping[str, int]) -> bool:
+    if all(have.get(digest) == size for digest, size in entry.blobs.items()):
+        return True
+    return not store.complete({"blobs": entry.blobs})  # a store may have its blobs elsewhere, too
+
+
+def _least_recently_used(
+    standing: Mapping[str, Entry],
+    movable: Mapping[str, Entry],
+    have: Mapping[str, int],
+    in_use: Collection[str],
+    max_bytes: int,
+) -> list[str]:
+    """The keys that have to go, longest unused first, until blobs and results together take at most `max_bytes`."""
+    needs = Counter(digest for entry in standing.values() for digest in entry.blobs)
+    total = sum(have.get(digest, 0) for digest in needs.keys() | set(in_use))
+    total += sum(entry.size_bytes for entry in standing.values())
+    going = []
+    for key, entry in sorted(movable.items(), key=lambda item: (item[1].used, item[0])):
+        if total <= max_bytes:
+            break
+        going.append(key)
+        total -= entry.size_bytes
+        for digest in entry.blobs:
+            needs[digest] -= 1
+            if not needs[digest] and digest not in in_use:
+                total -= have.get(digest, 0)
+    return going
+
+
+def _sweep_up(store: Store) -> None:
+    if disk.is_folder(store.root / "tmp"):
+        disk.remove_stale(store.root / "tmp")
+    shutil.rmtree(store.root / "damaged", ignore_errors=True)

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qpipe.catalog import MISSING, RESERVED, catalog
+from qpipe.cleanup import parse_size
 from qpipe.errors import ConfigError, InputError
 from qpipe.param import coerce, listed, nearest
 from qpipe.stage import REQUIRED, Stage
@@ -105,6 +106,7 @@ class PipelineSpec:
     baselines: tuple[str, ...] = ()
     allow_discouraged: bool = False
     cache_dir: str | None = None
+    cache_max_bytes: int | None = None
     resolved: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -132,6 +134,7 @@ def read_spec(config: DictConfig) -> PipelineSpec:
         baselines=coerce(plain.get("baselines") or (), tuple[str, ...], "baselines"),
         allow_discouraged=coerce(plain.get("allow_discouraged", False), bool, "allow_discouraged"),
         cache_dir=(plain.get("cache") or {}).get("dir"),
+        cache_max_bytes=parse_size((plain.get("cache") or {}).get("max_size"), "cache.max_size"),
         resolved=plain,
     )
 

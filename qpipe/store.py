@@ -3,35 +3,37 @@
     blobs/<2>/<digest>        immutable, read-only, named by the BLAKE3 of their content (`b3sum` agrees)
     actions/<2>/<key>.json    the result of an action: its outputs, the blobs they consist of, its provenance
     locks/<2>/<key>.lock      held by the process that computes an action; the kernel frees it when that dies
+    running/                  what live processes rely on, so that no cleanup takes it (qpipe.usage)
+    pins/<name>.json          results that no cleanup takes until they are unpinned (qpipe.cleanup)
     tmp/                      files being written: locked by their writer, renamed when whole
-    damaged/                  blobs that did not match their name, kept for a look
+    damaged/                  what was not what its name says, kept for a look until the next gc
     index/                    what can be rebuilt (qpipe.index)
 
 What is read is verified; what is missing, damaged or made up is a miss, never an error of the run. What is
-written is there whole or not at all, whoever is killed meanwhile.
+written is there whole or not at all, whoever is killed meanwhile: written beside, flushed, moved, the move flushed;
+blobs first, then the result that names them. When a result was used last is the modification time of its file.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import logging
-import mmap
 import os
 import re
-import secrets
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
+from qpipe import disk
 from qpipe.artifact import KINDS, canonical_json, references
 from qpipe.errors import CacheError, DamagedError
 from qpipe.hashing import digest_bytes, is_digest
+from qpipe.usage import Usage
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -42,9 +44,6 @@ if TYPE_CHECKING:
 Json = Any
 _LOG = logging.getLogger(__name__)
 _RESULT_LIMIT = 64 << 20  # bytes; a larger result file was not written here
-_MAPPED_SIZE = 1 << 16  # smaller blobs are read: a page table costs more than a copy
-_STALE_S = 60.0  # a temporary file younger than this may not have been locked yet
-_ABANDONED_S = 86_400.0  # where files cannot be locked, only age says that a writer is gone
 _PORT = re.compile(r"\w[\w.-]*")
 
 
@@ -57,24 +56,65 @@ class Store:
         self._prefix = os.path.join(self.root, "")
         self._verified: dict[str, tuple[int, int, int]] = {}
         self._prepared = False
+        self._usage: Usage | None = None
 
     @cached_property
     def index(self) -> Index:
         """What can be rebuilt; diskcache is imported with the first use."""
         from qpipe.index import Index
 
-        return Index(self.root / "index", self.readonly)
+        folder = self.root / "index"
+        if not self.readonly and _is_strange_index(folder):
+            disk.set_aside(folder, self.root)
+        return Index(folder, self.readonly)
 
     def close(self) -> None:
-        """Write the index. The store may be used again afterwards."""
+        """Write the index and rely on nothing any more. The store may be used again afterwards."""
         if "index" in self.__dict__:
             self.index.close()
+        self._rely_on_nothing()
 
     def __enter__(self) -> Store:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    # company
+
+    @contextlib.contextmanager
+    def using(self) -> Iterator[None]:
+        """What is found, put or published meanwhile stays until the end: no cleanup takes it."""
+        nested = self._usage is not None
+        usage = self._relied_on()
+        try:
+            yield
+        finally:
+            if usage is not None and not nested:
+                self._rely_on_nothing()
+
+    @contextlib.contextmanager
+    def looking(self) -> Iterator[None]:
+        """Many looks at once: no cleanup runs meanwhile. Only inside `using`; not to be held for long."""
+        with self._usage or contextlib.nullcontext():
+            yield
+
+    def touch(self, keys: Iterable[str]) -> None:
+        """These results were used now: of all, they are to go last. What is not there any more is passed over."""
+        for key in () if self.readonly else keys:
+            with contextlib.suppress(OSError):  # gone, or another user's file in a shared cache
+                os.utime(self._place("actions", key, ".json"), follow_symlinks=False)
+
+    def _relied_on(self) -> Usage | None:
+        """The list of what this process relies on, begun with the first write; None where nothing is written."""
+        if self._usage is None and not self.readonly:
+            self._usage = Usage(self.root)
+        return self._usage
+
+    def _rely_on_nothing(self) -> None:
+        if self._usage is not None:
+            self._usage.close()
+            self._usage = None
 
     # blobs
 
@@ -84,7 +124,7 @@ class Store:
         view = view.cast("B") if view.nbytes else memoryview(b"")
         digest = digest_bytes(view)
         if not self._keep(digest, view.nbytes):
-            self._write(self._blob(digest), view, _move)
+            self.write(self._blob(digest), view, disk.move)
         return digest
 
     def open(self, digest: str) -> memoryview:
@@ -95,11 +135,12 @@ class Store:
         """
         path = self._blob(digest)
         try:
-            with open(path, "rb") as file:
-                status = os.fstat(file.fileno())
-                view = _view(file, status.st_size)
+            view, status = disk.view(path)
         except FileNotFoundError as error:
             raise DamagedError(f"blob {digest} is missing from {self.root}.", digest) from error
+        except disk.StrangeFileError as error:
+            self._set_aside(path, None)
+            raise DamagedError(f"blob {digest} in {self.root} is none: {error.strerror}.", digest) from error
         except OSError as error:
             raise CacheError(f"{path} cannot be read: {error.strerror}.") from error
         identity = (status.st_dev, status.st_ino, status.st_size)
@@ -113,21 +154,21 @@ class Store:
     def has(self, digest: str, size: int | None = None) -> bool:
         """Whether there is a blob of that name (and size); its content is not looked at."""
         try:
-            status = os.stat(self._place("blobs", digest, ""))
+            status = os.lstat(self._place("blobs", digest, ""))
         except OSError:
             return False
         return stat.S_ISREG(status.st_mode) and size in (None, status.st_size)
 
     def blobs(self) -> Iterator[tuple[str, int]]:
         """Every blob's digest and size in bytes, in no order."""
-        yield from ((entry.name, entry.stat().st_size) for entry in _entries(self.root / "blobs", ""))
+        yield from ((name, status.st_size) for name, status in _entries(self.root / "blobs", ""))
 
     def discard(self, digest: str, grace_s: float) -> bool:
-        """Remove a blob that nobody has put for `grace_s` seconds; whether it went."""
+        """Remove a blob that nobody has put for `grace_s` seconds (0: whenever); whether it went."""
         self._refuse_readonly()
         path = self._blob(digest)
         try:
-            if _age_s(path) <= grace_s:
+            if grace_s and _age_s(path) <= grace_s:
                 return False
             path.unlink()
         except FileNotFoundError:
@@ -140,11 +181,19 @@ class Store:
 
     def result(self, key: str) -> dict[str, Json] | None:
         """What was published under `key`, or None. A file that `publish` did not write is a miss; logged."""
-        path = self._action(key)
+        if self._usage is None:
+            return self.peek(key)
+        with self._usage as usage:
+            result = self.peek(key)
+            if result is not None:
+                usage.note("k", key)
+        return result
+
+    def peek(self, key: str) -> dict[str, Json] | None:
+        """As `result`, but nothing is relied on: a cleanup may take it the moment after."""
+        path = self._place("actions", key, ".json")
         try:
-            if os.stat(path).st_size > _RESULT_LIMIT:
-                raise ValueError("it is too large")
-            record = json.loads(path.read_bytes())
+            record = json.loads(disk.read_small(path, _RESULT_LIMIT))
             result: dict[str, Json] = record["result"]
             if record["seal"] != _seal(key, result):
                 raise ValueError("its seal does not match")
@@ -173,15 +222,20 @@ class Store:
             blobs |= {output["digest"]: root.nbytes, **references(root)}
         whole: dict[str, Json] = json.loads(canonical_json({**result, "blobs": blobs}))
         _check_result(whole)
-        for digest in self.complete(whole):
-            raise DamagedError(f"blob {digest} of the result {key} is missing from {self.root}.", digest)
-        content = canonical_json({"result": whole, "seal": _seal(key, whole)})
+        content = memoryview(canonical_json({"result": whole, "seal": _seal(key, whole)}))
         path = self._action(key)
-        if not self._write(path, memoryview(content), _move_first):
-            standing = self.result(key)
-            if standing is not None and not self.complete(standing):
-                return standing
-            self._write(path, memoryview(content), _move)
+        with self._relied_on() or contextlib.nullcontext() as usage:
+            if usage is not None:
+                usage.note("k", key)
+            for digest in self.complete(whole):
+                raise DamagedError(f"blob {digest} of the result {key} is missing from {self.root}.", digest)
+            if not self.write(path, content, disk.move_first):
+                standing = self.peek(key)
+                if standing is not None and not self.complete(standing):
+                    return standing
+                if not disk.is_file(path):
+                    disk.set_aside(path, self.root)
+                self.write(path, content, disk.move)
         return whole
 
     def forget(self, key: str) -> None:
@@ -189,15 +243,21 @@ class Store:
         self._refuse_readonly()
         try:
             self._action(key).unlink(missing_ok=True)
+        except IsADirectoryError:
+            disk.set_aside(self._action(key), self.root)
         except OSError as error:
             raise _refusal(self.root, error, "a result") from error
 
     def keys(self) -> Iterator[str]:
         """Every key under which something stands, in no order."""
-        yield from (entry.name.removesuffix(".json") for entry in _entries(self.root / "actions", ".json"))
+        yield from (name for name, _ in _entries(self.root / "actions", ".json"))
+
+    def results(self) -> Iterator[tuple[str, os.stat_result]]:
+        """Every key under which something stands, and the status of its file, in no order."""
+        yield from _entries(self.root / "actions", ".json")
 
     def age_s(self, key: str) -> float:
-        """Seconds since something was published under `key`; 0 where nothing stands."""
+        """Seconds since what stands under `key` was published or touched; 0 where nothing stands."""
         try:
             return _age_s(self._action(key))
         except OSError:
@@ -213,7 +273,9 @@ class Store:
         path = Path(self._place("locks", key, ".lock"))
         self._refuse_readonly()
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            disk.make_folder(path.parent, self.root)
+            if os.path.lexists(path) and not disk.is_file(path):
+                disk.set_aside(path, self.root)
         except OSError as error:
             raise _refusal(self.root, error, "a lock") from error
         return FileLock(path)
@@ -233,137 +295,79 @@ class Store:
         return f"{self._prefix}{kind}/{name[:2]}/{name}{suffix}"
 
     def _keep(self, digest: str, size: int) -> bool:
-        """Whether the blob is there already; if so it counts as new again, lest a gc takes it just now."""
-        if not self.has(digest, size):
-            return False
-        if not self.readonly:
-            with contextlib.suppress(OSError):  # another user's file in a shared cache
-                os.utime(self._blob(digest))
+        """Whether the blob is there already; from now on no cleanup takes it."""
+        with self._relied_on() or contextlib.nullcontext() as usage:
+            if usage is not None:
+                usage.note("b", digest)
+            if not self.has(digest, size):
+                return False
+            if not self.readonly:
+                with contextlib.suppress(OSError):  # another user's file in a shared cache
+                    os.utime(self._blob(digest), follow_symlinks=False)
         return True
 
     def _refuse_readonly(self) -> None:
         if self.readonly:
             raise CacheError(f"the cache {self.root} was opened read-only. Name another with cache.dir.")
 
-    def _write(self, target: Path, content: memoryview, move: Callable[[Path, Path], bool]) -> bool:
+    def write(self, target: Path, content: memoryview, move: Callable[[Path, Path], bool]) -> bool:
         """Write beside, flush to disk, move into place; what `move` says. CacheError where that fails."""
         self._refuse_readonly()
         try:
             self._prepare()
-            _make_folder(target.parent)
-            with _temporary_file(self.root / "tmp", content) as temporary:
+            disk.make_folder(target.parent, self.root)
+            if disk.is_folder(target):
+                disk.set_aside(target, self.root)
+            with disk.temporary_file(self.root / "tmp") as (descriptor, temporary):
+                disk.write_all(descriptor, content)
+                disk.seal_file(descriptor)
                 moved = move(temporary, target)
-            _flush_folder(target.parent)
+            disk.flush_folder(target.parent)
         except OSError as error:
             raise _refusal(self.root, error, f"{content.nbytes:,} bytes") from error
         return moved
 
     def _prepare(self) -> None:
         """Make the folder, once; remove what killed writers left."""
-        if self._prepared:
-            return
-        folder = self.root / "tmp"
-        folder.mkdir(parents=True, exist_ok=True)
-        for entry in os.scandir(folder):
-            with contextlib.suppress(OSError):
-                _remove_stale(entry)
-        self._prepared = True
+        if not self._prepared:
+            disk.make_folder(self.root / "tmp", self.root)
+            disk.remove_stale(self.root / "tmp")
+            self._prepared = True
 
-    def _set_aside(self, path: Path, status: os.stat_result) -> None:
+    def _set_aside(self, path: Path, status: os.stat_result | None) -> None:
+        """Move a file aside, unless it is another one by now."""
         _LOG.warning("blob %s does not match its digest", path)
-        if self.readonly:
-            return
-        with contextlib.suppress(OSError):  # another process was first
-            (self.root / "damaged").mkdir(exist_ok=True)
-            if os.stat(path).st_ino == status.st_ino:
-                os.replace(path, self.root / "damaged" / path.name)
+        with contextlib.suppress(OSError):
+            if not self.readonly and (status is None or os.lstat(path).st_ino == status.st_ino):
+                disk.set_aside(path, self.root)
 
 
 def _age_s(path: Path) -> float:
-    return time.time() - path.stat().st_mtime
+    return time.time() - os.lstat(path).st_mtime
 
 
-def _view(file: BinaryIO, size: int) -> memoryview:
-    if size < _MAPPED_SIZE:
-        return memoryview(file.read())
-    return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-
-
-@contextlib.contextmanager
-def _temporary_file(folder: Path, content: memoryview) -> Iterator[Path]:
-    """A read-only file that is on the disk; its lock, held meanwhile, says that its writer lives."""
-    path = folder / secrets.token_hex(16)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        while content:
-            content = content[os.write(descriptor, content[: 1 << 30]) :]
-        os.fchmod(descriptor, 0o444)
-        os.fsync(descriptor)
-        yield path
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-def _move(temporary: Path, target: Path) -> bool:
-    os.replace(temporary, target)
-    return True
-
-
-def _move_first(temporary: Path, target: Path) -> bool:
-    """Move unless `target` exists; whether it did not."""
-    try:
-        os.link(temporary, target)
-    except FileExistsError:
+def _is_strange_index(folder: Path) -> bool:
+    """Whether SQLite would follow a link out of the cache, or wait for a pipe."""
+    if not os.path.lexists(folder):
         return False
-    except OSError:  # a file system without hard links
-        if target.exists():
-            return False
-        os.replace(temporary, target)
-    return True
+    if not disk.is_folder(folder):
+        return True
+    return any(not entry.is_file(follow_symlinks=False) for entry in os.scandir(folder))
 
 
-def _make_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
-        _flush_folder(folder.parent)
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some file systems flush no folders
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove_stale(entry: os.DirEntry[str]) -> None:
-    """Remove a temporary file whose writer is gone: nobody holds its lock, or it is a day old."""
-    age_s = time.time() - entry.stat().st_mtime
-    if age_s < _STALE_S:
-        return
-    with open(entry.path, "rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return
-        except OSError:  # a file system without locks
-            if age_s < _ABANDONED_S:
-                return
-        os.unlink(entry.path)
-
-
-def _entries(folder: Path, suffix: str) -> Iterator[os.DirEntry[str]]:
-    """The files below `folder` whose names are digests with `suffix`."""
-    with contextlib.suppress(FileNotFoundError):
-        for shelf in os.scandir(folder):
-            if shelf.is_dir():
-                for entry in os.scandir(shelf):
-                    if entry.name.endswith(suffix) and is_digest(entry.name.removesuffix(suffix)):
-                        yield entry
+def _entries(folder: Path, suffix: str) -> Iterator[tuple[str, os.stat_result]]:
+    """The files below `folder` whose names are digests with `suffix`: the digests, and their status. Links count as
+    nothing, those to folders too."""
+    for shelf in os.scandir(folder) if disk.is_folder(folder) else ():
+        if not shelf.is_dir(follow_symlinks=False):
+            continue
+        for entry in os.scandir(shelf):
+            name = entry.name.removesuffix(suffix)
+            if entry.name == name + suffix and is_digest(name) and name[:2] == shelf.name:
+                with contextlib.suppress(FileNotFoundError):  # another process removed it
+                    status = entry.stat(follow_symlinks=False)
+                    if stat.S_ISREG(status.st_mode):
+                        yield name, status
 
 
 def _seal(key: str, result: dict[str, Json]) -> str:
@@ -381,6 +385,22 @@ def _check_result(result: dict[str, Json]) -> None:
             raise ValueError(f"output {port!r}: {output!r}")
         if type(output["size_bytes"]) is not int or not 0 <= output["size_bytes"] < 1 << 62:
             raise ValueError(f"output {port!r} of size {output['size_bytes']!r}")
+        if output["size_bytes"] > sum(blobs.values()):
+            raise ValueError(f"output {port!r} is larger than all its blobs")
+    provenance = result.get("provenance", {})
+    if not isinstance(provenance, dict) or not isinstance(result.get("ingredients", {}), dict):
+        raise ValueError("its provenance or its ingredients are no mapping")
+    if not all(0 <= _number(provenance, name) < 1e15 for name in ("duration_s", "cpu_s", "peak_rss_bytes")):
+        raise ValueError("its provenance holds an impossible duration")
+    if not all(type(note) is str for note in result.get("notes", ())):
+        raise ValueError("its notes are no text")
+
+
+def _number(values: dict[str, Json], name: str) -> float:
+    number = values.get(name, 0.0)
+    if type(number) not in (int, float):
+        raise ValueError(f"{name} is no number")
+    return float(number)
 
 
 def _refusal(root: Path, error: OSError, what: str) -> CacheError:

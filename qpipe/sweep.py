@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from qpipe.cleanup import collect
 from qpipe.errors import CacheError, ConfigError, DamagedError, InputError
 from qpipe.estimate import misses
 from qpipe.executor import View, execute, exit_code, forget, open_pool
@@ -78,13 +79,37 @@ def run_jobs(jobs: Sequence[Job], store: Store, watch: Watch, command: Sequence[
     runs again.
     """
     info = RunInfo(command, jobs[0].folder, time.time())
+    with store.using():  # whatever it finds or makes stays until it ends
+        status = _run_healing(jobs, store, watch, info)
+    _keep_within(store, jobs[0].spec.cache_max_bytes, watch)
+    return status
+
+
+def _keep_within(store: Store, max_bytes: int | None, watch: Watch) -> None:
+    """Remove what was not used for longest where the cache is above its limit; a refusal does not fail the run."""
+    if max_bytes is None:
+        return
+    try:
+        removed = collect(store, max_bytes=max_bytes)
+    except CacheError as error:
+        watch.message(f"cache.max_size is not kept: {error}")
+        return
+    if removed.results:
+        watch.message(
+            f"cache.max_size: {removed.results} results that were not used for longest went, "
+            f"{removed.size_bytes / 1e6:,.1f} MB; {removed.left_bytes / 1e6:,.1f} MB are left."
+        )
+
+
+def _run_healing(jobs: Sequence[Job], store: Store, watch: Watch, info: RunInfo) -> int:
     budget_s = jobs[0].spec.run.budget_s
     deadline = None if budget_s is None else time.monotonic() + budget_s
     told = False
     for _ in range(HEAL_ROUNDS):
         walks: list[Walk] = []
         try:
-            walks = plan_jobs(jobs, store)
+            with store.looking():
+                walks = plan_jobs(jobs, store)
             if not told:
                 watch.planned_jobs(list(zip(jobs, walks, strict=True)))
                 told = True
@@ -162,8 +187,15 @@ def _run(
     return ""
 
 
+def hits(walks: Sequence[Walk]) -> set[str]:
+    """The keys of the results that the walks took from the cache."""
+    outcomes = [outcome for walk in walks for outcome in walk.outcomes.values()]
+    return {outcome.key for outcome in outcomes if outcome.state == "hit" and outcome.key}
+
+
 def _conclude(jobs: Sequence[Job], walks: Sequence[Walk], store: Store, watch: Watch, info: RunInfo) -> int:
     """Write and show the records. A single job whose input was refused leaves none: its lines said it all."""
+    store.touch(hits(walks))
     status = INTERRUPTED if info.stopped == "interrupted" else exit_code(walks)
     if status == InputError.exit_code and len(jobs) == 1:
         return status

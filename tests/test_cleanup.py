@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qpipe.artifact import Artifact, Samples, Scores, load, save
-from qpipe.cleanup import collect
+from qpipe.cleanup import Removed, collect
 from qpipe.errors import CacheError
 from qpipe.hashing import digest
 from qpipe.store import Store
@@ -24,6 +24,10 @@ def publish(store: Store, key: str, artifact: Artifact) -> None:
     store.publish(digest(key), {"outputs": {"output": output}})
 
 
+def result_bytes(store: Store) -> int:
+    return sum(status.st_size for _, status in store.results())
+
+
 def age(store: Store, seconds: float) -> None:
     """Make everything in the store look that much older."""
     for path in store.root.rglob("*"):
@@ -36,20 +40,26 @@ def test_what_a_result_needs_stays_and_the_rest_goes(store: Store) -> None:
     kept = save(Samples({"x": np.ones((2, 2))}, np.zeros(2)), store)
     publish(store, "kept", kept)
     lost = save(Samples({"x": np.zeros((3, 3))}, np.zeros(2 + 1)), store)
-    age(store, 7200)
+    assert collect(store).blobs == 0  # its process lives and may publish a result of them
+    store.close()
     removed = collect(store)
     assert (removed.results, removed.blobs, removed.size_bytes) == (0, 3, lost.size_bytes)
     assert len(load(kept, store)) == 2
-    assert collect(store) == type(removed)(0, 0, 0)
+    again = collect(store)
+    assert (again.results, again.blobs, again.left_bytes) == (0, 0, removed.left_bytes)
+    assert again.left_bytes == kept.size_bytes + result_bytes(store)
 
 
-def test_a_blob_that_was_put_just_now_stays_until_its_result_is_published(store: Store) -> None:
+def test_what_a_live_process_put_stays_however_old_until_it_closes(store: Store) -> None:
     artifact = save(Scores({"score": 1.0}), store)
-    assert collect(store).blobs == 0
     age(store, 7200)
-    assert save(Scores({"score": 1.0}), store) == artifact  # put again: it counts as new
-    assert collect(store).blobs == 0
+    assert collect(Store(store.root)).blobs == 0
+    store.close()
+    assert save(Scores({"score": 1.0}), store) == artifact  # put again, nothing written: it is relied on again
+    assert collect(Store(store.root)).blobs == 0
     publish(store, "key", artifact)
+    store.close()
+    assert collect(store) == Removed(0, 0, 0, sum(size for _, size in store.blobs()) + result_bytes(store))
 
 
 def test_old_results_go_when_asked_and_shared_blobs_stay(store: Store) -> None:
@@ -59,7 +69,7 @@ def test_old_results_go_when_asked_and_shared_blobs_stay(store: Store) -> None:
     new = save(Samples({"renamed": weight}), store)
     publish(store, "new", new)
     assert store.age_s(digest("old")) > 99_000
-    age(store, 7200)
+    store.close()
     removed = collect(store, older_than_s=86_400)
     assert (removed.results, removed.blobs) == (1, 1)  # the old root; the tensor is the new one's, too
     assert list(store.keys()) == [digest("new")]

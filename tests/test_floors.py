@@ -13,7 +13,8 @@ from qpipe.syntax import Import, analyse
 
 ROOT = Path(__file__).parents[1]
 COLUMN = [
-    *("errors", "hashing", "companions", "syntax", "code", "artifact", "index", "store", "cleanup"),
+    *("errors", "hashing", "companions", "syntax", "code", "artifact", "index"),
+    *("disk", "usage", "store", "pins", "cleanup", "audit"),
     *("history", "param", "stage", "catalog", "spec", "graph", "plan", "estimate"),
     *("action", "workers", "executor", "record", "sweep", "commands", "compose", "cli", "__main__"),
 ]
