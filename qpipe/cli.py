@@ -1,6 +1,6 @@
 """The edge: the command line, Hydra, and what a person sees.
 
-    qpipe [run|plan|why NODE|graph [FILE]|stages [NAME]|report [RUN]|cache ls|verify|gc] [Hydra overrides …] [-m]
+    qpipe [run|plan|why NODE|graph [FILE]|stages [NAME]|report [RUN]|cache …] [Hydra overrides …] [-m]
 
 Exit status: 0 all done; 1 a node failed; 2 the config or an input is wrong; 3 the goal was not met; 4
 `run.expect=cached` (or `run.max_misses`) and something (or more) had to run; 5 `run.budget_s` was spent before all was
@@ -85,7 +85,14 @@ def complete_command(environment: MutableMapping[str, str]) -> list[str]:
     first, space, _ = rest.partition(" ")
     if not space:
         return [name for name in COMMANDS if name.startswith(first)]
-    if first in COMMANDS:
+    if first == "cache":
+        from qpipe.cache_commands import COMMANDS as SUBCOMMANDS
+
+        second, space, _ = rest[len(first) + 1 :].partition(" ")
+        if not space:
+            return [name for name in SUBCOMMANDS if name.startswith(second)]
+        first = f"{first} {second}"
+    if first.split(" ")[0] in COMMANDS:
         environment["COMP_LINE"] = f"{program} {rest[len(first) + 1 :]}"
         environment["COMP_POINT"] = str(int(environment.get("COMP_POINT", len(line))) - len(first) - 1)
     return []
@@ -101,13 +108,15 @@ def _command(name: str, rest: list[str]) -> tuple[Many | None, list[str]]:
     if name == "report":
         print(commands.show_report(rest))
         return None, []
-    if name in ("why", "cache"):
+    if name == "cache":
+        from qpipe.cache_commands import cache_command
+
+        return cache_command(rest)
+    if name == "why":
         if not rest or "=" in rest[0] or rest[0].startswith("-"):
-            example = {"why": "why NODE", "cache": "cache ls|verify|gc"}[name]
-            raise ConfigError(f"{name}: names nothing. Say `qpipe {example}`.")
+            raise ConfigError("why: names nothing. Say `qpipe why NODE`.")
         subject, *rest = rest
-        function = commands.why if name == "why" else commands.cache
-        return lambda jobs: function(jobs, subject), rest
+        return lambda jobs: commands.why(jobs, subject), rest
     if name == "graph":
         file = None
         if rest and "=" not in rest[0] and not rest[0].startswith("-"):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qpipe.catalog import catalog, plain
-from qpipe.errors import ConfigError, QpipeError
+from qpipe.errors import ConfigError
 from qpipe.estimate import Estimate, estimate
 from qpipe.executor import worker_count
 from qpipe.history import expected_s, rebuild
@@ -240,55 +240,3 @@ def sweep_table(records: Sequence[tuple[Job, Mapping[str, Any]]]) -> list[str]:
             )
         )
     return [line for block in table(found, 140, right=(2, 3, 5, 6), flexible=1) for line in block]
-
-
-def cache(jobs: Sequence[Job], subject: str) -> int:
-    """`ls`: what the cache holds; `verify`: read every blob against its digest; `gc`: drop what no result refers to."""
-    known = {"ls": _cache_ls, "verify": _cache_verify, "gc": _cache_gc}
-    if subject not in known:
-        raise ConfigError(
-            f"cache: no command '{subject}'.{nearest(subject, known)} Commands: {listed(known)}."
-        )
-    with open_store(jobs[0].spec) as store:
-        return known[subject](store)
-
-
-def _cache_ls(store: Store) -> int:
-    found = [("key", "stage", "outputs", "seconds")]
-    for key in sorted(store.keys()):
-        result = store.result(key)
-        if result is not None and "stage" in result["ingredients"] and "memo" not in result["ingredients"]:
-            kinds = ", ".join(output["kind"] for output in result["outputs"].values())
-            found.append(
-                (key[:16], result["ingredients"]["stage"], kinds, f"{result['provenance']['duration_s']:.2f}")
-            )
-    size = sum(size for _, size in store.blobs())
-    print("\n".join(line for block in table(found, 110, right=(3,)) for line in block))
-    print(f"{len(found) - 1} results, {size / 1e6:.1f} MB in {store.root}")
-    return 0
-
-
-def _cache_verify(store: Store) -> int:
-    damaged = checked = 0
-    for digest, _ in list(store.blobs()):
-        checked += 1
-        try:
-            store.open(digest)
-        except QpipeError as error:
-            damaged += 1
-            print(error)
-    incomplete = [
-        key for key in list(store.keys()) if (result := store.result(key)) is None or store.complete(result)
-    ]
-    print(
-        f"{checked} blobs read, {damaged} damaged, {len(incomplete)} results incomplete (they run again when asked for)"
-    )
-    return 1 if damaged else 0
-
-
-def _cache_gc(store: Store) -> int:
-    from qpipe.cleanup import collect
-
-    removed = collect(store)
-    print(f"removed {removed.results} results and {removed.blobs} blobs, {removed.size_bytes / 1e6:.1f} MB")
-    return 0

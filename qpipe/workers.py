@@ -211,13 +211,14 @@ def serve(store_root: Path, threads: int, fd: int) -> None:
     def emit(event: Event) -> None:
         connection.sendall(json.dumps(event).encode() + b"\n")
 
-    while True:
-        request = requests.get()
-        try:
-            event = {"event": "done", **perform(request, store, emit, threads)}
-        except Exception as error:  # the node's failure, whatever it is; the worker lives on
-            event = failure(error)
-        emit(event)
+    with store.using():  # whatever its actions put or find stays at least until this process ends
+        while True:
+            request = requests.get()
+            try:
+                event = {"event": "done", **perform(request, store, emit, threads)}
+            except Exception as error:  # the node's failure, whatever it is; the worker lives on
+                event = failure(error)
+            emit(event)
 
 
 def _listen(connection: socket.socket, requests: queue.Queue[Request]) -> None:
