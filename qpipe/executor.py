@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from heapq import heappop, heappush
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -100,8 +102,10 @@ class _Run:
     ) -> None:
         self._walks, self._store, self._options, self._pool, self._view = walks, store, run, pool, view
         self._wanted: dict[str, list[tuple[Walk, Action]]] = {}
-        self._queue: list[str] = []
-        self._urgency = [urgency(walk.graph) for walk in walks]
+        self._queue: list[tuple[int, int, str]] = []
+        """A heap of (rank, turn, key): the most urgent first, among equals who came first."""
+        self._turns = count()
+        self._urgency = {walk: urgency(walk.graph) for walk in walks}
         self._blocked: dict[str, float] = {}
         self._running: dict[str, float] = {}
         self._locks: dict[str, Any] = {}
@@ -114,7 +118,7 @@ class _Run:
         try:
             for walk in self._walks:  # what was planned before, then what follows from it
                 self._want(walk, list(walk.running.values()))
-            self._advance()
+            self._advance(self._walks)
             while self._queue or self._blocked or self._running:
                 self._start()
                 for key, event in self._pool.events(_POLL_S if self._blocked else _WAIT_S):
@@ -126,9 +130,9 @@ class _Run:
         if self._damage is not None:
             raise self._damage
 
-    def _advance(self) -> None:
+    def _advance(self, walks: Iterable[Walk]) -> None:
         if not self._stopped:
-            for walk in self._walks:
+            for walk in walks:
                 self._want(walk, walk.advance())
 
     def _want(self, walk: Walk, actions: Sequence[Action]) -> None:
@@ -137,7 +141,8 @@ class _Run:
                 self._wanted[action.key].append((walk, action))
             else:
                 self._wanted[action.key] = [(walk, action)]
-                self._queue.append(action.key)
+                rank = -self._urgency[walk][action.node]  # what most depends on is begun early
+                heappush(self._queue, (rank, next(self._turns), action.key))
 
     def _start(self) -> None:
         """Begin what can begin: as many as the pool takes, of keys that no other process holds."""
@@ -147,39 +152,34 @@ class _Run:
             self._queue.clear()
             self._blocked.clear()
             return
-        for key in [*self._blocked, *sorted(self._queue, key=self._rank)]:
+        for key in list(self._blocked):
             if not self._pool.idle:
-                break
-            action = self._wanted[key][0][1]
-            if not self._lock(key):
-                if key not in self._blocked:
-                    self._blocked[key] = time.monotonic()
-                    self._queue.remove(key)
-                    self._view.message(f"{self._name(key)}: another process computes it; waiting.")
-                continue
-            self._take_from_queue(key)
-            found = None if action.always else self._store.result(key)
-            if found is not None and not self._store.complete(found):
-                self._conclude(key, found, "hit")
-                continue
-            self._running[key] = time.monotonic()
-            self._view.started(self._name(key), action.stage)
-            self._pool.submit(request(action, self._options.device))
+                return
+            if self._lock(key):
+                del self._blocked[key]
+                self._begin(key)
+        while self._queue and self._pool.idle:
+            key = heappop(self._queue)[2]
+            if self._lock(key):
+                self._begin(key)
+            else:
+                self._blocked[key] = time.monotonic()
+                self._view.message(f"{self._name(key)}: another process computes it; waiting.")
+
+    def _begin(self, key: str) -> None:
+        """Hand the action to the pool, unless another process has just published its result."""
+        action = self._wanted[key][0][1]
+        found = None if action.always else self._store.result(key)
+        if found is not None and not self._store.complete(found):
+            self._conclude(key, found, "hit")
+            return
+        self._running[key] = time.monotonic()
+        self._view.started(self._name(key), action.stage)
+        self._pool.submit(request(action, self._options.device))
 
     def _name(self, key: str) -> str:
         walk, action = self._wanted[key][0]
         return walk.label + action.node
-
-    def _rank(self, key: str) -> int:
-        """Longest way to a target first: what most depends on is begun early."""
-        walk, action = self._wanted[key][0]
-        return -self._urgency[self._walks.index(walk)][action.node]
-
-    def _take_from_queue(self, key: str) -> None:
-        if key in self._blocked:
-            del self._blocked[key]
-        else:
-            self._queue.remove(key)
 
     def _lock(self, key: str) -> bool:
         from filelock import Timeout  # not at the top: a run that is all hits locks nothing
@@ -229,21 +229,23 @@ class _Run:
         """Tell every node that wanted the key; the first carries the verdict, the others hit."""
         self._unlock(key)
         duration = result["provenance"]["duration_s"] if verdict == "ran" else 0.0
-        for i, (walk, action) in enumerate(self._wanted.pop(key)):
+        wanted = self._wanted.pop(key)
+        for i, (walk, action) in enumerate(wanted):
             state: State = "ran" if verdict == "ran" and i == 0 else "hit"
             walk.finish(action.node, result, state)
             self._view.finished(walk.label + action.node, state, duration, result.get("notes", ()))
             duration = 0.0
-        self._advance()
+        self._advance({walk: None for walk, _ in wanted})
 
     def _fail(self, key: str, error: Event) -> None:
         self._unlock(key)
-        for walk, action in self._wanted.pop(key):
+        wanted = self._wanted.pop(key)
+        for walk, action in wanted:
             walk.fail(action.node, error)
             self._view.failed(walk.label + action.node, error["message"])
         refused = error["exit_code"] == InputError.exit_code and len(self._walks) == 1
         self._stopped = self._stopped or refused or not self._options.keep_going
-        self._advance()
+        self._advance({walk: None for walk, _ in wanted})
 
     def _unlock(self, key: str) -> None:
         if (lock := self._locks.pop(key, None)) is not None:
@@ -251,18 +253,20 @@ class _Run:
 
     def _end_late_ones(self) -> None:
         limit = self._options.timeout_s
+        if limit is None:
+            return
         for key, started in self._running.items():
-            if limit is not None and time.monotonic() - started > limit:
+            if time.monotonic() - started > limit:
                 self._pool.cancel(key, f"took longer than run.timeout_s={limit:g} and was ended")
 
 
 def urgency(graph: Graph) -> dict[str, int]:
     """For every node the number of steps on the longest way from it to an end of the graph."""
-    import networkx as nx
-
-    steps: dict[str, int] = {}
-    for name in reversed(list(nx.topological_sort(graph.digraph))):
-        steps[name] = 1 + max((steps[after] for after in graph.digraph.successors(name)), default=0)
+    steps = dict.fromkeys(graph.order, 1)
+    for name in reversed(graph.order):
+        for sources in graph.inputs[name].values():
+            for source in sources:
+                steps[source.node] = max(steps[source.node], 1 + steps[name])
     return steps
 
 

@@ -8,16 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
-from typing import TYPE_CHECKING
 
 from qpipe.errors import ConfigError
 from qpipe.param import listed, nearest
 from qpipe.spec import FirstWithin, NodeSpec, PipelineSpec, Ref
-
-if TYPE_CHECKING:
-    import networkx as nx
 
 FORM_OUTPUTS: Mapping[str, str] = {"model": "Model", "scores": "Scores"}
 
@@ -58,16 +53,6 @@ class Graph:
 
     def node(self, name: str) -> NodeSpec | FirstWithin:
         return self.spec.nodes[name]
-
-    @cached_property
-    def digraph(self) -> nx.DiGraph[str]:
-        """The same for networkx. Built when asked for: importing networkx costs a cached run a third of its time."""
-        import networkx as nx
-
-        digraph: nx.DiGraph[str] = nx.DiGraph()
-        digraph.add_nodes_from(self.inputs)
-        digraph.add_edges_from((source, target) for source, target, _ in self.edges())
-        return digraph
 
     def edges(self) -> list[tuple[str, str, str]]:
         """(source, target, port) of every edge, in order."""

@@ -6,6 +6,7 @@ of range, a missing port. What can be wrong between nodes is `graph.py`'s.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from collections.abc import Mapping
@@ -112,7 +113,7 @@ class PipelineSpec:
 
 def read_spec(config: DictConfig) -> PipelineSpec:
     """The PipelineSpec of a composed config. Errors: ConfigError with the address of the mistake."""
-    plain = _resolve(_filled(config))
+    plain = _plain(config)
     stages = plain.get("stages") or {}
     if not isinstance(stages, Mapping):
         raise ConfigError(f"stages: expected a mapping of nodes, got {stages!r}.")
@@ -139,8 +140,47 @@ def read_spec(config: DictConfig) -> PipelineSpec:
     )
 
 
+def _plain(config: DictConfig) -> dict[str, Any]:
+    """The config as plain values, with what a stage's schema pre-fills also in nodes that were written by `uses` alone.
+
+    What a stage pre-fills is resolved once, not in every node: OmegaConf takes longest of all.
+    """
+    try:
+        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
+        assert isinstance(plain, dict)
+        stages = plain.get("stages")
+        prefilled: dict[str, dict[str, Any]] = {}
+        for body in stages.values() if isinstance(stages, dict) else ():
+            name = body.get("uses") if isinstance(body, dict) else None
+            if not isinstance(name, str):
+                continue
+            if name not in prefilled:
+                prefilled[name] = _prefilled(name, config)
+            for key, value in prefilled[name].items():
+                if key not in body:
+                    body[key] = copy.deepcopy(value)
+    except (OmegaConfBaseException, _Relative):
+        return _resolve(_filled(config))
+    return {str(key): value for key, value in plain.items()}
+
+
+class _Relative(Exception):
+    """A value is pre-filled that depends on the node it stands in."""
+
+
+def _prefilled(name: str, config: DictConfig) -> dict[str, Any]:
+    """What the stage called `name` pre-fills, as plain values; nothing where there is no such stage."""
+    if name not in catalog() or not (values := dict(catalog()[name].config)):
+        return {}
+    if "${." in repr(values):
+        raise _Relative
+    found = OmegaConf.to_container(OmegaConf.create(values, parent=config), resolve=True)
+    assert isinstance(found, dict)
+    return {str(key): value for key, value in found.items()}
+
+
 def _filled(config: DictConfig) -> DictConfig:
-    """The config with what a stage's schema pre-fills also in nodes that were written by `uses` alone."""
+    """As `_plain`, but still a config: what it resolves to has the address of a mistake in it."""
     missing: dict[str, Any] = {}
     stages = config.get("stages")
     for node, body in stages.items() if isinstance(stages, DictConfig) else ():

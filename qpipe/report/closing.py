@@ -10,6 +10,7 @@ from qpipe.report import text
 from qpipe.report.table import paint, table, wrap
 
 MANY_NOTES = 5
+MANY_FAILURES = 20
 INDENT = "  "
 _STYLES = {"failed": "red", "skipped": "dim", "not_needed": "dim"}
 
@@ -74,6 +75,8 @@ def _verdict(record: Mapping[str, Any], width: int, colour: bool) -> Iterator[st
 
 def _failures(record: Mapping[str, Any], width: int, colour: bool) -> Iterator[str]:
     failed = [(node, message.splitlines()[0]) for node, message in facts.failures(record)]
+    if (more := len(failed) - MANY_FAILURES) > 0:
+        failed = [*failed[:MANY_FAILURES], ("", f"and {more} more in report.html")]
     yield from _listed("failed", failed, width, colour, "red")
 
 

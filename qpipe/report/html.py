@@ -22,6 +22,11 @@ from qpipe.report.style import STYLE
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 LONG_TABLE = 50
 WORST = 12
+DRAWN = 300
+"""Nodes of the largest pipeline that is drawn: a larger picture takes long to make and cannot be read."""
+SHOWN = 300
+"""Nodes that are shown one by one; of more, those that say most, and the rest in one row for each stage and verdict."""
+FAILURES = 100
 _STATUS = {
     "done": "done", "failed": "a node failed", "goal_missed": "goal missed", "interrupted": "interrupted",
 }  # fmt: skip
@@ -117,9 +122,11 @@ def _cards(record: Mapping[str, Any]) -> str:
 
 
 def _failures(record: Mapping[str, Any]) -> str:
-    return "".join(
-        f"<p><b>{_text(node)}</b></p><pre>{escape(message)}</pre>" for node, message in facts.failures(record)
+    failed = facts.failures(record)
+    shown = "".join(
+        f"<p><b>{_text(node)}</b></p><pre>{escape(message)}</pre>" for node, message in failed[:FAILURES]
     )
+    return shown + (f"<p>and {len(failed) - FAILURES} more</p>" if len(failed) > FAILURES else "")
 
 
 def _scores(record: Mapping[str, Any]) -> str:
@@ -175,6 +182,9 @@ def _graph(record: Mapping[str, Any]) -> str:
     edges = facts.edges(record)
     if not edges:
         return ""
+    if (count := len(facts.nodes(record))) > DRAWN:
+        hint = "qpipe graph FILE.svg draws them all the same."
+        return f'<p class="faint">{count:,} nodes are too many for a picture; {hint}</p>'
     nodes = {
         name: {"stage": node.get("stage"), "verdict": node.get("verdict")}
         for name, node in facts.nodes(record).items()
@@ -191,9 +201,33 @@ def _nodes(record: Mapping[str, Any]) -> str:
     if not nodes:
         return ""
     head = "".join(f"<span>{name}</span>" for name in _HEAD)
+    shown, rest = facts.telling(nodes, SHOWN)
     return "\n".join(
-        [f'<div class="columns head">{head}</div>', *(_node(name, node) for name, node in nodes.items())]
+        [
+            f'<div class="columns head">{head}</div>',
+            *(_node(name, nodes[name]) for name in shown),
+            _folded(rest),
+        ]
     )
+
+
+def _folded(groups: Sequence[facts.Group]) -> str:
+    """The nodes that are not shown one by one: a row for each stage and verdict."""
+    if not groups:
+        return ""
+    total = sum(group.count for group in groups)
+    rows = [
+        (
+            _text(group.stage),
+            _badge(group.verdict),
+            f"{group.count:,}",
+            _text(text.duration(group.duration_s)),
+            _text(text.duration(group.original_duration_s)),
+        )
+        for group in groups
+    ]
+    heading = f'<p class="faint">and {total:,} more nodes; record.json has a line for each</p>'
+    return heading + _table(("stage", "verdict", "nodes", "took", "computed in"), rows, right=(2, 3, 4))
 
 
 def _node(name: str, node: Mapping[str, Any]) -> str:
@@ -279,7 +313,9 @@ def _bullets(sentences: Iterable[object]) -> str:
 
 
 def _notes(record: Mapping[str, Any]) -> str:
-    return _bullets(f"{node}: {note}" for node, note in facts.notes(record))
+    notes = facts.notes(record)
+    more = [f"and {len(notes) - SHOWN} more"] if len(notes) > SHOWN else []
+    return _bullets([*(f"{node}: {note}" for node, note in notes[:SHOWN]), *more])
 
 
 def _files(record: Mapping[str, Any]) -> str:

@@ -85,11 +85,55 @@ class Parity:
         return f"{verdict}op by op {self.units.sentence}; end to end {self.end_to_end.sentence}"
 
 
+@dataclass(frozen=True)
+class Group:
+    """Nodes of one stage that ended alike: how many, and the seconds they took together, now and when computed."""
+
+    stage: str
+    verdict: str
+    count: int
+    duration_s: float
+    original_duration_s: float
+
+
 def nodes(record: Record) -> dict[str, Mapping[str, Any]]:
     """The nodes of the record by name, in its order."""
     return {
         str(name): node for name, node in _mapping(record.get("nodes")).items() if isinstance(node, Mapping)
     }
+
+
+def telling(nodes: Mapping[str, Mapping[str, Any]], limit: int) -> tuple[list[str], tuple[Group, ...]]:
+    """(the names of the `limit` nodes that say most, in their order; the rest, grouped).
+
+    What failed says more than what ran, that more than a hit; among equals, what took longest.
+    """
+    if len(nodes) <= limit:
+        return list(nodes), ()
+    ranked = sorted(nodes, key=lambda name: _weight(nodes[name]))
+    shown = set(ranked[:limit])
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for name, node in nodes.items():
+        if name not in shown:
+            kind = (str(node.get("stage") or ""), str(node.get("verdict") or ""))
+            groups.setdefault(kind, []).append(node)
+    rest = [
+        Group(*kind, len(found), _sum(found, "duration_s"), _sum(found, "original_duration_s"))
+        for kind, found in sorted(groups.items())
+    ]
+    return [name for name in nodes if name in shown], tuple(rest)
+
+
+_WEIGHTS = {"failed": 0, "skipped": 1, "ran": 2, "run": 2, "wait": 3, "hit": 4}
+
+
+def _weight(node: Mapping[str, Any]) -> tuple[int, float]:
+    took = real(node.get("original_duration_s")) or real(node.get("duration_s")) or 0.0
+    return _WEIGHTS.get(str(node.get("verdict")), 5), -took
+
+
+def _sum(found: Sequence[Mapping[str, Any]], name: str) -> float:
+    return sum(real(node.get(name)) or 0.0 for node in found)
 
 
 def steps(record: Record) -> tuple[Step, ...]:
@@ -148,8 +192,11 @@ def goal_sentence(record: Record) -> str | None:
 def totals_sentence(record: Record) -> str:
     """What ran, what came from the cache and what that saved."""
     totals = _mapping(record.get("totals"))
-    ran, hit, failed = (int(real(totals.get(name)) or 0) for name in ("ran", "hit", "failed"))
+    ran, hit, failed, skipped = (
+        int(real(totals.get(name)) or 0) for name in ("ran", "hit", "failed", "skipped")
+    )
     sentence = f"{ran} ran, {hit} from the cache" + (f", {failed} failed" if failed else "")
+    sentence += f", {skipped} skipped" if skipped else ""
     if (wall := wall_s(record)) is not None:
         sentence += f", in {text.duration(wall)}"
     if cpu := real(totals.get("cpu_s")):

@@ -21,6 +21,8 @@ STYLES = {"run": "blue", "ran": "blue", "wait": "yellow", "failed": "bold red", 
 QUIET_VERDICTS = frozenset({"not_needed", "disabled"})
 PLAIN_INTERVAL_S = 10.0
 LISTED = 60
+"""A run of more nodes than this tells of those that take long or fail, and counts the others."""
+LONG_S = 1.0
 _COUNTED = {
     "hit": "cached",
     "run": "to run",
@@ -77,8 +79,9 @@ class Terminal:
     """Shows a run on `stream` (default: standard error).
 
     `live` draws bars that move; by default where the stream is a terminal and this is not CI. Else plain
-    lines, at most one every 10 s for each running node. `quiet` shows failures alone. Safe to call from
-    several threads; use it as a context manager, or call `close`, so that an interrupt restores the terminal.
+    lines, at most one every 10 s for each running node. Of a run of many nodes (LISTED) only those that take long or
+    fail have a line, and every 10 s one says how far it is. `quiet` shows failures alone. Safe to call from several
+    threads; use it as a context manager, or call `close`, so that an interrupt restores the terminal.
     """
 
     def __init__(
@@ -98,7 +101,8 @@ class Terminal:
         self._announced: dict[str, str] = {}
         self._pending: dict[str, float | None] = {}
         self._running: dict[str, Activity] = {}
-        self._planned = self._done = 0
+        self._planned = self._done = self._failed = 0
+        self._told = clock()
 
     def __enter__(self) -> Terminal:
         return self
@@ -120,7 +124,7 @@ class Terminal:
     def started(self, node: str, stage: str) -> None:
         """The node begins to run."""
         with self._lock:
-            self._planned = max(self._planned, self._done + len(self._pending | {node: None}))
+            self._planned = max(self._planned, self._done + len(self._pending) + (node not in self._pending))
             now = self._clock()
             activity = Activity(stage, now, self._pending.get(node), shown=now)
             self._pending.setdefault(node, None)
@@ -131,6 +135,8 @@ class Terminal:
                 from qpipe.report.live import LiveDisplay
 
                 self._display = LiveDisplay(self._stream, self._overall, self._clock)
+            if self._many:
+                return  # its bar comes with its first progress: most are over before one could be seen
             if not self._live:
                 expected = "" if activity.expected_s is None else f" (~ {text.duration(activity.expected_s)})"
                 self._display.line(f"start   {text.clean(node)}{expected}")
@@ -157,6 +163,9 @@ class Terminal:
             silent = verdict in QUIET_VERDICTS or (verdict == "hit" and self._announced.get(node) == "hit")
             if self._quiet or silent:
                 return
+            if self._many and duration_s < LONG_S:
+                self._tell_how_far()
+                return
             took = "" if verdict in ("hit", "skipped") else f"  {text.duration(duration_s)}"
             self._display.line(f"{verdict:<6}  {text.clean(node)}{took}", STYLES.get(verdict, ""))
             for note in notes:
@@ -166,6 +175,11 @@ class Terminal:
         """The node failed; `message` says why, in one line or several."""
         with self._lock:
             self._end(node)
+            self._failed += 1
+            if self._many and self._failed > LISTED:
+                if self._failed == LISTED + 1:
+                    self._display.line("More nodes fail; the report has them all.", STYLES["failed"])
+                return
             first, *rest = text.clean_lines(message).strip().splitlines() or ["no message"]
             self._display.line(f"failed  {text.clean(node)}: {first.strip()}", STYLES["failed"])
             for line in rest:
@@ -189,6 +203,17 @@ class Terminal:
         with self._lock:
             display, self._display = self._display, self._plain
             display.close()
+
+    @property
+    def _many(self) -> bool:
+        return self._planned > LISTED
+
+    def _tell_how_far(self) -> None:
+        """A line every 10 s, where no bar says it."""
+        if not self._live and self._clock() - self._told >= PLAIN_INTERVAL_S:
+            self._told = self._clock()
+            done, planned, left = self._overall()
+            self._display.line(f"        {done} of {text.plural(planned, 'node')}{_prefixed('; ', left)}")
 
     def _end(self, node: str) -> None:
         self._running.pop(node, None)
