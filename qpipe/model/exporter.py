@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qpipe.errors import InputError
 from qpipe.model.canonical import canonicalize
@@ -136,7 +137,9 @@ def _exported(
 ) -> ir.Model:
     """torch's raw export. Raises InputError with torch's reason and the module that it names."""
     try:
-        with _quiet():
+        # The fused kernels lay their result out otherwise than the form that the exporter takes attention
+        # apart into, and a view that was traced over the one does not fit the other.
+        with _quiet(), sdpa_kernel(SDPBackend.MATH):
             program = torch.onnx.export(
                 module,
                 args,
