@@ -13,7 +13,7 @@ import gc
 import os
 import secrets
 import sys
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -31,8 +31,7 @@ from qpipe.errors import ConfigError, QpipeError
 from qpipe.record import RECORD
 from qpipe.sweep import INTERRUPTED, Job
 
-COMMANDS = ("run", "plan", "why", "graph", "stages", "report", "cache")
-WITHOUT_CONFIG = ("stages", "report")
+COMMANDS = ("run", "plan", "why", "diff", "graph", "stages", "report", "cache")
 PACKAGE = Path(__file__).parent
 
 Many = Callable[[Sequence[Job]], int]
@@ -54,8 +53,8 @@ def run(arguments: Sequence[str]) -> int:
     try:
         _register()
         many, rest = _command(command, rest)
-        if many is None:
-            return 0
+        if isinstance(many, int):
+            return many
         return _compose(many, command, rest)
     except QpipeError as error:
         say(f"qpipe: {error}")
@@ -98,31 +97,63 @@ def complete_command(environment: MutableMapping[str, str]) -> list[str]:
     return []
 
 
-def _command(name: str, rest: list[str]) -> tuple[Many | None, list[str]]:
-    """The function behind a command, and the arguments that are left for Hydra; None where all is done."""
-    from qpipe import commands
+def _command(name: str, rest: list[str]) -> tuple[Many | int, list[str]]:
+    """The function behind a command, and the arguments that are left for Hydra; the exit status where all is done."""
+    if name == "diff":
+        from qpipe.explain_commands import diff
 
-    if name == "stages":
-        print(commands.show_stages(rest))
-        return None, []
-    if name == "report":
-        print(commands.show_report(rest))
-        return None, []
+        return diff(rest), []
+    if name == "why":
+        return _why(rest)
     if name == "cache":
         from qpipe.cache_commands import cache_command
 
         return cache_command(rest)
-    if name == "why":
-        if not rest or "=" in rest[0] or rest[0].startswith("-"):
-            raise ConfigError("why: names nothing. Say `qpipe why NODE`.")
-        subject, *rest = rest
-        return lambda jobs: commands.why(jobs, subject), rest
+    from qpipe import commands
+
+    if name in ("stages", "report"):
+        print({"stages": commands.show_stages, "report": commands.show_report}[name](rest))
+        return 0, []
     if name == "graph":
         file = None
-        if rest and "=" not in rest[0] and not rest[0].startswith("-"):
+        if _is_subject(rest):
             file, *rest = rest
         return lambda jobs: commands.graph(jobs, file), rest
     return {"run": commands.run, "plan": commands.plan}[name], rest
+
+
+def _why(rest: list[str]) -> tuple[Many, list[str]]:
+    from qpipe.explain_commands import why
+
+    options, rest = take_options(rest, {"--against": "RUN"})
+    if not _is_subject(rest):
+        raise ConfigError("why: names nothing. Say `qpipe why NODE`.")
+    return lambda jobs: why(jobs, rest[0], options.get("--against")), rest[1:]
+
+
+def _is_subject(words: Sequence[str]) -> bool:
+    """Whether the first word is the name of a thing, rather than an override or an option."""
+    return bool(words) and "=" not in words[0] and words[0][:1] not in ("-", "+", "~")
+
+
+def take_options(words: Sequence[str], known: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """The options among `words`, `--name VALUE` or `--name=VALUE`, and the other words. `known` is {option: what its
+    value is called}, "" for an option that takes none. Errors: ConfigError for a value that is missing."""
+    found: dict[str, str] = {}
+    rest: list[str] = []
+    pending = list(reversed(words))
+    while pending:
+        word = pending.pop()
+        name, equals, value = word.partition("=")
+        if name not in known or (equals and not known[name]):
+            rest.append(word)
+        elif not known[name] or equals:
+            found[name] = value
+        elif pending and not pending[-1].startswith("--"):
+            found[name] = pending.pop()
+        else:
+            raise ConfigError(f"{name}: has no value. Say `{name} {known[name]}`.")
+    return found, rest
 
 
 def _register() -> None:

@@ -41,6 +41,7 @@ ENGINE = frozenset(
     | {
         "spec",
         "graph",
+        "changes",
         "history",
         "plan",
         "estimate",

@@ -118,35 +118,6 @@ def _row(walk: Walk, name: str, outcome: Outcome, store: Store) -> Row:
     return Row(walk.label + name, node.stage.name, outcome.state, outcome.reasons, expected)
 
 
-def why(jobs: Sequence[Job], name: str) -> int:
-    """Say what the verdict of one node is made of: its key's ingredients, and what changed since it last ran."""
-    with open_store(jobs[0].spec) as store:
-        for walk in plan_jobs(jobs, store):
-            print("\n".join(_why(walk, name)))
-    return 0
-
-
-def _why(walk: Walk, name: str) -> list[str]:
-    nodes = walk.graph.spec.nodes
-    if name not in nodes:
-        raise ConfigError(f"why: no node '{name}'.{nearest(name, nodes)} Nodes: {listed(nodes)}.")
-    if name in walk.graph.disabled:
-        return [f"{walk.label}{name}: disabled"]
-    outcome = walk.verdicts()[name]
-    lines = [f"{walk.label}{name}: {outcome.state}", *(f"  because {reason}" for reason in outcome.reasons)]
-    action = walk.running.get(name)
-    ingredients = action.ingredients if action else (outcome.result or {}).get("ingredients")
-    if outcome.key:
-        lines.append(f"  key      {outcome.key}")
-    for group, values in (ingredients or {}).items():
-        if isinstance(values, Mapping):
-            lines += [f"  {group:8} {key} = {json.dumps(value)}" for key, value in values.items()]
-        else:
-            lines.append(f"  {group:8} {values}")
-    lines += [f"  output   {port} = {made.kind} {made.digest}" for port, made in outcome.outputs.items()]
-    return lines
-
-
 def graph(jobs: Sequence[Job], file: str | None) -> int:
     """Print the pipeline with its verdicts, or draw it to an .svg or .png file."""
     from qpipe.report.graph import draw_graph, graph_text

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from qpipe.hashing import is_digest
 from qpipe.store import Store
 
 _HISTORY = "history"
@@ -28,8 +29,14 @@ def remember(store: Store, key: str, result: Mapping[str, Any]) -> None:
 
 def previous_result(store: Store, stage: str, node: str) -> dict[str, Any] | None:
     """The action result that `node`, a use of `stage`, had last; None where there is none any more."""
+    key = previous_key(store, stage, node)
+    return None if key is None else store.result(key)
+
+
+def previous_key(store: Store, stage: str, node: str) -> str | None:
+    """The key of that result, whether or not it is still there."""
     key = store.index.get(_HISTORY, f"{stage}/{node}")
-    return store.result(key) if isinstance(key, str) else None
+    return key if is_digest(key) else None
 
 
 def expected_s(store: Store, stage: str, node: str) -> float | None:

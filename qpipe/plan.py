@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qpipe.artifact import FORMAT, Artifact
+from qpipe.changes import differences, digests_in, listing
 from qpipe.code import CodeIndex
 from qpipe.companions import content
 from qpipe.errors import ConfigError, InputError
@@ -24,9 +25,6 @@ from qpipe.history import expected_s, previous_result
 from qpipe.param import is_factory
 from qpipe.spec import FirstWithin, NodeSpec
 from qpipe.store import Store
-
-LISTED = 2000
-"""A listing of more parts than this is not kept: it would outgrow the result that it explains."""
 
 State = Literal["hit", "ran", "failed", "skipped", "not_needed", "run", "wait"]
 
@@ -150,36 +148,6 @@ class Keyring:
         return made
 
 
-def digests_in(ingredients: Mapping[str, Any]) -> list[str]:
-    """The digests that stand for something longer: the code, and in the params the contents of paths and the code of
-    factories."""
-    found = [ingredients["code"]]
-    stack = [*ingredients["params"].values()]
-    while stack:
-        value = stack.pop()
-        if isinstance(value, Mapping):
-            found += [value[name] for name in ("content", "code") if isinstance(value.get(name), str)]
-            stack += value.values()
-        elif isinstance(value, list):
-            stack += value
-    return found
-
-
-def listing(parts: Mapping[str, str | None]) -> str:
-    """`parts`, {name: digest}, as text; "" where there are too many.
-
-    Lines as `b3sum` writes them, but shorter: 16 digits tell two versions of one file apart. Text, because a plan
-    reads thousands of results, and a string costs a JSON reader less than a mapping.
-    """
-    if len(parts) > LISTED:
-        return ""
-    lines = []
-    for name, part in sorted(parts.items()):
-        escaped = name.replace("\\", "\\\\").replace("\n", "\\n")
-        lines.append(f"{part[:16] if part is not None else '-'}  {escaped}")
-    return "\n".join(lines)
-
-
 def decide(
     node: NodeSpec, inputs: Mapping[str, tuple[Artifact, ...]], keyring: Keyring, store: Store
 ) -> Outcome | Action:
@@ -198,7 +166,7 @@ def decide(
     elif missing:
         reasons = (f"cached result lost {len(missing)} of its blobs",)
     else:
-        reasons = tuple(differences(previous["ingredients"], ingredients)) if previous else ("never run",)
+        reasons = reasons_to_run(previous, ingredients, keyring)
     expected = expected_s(store, node.stage.name, node.name)
     return Action(
         node.name,
@@ -213,48 +181,20 @@ def decide(
     )
 
 
+def reasons_to_run(
+    previous: Mapping[str, Any] | None, ingredients: Mapping[str, Any], keyring: Keyring
+) -> tuple[str, ...]:
+    """What changed since the previous result; empty where it only went missing."""
+    if previous is None:
+        return ("never run",)
+    kept = previous["provenance"].get("listings", {})
+    return tuple(differences(previous["ingredients"], ingredients, kept, keyring.listings(ingredients)))
+
+
 def hit(key: str, result: Mapping[str, Any], state: State = "hit", reasons: tuple[str, ...] = ()) -> Outcome:
     """The Outcome of a node whose action result is at hand."""
     outputs = {name: Artifact(**fields) for name, fields in result["outputs"].items()}
     return Outcome(state, outputs, key, reasons, result)
-
-
-def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """What changed between the ingredients of two keys, a sentence each."""
-    changed: list[str] = []
-    for name in ("format", "stage", "version"):
-        if before.get(name) != after.get(name):
-            changed.append(f"{name}: {before.get(name)} -> {after.get(name)}")
-    if before.get("code") != after.get("code"):
-        changed.append("code changed")
-    for group, label in (("libraries", "library"), ("params", "param"), ("ports", "input")):
-        old, new = before.get(group, {}), after.get(group, {})
-        for name in sorted({*old, *new}):
-            if old.get(name) != new.get(name):
-                changed.append(_difference(label, name, old.get(name), new.get(name)))
-    return changed
-
-
-def _difference(label: str, name: str, old: Any, new: Any) -> str:
-    if label == "input":
-        return f"input '{name}' changed"
-    for value in (old, new):
-        if isinstance(value, Mapping) and ("content" in value or "code" in value):
-            what = "content" if "content" in value else "code"
-            return f"{label} {name}: its {what} changed"
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        inner = [
-            _difference(label, f"{name}.{key}", old.get(key), new.get(key))
-            for key in sorted({*old, *new})
-            if old.get(key) != new.get(key)
-        ]
-        return "; ".join(inner)
-    return f"{label} {name}: {_short(old)} -> {_short(new)}"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "…"
 
 
 class Walk:
@@ -321,7 +261,10 @@ class Walk:
             if name in self.outcomes:
                 found[name] = self.outcomes[name]
             elif name in self.running:
-                found[name] = Outcome("run", key=self.running[name].key, reasons=self.running[name].reasons)
+                action = self.running[name]
+                found[name] = Outcome(
+                    "run", key=action.key, reasons=action.reasons, ingredients=action.ingredients
+                )
             elif name in self._missing:
                 inputs = ", ".join(sorted(self._missing[name]))
                 found[name] = Outcome("wait", reasons=(f"its inputs are not known yet: {inputs}",))

@@ -101,6 +101,7 @@ def _node(walk: Walk, name: str, outcome: Outcome) -> dict[str, Any]:
         "cpu_s": provenance.get("cpu_s") if ran else 0.0,
         "original_duration_s": provenance.get("duration_s"),
         "peak_rss_bytes": provenance.get("peak_rss_bytes"),
+        "chosen": {"model": outcome.chosen[0].node, "scores": outcome.chosen[1].node} if outcome.chosen else None,
         "scores": _own_scores(walk, name, outcome),
         "notes": list(result.get("notes", ())),
         "error": dict(outcome.error) if outcome.error else None,

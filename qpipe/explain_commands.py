@@ -1,0 +1,216 @@
+"""The commands that explain: what a node's key is made of and why it changed, how two runs differ."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from qpipe.changes import Change, short
+from qpipe.difference import RunDifference, difference
+from qpipe.errors import ConfigError
+from qpipe.explain import Present, Recorded, Results, Side, Step, explain, sentences
+from qpipe.history import rebuild
+from qpipe.param import listed, nearest
+from qpipe.plan import Outcome, Walk
+from qpipe.record import json_text
+from qpipe.report import text
+from qpipe.report.plain import PlainDisplay
+from qpipe.report.table import table
+from qpipe.report.text import duration, plural
+from qpipe.runs import find_record, read_record
+from qpipe.sweep import Job, open_store, plan_jobs
+
+NAMED_ROOTS = 6
+
+
+def why(jobs: Sequence[Job], name: str, against: str | None = None) -> int:
+    """Say what the verdict of one node is made of: what changed in its key since its last result, or since the run
+    `against`, up to the roots, and the key's ingredients."""
+    with open_store(jobs[0].spec) as store:
+        rebuild(store)
+        then: Side = Results(store)
+        since = "its last result"
+        if against is not None:
+            path = find_record(against, "why")
+            then, since = Recorded(read_record(path, "why")), str(path.parent)
+        for walk in plan_jobs(jobs, store):
+            print("\n".join(why_lines(walk, name, then, since)))
+    return 0
+
+
+def why_lines(walk: Walk, name: str, then: Side, since: str) -> Iterator[str]:
+    """The answer of `qpipe why`, line by line. Errors: ConfigError for a node that there is not."""
+    nodes = walk.graph.spec.nodes
+    if name not in nodes:
+        raise ConfigError(f"why: no node '{name}'.{nearest(name, nodes)} Nodes: {listed(nodes)}.")
+    if name in walk.graph.disabled:
+        yield f"{walk.label}{name}: disabled"
+        return
+    outcome = walk.verdicts()[name]
+    steps = explain(Present(walk), then, name)
+    yield f"{walk.label}{name}: {outcome.state}"
+    yield from (f"  {line}" for line in _because(outcome, steps, since))
+    found = [row for step in steps for row in change_rows(step)]
+    if found:
+        yield ""
+        rows = [("node", "what changed", "was", "is"), *found]
+        yield from (f"  {line}" for block in table(rows, 150, flexible=1) for line in block)
+    yield ""
+    yield from _key_lines(outcome, steps)
+
+
+def _because(outcome: Outcome, steps: Sequence[Step], since: str) -> Iterator[str]:
+    first = steps[0]
+    when = ""
+    if first.then is not None and first.then.started is not None:
+        when = f" ({datetime.fromtimestamp(first.then.started, UTC):%Y-%m-%d %H:%M:%S} UTC)"
+    told = sentences(steps)
+    if outcome.state == "not_needed":
+        yield from outcome.reasons
+    if first.then is None:
+        yield "never run: nothing to compare with" if since == "its last result" else f"not in {since}"
+        return
+    yield f"compared with {since}{when}:"
+    for line in told[:NAMED_ROOTS]:
+        yield f"  {line}"
+    if len(told) > NAMED_ROOTS:
+        yield f"  and for {len(told) - NAMED_ROOTS} more reasons, in the table"
+    if not told:
+        same = "nothing in its key changed"
+        reasons = "; ".join(outcome.reasons) if outcome.state in ("run", "skipped") else ""
+        yield f"  {same}{'; it runs because: ' + reasons if reasons else ''}"
+
+
+def change_rows(step: Step) -> Iterator[tuple[str, str, str, str]]:
+    """(node, what changed, was, is) for every ingredient that differs, and for the parts behind a digest."""
+    node = step.now.node
+    if step.remark:
+        yield node, step.remark, "", ""
+    for change in step.changes:
+        was, now = change.before, change.after
+        yield node, change.label, "-" if was is None else _value(change, was), _value(change, now)
+        yield from (("", f"  {what}", before, after) for what, before, after in change.parts)
+
+
+def _value(change: Change, value: Any) -> str:
+    if change.group == "input":
+        if value is None:
+            return "not known yet"
+        return ", ".join(str(made)[:12] for made in value)
+    if change.group == "code":
+        return str(value)[:12]
+    return "-" if value is None and change.group == "library" else short(value)
+
+
+def _key_lines(outcome: Outcome, steps: Sequence[Step]) -> Iterator[str]:
+    """All that the key is made of, as the key holds it."""
+    ingredients = steps[0].now.ingredients or {}
+    if outcome.key:
+        yield f"  key      {outcome.key}"
+    for group, values in ingredients.items():
+        if isinstance(values, Mapping):
+            for name, value in values.items():
+                said = "not known yet" if group == "ports" and value is None else json.dumps(value)
+                yield f"  {group:8} {name} = {said}"
+        else:
+            yield f"  {group:8} {values}"
+    for port, made in outcome.outputs.items():
+        yield f"  output   {port} = {made.kind} {made.digest}"
+
+
+def diff(arguments: Sequence[str]) -> int:
+    """Say how two runs differ; 0 where both made the same, 1 where not."""
+    wanted = [word for word in arguments if not word.startswith("--")]
+    unknown = [word for word in arguments if word.startswith("--") and word != "--json"]
+    if unknown or len(wanted) != 2:
+        raise ConfigError(
+            f"diff: takes two runs, got {' '.join(arguments) or 'none'}. Say `qpipe diff last~1 last`."
+        )
+    paths = find_record(wanted[0], "diff"), find_record(wanted[1], "diff")
+    left, right = (read_record(path, "diff") for path in paths)
+    found = difference(paths, left, right)
+    if "--json" in arguments:
+        print(json_text({"schema": 1, "same": found.same, **dataclasses.asdict(found)}))
+    else:
+        PlainDisplay(sys.stdout).text("\n".join(diff_lines(found)) + "\n")
+    return 0 if found.same else 1
+
+
+def diff_lines(found: RunDifference) -> Iterator[str]:
+    """A RunDifference as sections of aligned lines; what does not differ is left out."""
+    for label, run, totals in zip(("left", "right"), found.runs, found.totals, strict=True):
+        spent = f"{totals.get('ran', 0)} ran, {totals.get('hit', 0)} from the cache"
+        yield f"{label:<5}  {run}  ({spent}, {duration(totals.get('cpu_s'))} of processor time)"
+    for label, names in zip(("left", "right"), found.only, strict=True):
+        if names:
+            yield f"\n  only on the {label}: {', '.join(names)}"
+    if found.nodes:
+        rows = [("node", "stage", "key", "what differs")]
+        for node in found.nodes:
+            keys = " -> ".join("-" if key is None else key[:12] for key in node.keys)
+            if node.keys[0] == node.keys[1]:
+                keys = f"{(node.keys[0] or '-')[:12]} (same)"
+            said = "; ".join(node.changes) or "the outputs, under the same key: see `qpipe verify`"
+            rows.append((node.node, node.stage if node.stage != node.node else "", keys, said))
+        yield from _section(rows, flexible=3)
+    yield from _score_lines(found)
+    for title, values in (("config", found.config), ("environment", found.environment)):
+        rows2 = [(name, short(was), short(now)) for name, (was, now) in values.items()]
+        if rows2:
+            yield from _section([(title, "left", "right"), *rows2])
+    yield from _cost_lines(found)
+    yield ""
+    yield "  the same nodes, keys, outputs and scores" if found.same else f"  {_summary(found)}"
+
+
+def _score_lines(found: RunDifference) -> Iterator[str]:
+    rows = [("score", "left", "right", "change")]
+    for entry in found.scores:
+        left, right = entry.scores
+        change = "" if left is None or right is None else text.change(left - right, entry.metric)
+        rows.append((entry.node, text.score(left, entry.metric), text.score(right, entry.metric), change))
+    if len(rows) > 1:
+        yield from _section(rows, right=(1, 2, 3))
+
+
+def _cost_lines(found: RunDifference) -> Iterator[str]:
+    rows = [("time", "left", "right")]
+    for name, pair in found.costs.items():
+        if any(cost["verdict"] in ("ran", "failed") for cost in pair):
+            rows.append((name, _cost_cell(pair[0]), _cost_cell(pair[1])))
+    if len(rows) > 1:
+        yield from _section(rows)
+
+
+def _cost_cell(cost: Mapping[str, Any]) -> str:
+    verdict = str(cost["verdict"]).replace("_", " ")
+    if verdict == "hit":
+        return f"hit (was {duration(cost['original_duration_s'])})"
+    return f"{verdict} {duration(cost['duration_s'])}" if verdict == "ran" else verdict
+
+
+def _section(
+    rows: Sequence[Sequence[str]], right: Sequence[int] = (), flexible: int | None = None
+) -> Iterator[str]:
+    yield ""
+    for block in table(rows, 150, right=right, flexible=flexible):
+        yield from (f"  {line}" for line in block)
+
+
+def _summary(found: RunDifference) -> str:
+    parts = []
+    if any(found.only):
+        parts.append(f"{plural(sum(map(len, found.only)), 'node')} in one run only")
+    keys = sum(node.keys[0] != node.keys[1] for node in found.nodes)
+    outputs = sum(node.outputs_differ for node in found.nodes)
+    scores = sum(entry.scores[0] != entry.scores[1] for entry in found.scores)
+    parts += [
+        f"{count} {'differs' if count == 1 else 'differ'} in {what}"
+        for count, what in ((keys, "key"), (outputs, "output"), (scores, "score"))
+        if count
+    ]
+    return "; ".join(parts)
