@@ -13,7 +13,7 @@ from qpipe.errors import ConfigError
 from qpipe.estimate import Estimate, estimate
 from qpipe.executor import worker_count
 from qpipe.history import expected_s, rebuild
-from qpipe.param import describe, listed, nearest
+from qpipe.param import describe
 from qpipe.plan import Outcome, Walk
 from qpipe.record import RECORD
 from qpipe.report.plain import PlainDisplay

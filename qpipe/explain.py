@@ -178,12 +178,12 @@ def explain(now: Present | Recorded, then: Side, node: str) -> list[Step]:
     if start is None:
         return []
     steps: list[Step] = []
-    pending: deque[tuple[Made, Made | None, tuple[str, str] | None]] = deque()
-    pending.append((start, then.at(node, start.stage, None), None))
+    pending: deque[tuple[Made, Made | None, tuple[str, str] | None, bool]] = deque()
+    pending.append((start, then.at(node, start.stage, None), None, False))
     seen = {node}
     while pending:
-        made, before, below = pending.popleft()
-        step = compare(made, before, below)
+        made, before, below, certain = pending.popleft()
+        step = compare(made, before, below, certain)
         if step.changes or step.remark or not steps:
             steps.append(step)
         for change in step.changes:
@@ -191,18 +191,22 @@ def explain(now: Present | Recorded, then: Side, node: str) -> list[Step]:
                 continue
             wires = made.wires.get(change.name, ())
             past = before.wires.get(change.name, ()) if before else ()
-            for wire, old in zip_longest(wires, past):
-                source = now.at(wire[0]) if wire else None
-                if source is None or source.node in seen:
+            digests = zip_longest(change.before or (), change.after or ())
+            for wire, old, (was, comes) in zip_longest(wires, past, digests, fillvalue=(None, None)):
+                source = now.at(wire[0]) if wire[0] else None
+                if source is None or source.node in seen or (was is not None and was == comes):
                     continue
                 seen.add(source.node)
-                name, key = old or (source.node, None)
-                pending.append((source, then.at(name, source.stage, key), (made.node, change.name)))
+                name, key = old if old[0] else (source.node, None)
+                earlier = then.at(name, source.stage, key)
+                pending.append((source, earlier, (made.node, change.name), comes is not None))
     return steps
 
 
-def compare(now: Made, then: Made | None, below: tuple[str, str] | None = None) -> Step:
-    """What differs between a node as it is and as it was."""
+def compare(
+    now: Made, then: Made | None, below: tuple[str, str] | None = None, certain: bool = False
+) -> Step:
+    """What differs between a node as it is and as it was; `certain` says that its output does."""
     if then is None:
         gone = "never ran, as far as this cache knows" if below is None else "has no earlier result to compare with"
         return Step(now, None, (), gone, below)
@@ -216,7 +220,7 @@ def compare(now: Made, then: Made | None, below: tuple[str, str] | None = None) 
     if now.stage != then.stage:
         wired = Change("stage", "", f"{then.stage} ({then.node})", f"{now.stage} ({now.node})")
         return Step(now, then, (wired,), "", below)
-    remark = "" if found or below is None else _unexplained(now)
+    remark = "" if found or below is None else _unexplained(now, certain)
     return Step(now, then, found, remark, below)
 
 
@@ -225,9 +229,9 @@ def _all_inputs(now: Made) -> tuple[Change, ...]:
     return tuple(Change("input", port, None, None) for port, digests in ports.items() if digests is None)
 
 
-def _unexplained(now: Made) -> str:
+def _unexplained(now: Made, certain: bool) -> str:
     """Why a node whose key is the same makes something else, or may."""
-    if now.state in ("hit", "ran"):
+    if now.state in ("hit", "ran") and certain:
         return "made something else under the same key (see `qpipe verify`)"
     return f"runs: {'; '.join(now.reasons)}" if now.state == "run" else ""
 

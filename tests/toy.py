@@ -122,7 +122,9 @@ class Toy:
 
     def command(self, *arguments: str) -> list[str]:
         words = arguments if arguments else ("run",)
-        subject = [] if words[0] not in ("why", "graph", "cache") else list(words[1:2])
+        if words[0] == "diff":  # composes no config
+            return [sys.executable, "-m", "qpipe", *words]
+        subject = [] if words[0] not in ("why", "verify", "graph", "cache") else list(words[1:2])
         command, rest = [words[0], *subject], list(words[1 + len(subject) :])
         return [
             sys.executable,
