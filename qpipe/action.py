@@ -56,6 +56,7 @@ class ActionContext(Context):
         self.device = request["device"]
         self.threads = threads
         self.notes: list[str] = []
+        self.parts: set[str] = set()
         ingredients = request["ingredients"]
         self._code = {name: ingredients[name] for name in ("format", "stage", "version", "code", "libraries")}
         self._store = store
@@ -73,6 +74,7 @@ class ActionContext(Context):
 
     def memo(self, name: str, fn: Callable[..., Any], *inputs: Any) -> Any:
         key = digest("memo", self._code, name, list(inputs))
+        self.parts.add(key)
         found = self._store.result(key)
         if found is not None and not self._store.complete(found):
             try:
@@ -117,7 +119,8 @@ def artifact_json(artifact: Artifact) -> dict[str, Any]:
 
 
 def perform(request: Request, store: Store, emit: Emit, threads: int) -> dict[str, Any]:
-    """Run the action; its result: `outputs`, `notes`, `ingredients`, `provenance`. Raises what the stage raises."""
+    """Run the action; its result: `outputs`, `notes`, `parts`, `ingredients`, `provenance`; `parts` are the keys of its
+    sub-results. Raises what the stage raises."""
     stage = catalog()[request["stage"]]
     params = {
         name: coerce(value, stage.params[name].hint, f"stages.{request['node']}.{name}")
@@ -141,6 +144,7 @@ def perform(request: Request, store: Store, emit: Emit, threads: int) -> dict[st
     return {
         "outputs": saved,
         "notes": context.notes,
+        "parts": sorted(context.parts),
         "ingredients": request["ingredients"],
         "provenance": {
             **figures,

@@ -297,6 +297,12 @@ def references(root: Buffer) -> dict[str, int]:
     return dict(_parse(content, digest_bytes(content))[2].values())
 
 
+def root_kind(root: Buffer) -> str:
+    """The kind of the artifact that a root blob is of. DamagedError where it is not a root."""
+    content = bytes(root)
+    return _parse(content, digest_bytes(content))[0]
+
+
 def canonical_json(value: Json) -> bytes:
     """JSON, keys sorted, no spaces; numpy scalars as numbers, nan and infinity as Python writes them."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=_plain_scalar)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qpipe import disk
-from qpipe.artifact import references
+from qpipe.artifact import references, root_kind
 from qpipe.errors import CacheError, DamagedError
 from qpipe.hashing import is_digest
 from qpipe.store import Store
@@ -88,6 +88,8 @@ def contradiction(store: Store, result: Mapping[str, Any]) -> str | None:
         for port, output in result["outputs"].items():
             root = store.open(output["digest"])
             parts = references(root)
+            if output["kind"] != (kind := root_kind(root)):
+                return f"its output '{port}' is a {kind}, not a {output['kind']}"
             named |= {output["digest"]: root.nbytes, **parts}
             if output["size_bytes"] != root.nbytes + sum(parts.values()):
                 return f"its output '{port}' is not of the size it says"

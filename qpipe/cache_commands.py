@@ -37,7 +37,8 @@ def cache_command(arguments: Sequence[str]) -> tuple[Callable[[Sequence[Job]], i
     while rest and (rest[0].startswith(_STAGE) or not (rest[0][:1] in "-+~" or "=" in rest[0])):
         words.append(rest.pop(0))
     function, takes = COMMANDS[name]
-    if bool(words) != bool(takes) and not takes.startswith("["):
+    fits = len(words) == 1 if takes == "FILE" else bool(words) == bool(takes) or takes.startswith("[")
+    if not fits:
         given = f"takes {takes}" if takes else "takes nothing"
         raise ConfigError(f"cache {name}: {given}, got {' '.join(words) or 'nothing'}.")
 
@@ -184,6 +185,34 @@ def _unpin(jobs: Sequence[Job], store: Store, words: Sequence[str]) -> int:
     return 0
 
 
+def _export(jobs: Sequence[Job], store: Store, words: Sequence[str]) -> int:
+    from qpipe.archive import export
+
+    with store.using():
+        with store.looking():
+            verdicts = [item for walk in plan_jobs(jobs, store) for item in walk.verdicts().items()]
+        keys = {outcome.key for _, outcome in verdicts if outcome.state == "hit" and outcome.key}
+        made = export(store, keys, Path(words[0]))
+    print(
+        f"{words[0]}: {made.results} results and sub-results, {made.blobs} blobs, {size_text(made.size_bytes)}, "
+        f"for {len(keys)} actions of this pipeline"
+    )
+    if left := [name for name, outcome in verdicts if outcome.state in ("run", "wait")]:
+        print(f"not in the cache, and so not in the archive: {listed(left)}")
+    return 0
+
+
+def _import(jobs: Sequence[Job], store: Store, words: Sequence[str]) -> int:
+    from qpipe.archive import import_archive
+
+    found = import_archive(store, Path(words[0]))
+    print(
+        f"{words[0]}: {found.results} results came in, {found.standing} were there already, "
+        f"{found.refused} entries were passed over"
+    )
+    return 0
+
+
 def _targets(jobs: Sequence[Job], store: Store, words: Sequence[str]) -> list[tuple[str, set[str]]]:
     """What each word names: the results of a run folder, of a node, or the one under a key."""
     found = []
@@ -253,5 +282,7 @@ COMMANDS: Mapping[str, tuple[Command, str]] = {
     "rm": (_rm, "NODE|KEY…|--stage STAGE"),
     "pin": (_pin, "[RUN_FOLDER|NODE|KEY…]"),
     "unpin": (_unpin, "RUN_FOLDER|NODE|KEY…"),
+    "export": (_export, "FILE"),
+    "import": (_import, "FILE"),
 }
 """Every command: its function, and what it takes besides overrides: "" for nothing, "[…]" what may be left out."""

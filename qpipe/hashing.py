@@ -176,6 +176,14 @@ def digest_bytes(buffer: Buffer) -> str:
     return str(blake3(view, max_threads=threads).hexdigest())
 
 
+def digest_chunks(chunks: Iterable[Buffer]) -> str:
+    """The BLAKE3 of bytes that come piece by piece: that of all of them together."""
+    hasher = blake3()
+    for chunk in chunks:
+        hasher.update(chunk)
+    return str(hasher.hexdigest())
+
+
 def file_identity(path: Path | str) -> str | None:
     """What stands for a file's content between two looks at it: path, size, times and inode.
 

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 from qpipe import disk
 from qpipe.artifact import KINDS, canonical_json, references
 from qpipe.errors import CacheError, DamagedError
-from qpipe.hashing import digest_bytes, is_digest
+from qpipe.hashing import digest_bytes, digest_chunks, is_digest
 from qpipe.usage import Usage
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 Json = Any
 _LOG = logging.getLogger(__name__)
-_RESULT_LIMIT = 64 << 20  # bytes; a larger result file was not written here
+RESULT_LIMIT = 64 << 20  # bytes; a larger result file was not written here
 _PORT = re.compile(r"\w[\w.-]*")
 
 
@@ -127,6 +127,29 @@ class Store:
             self.write(self._blob(digest), view, disk.move)
         return digest
 
+    def receive(self, digest: str, size: int, chunks: Iterable[bytes]) -> bool:
+        """Keep the bytes that come in `chunks` if they are the `size` bytes that `digest` names, and nothing otherwise;
+        whether they are. They need not fit into memory. CacheError where they cannot be written."""
+        if self._keep(digest, size):
+            return True
+        received = 0
+        with self._new_file(f"{size:,} bytes") as (descriptor, temporary):
+
+            def written() -> Iterator[bytes]:
+                nonlocal received
+                for chunk in chunks:
+                    received += len(chunk)
+                    if received > size:
+                        return
+                    disk.write_all(descriptor, memoryview(chunk))
+                    yield chunk
+
+            if digest_chunks(written()) != digest or received != size:
+                return False
+            disk.seal_file(descriptor)
+            self._place_file(temporary, self._blob(digest), disk.move)
+        return True
+
     def open(self, digest: str) -> memoryview:
         """The bytes under `digest`, read-only and mapped, verified once per process.
 
@@ -193,17 +216,12 @@ class Store:
         """As `result`, but nothing is relied on: a cleanup may take it the moment after."""
         path = self._place("actions", key, ".json")
         try:
-            record = json.loads(disk.read_small(path, _RESULT_LIMIT))
-            result: dict[str, Json] = record["result"]
-            if record["seal"] != _seal(key, result):
-                raise ValueError("its seal does not match")
-            _check_result(result)
+            return unsealed(key, disk.read_small(path, RESULT_LIMIT))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             _LOG.warning("the result %s is passed over: %s", path, error)
             return None
-        return result
 
     def complete(self, result: dict[str, Json]) -> list[str]:
         """The digests of the blobs of a result that are missing or of the wrong size; nothing is read."""
@@ -222,7 +240,7 @@ class Store:
             blobs |= {output["digest"]: root.nbytes, **references(root)}
         whole: dict[str, Json] = json.loads(canonical_json({**result, "blobs": blobs}))
         _check_result(whole)
-        content = memoryview(canonical_json({"result": whole, "seal": _seal(key, whole)}))
+        content = memoryview(sealed(key, whole))
         path = self._action(key)
         with self._relied_on() or contextlib.nullcontext() as usage:
             if usage is not None:
@@ -312,19 +330,28 @@ class Store:
 
     def write(self, target: Path, content: memoryview, move: Callable[[Path, Path], bool]) -> bool:
         """Write beside, flush to disk, move into place; what `move` says. CacheError where that fails."""
+        with self._new_file(f"{content.nbytes:,} bytes") as (descriptor, temporary):
+            disk.write_all(descriptor, content)
+            disk.seal_file(descriptor)
+            return self._place_file(temporary, target, move)
+
+    @contextlib.contextmanager
+    def _new_file(self, what: str) -> Iterator[tuple[int, Path]]:
+        """A file to write `what` to, removed at the end if it was not placed. CacheError for whatever the disk says."""
         self._refuse_readonly()
         try:
             self._prepare()
-            disk.make_folder(target.parent, self.root)
-            if disk.is_folder(target):
-                disk.set_aside(target, self.root)
-            with disk.temporary_file(self.root / "tmp") as (descriptor, temporary):
-                disk.write_all(descriptor, content)
-                disk.seal_file(descriptor)
-                moved = move(temporary, target)
-            disk.flush_folder(target.parent)
+            with disk.temporary_file(self.root / "tmp") as file:
+                yield file
         except OSError as error:
-            raise _refusal(self.root, error, f"{content.nbytes:,} bytes") from error
+            raise _refusal(self.root, error, what) from error
+
+    def _place_file(self, temporary: Path, target: Path, move: Callable[[Path, Path], bool]) -> bool:
+        disk.make_folder(target.parent, self.root)
+        if disk.is_folder(target):
+            disk.set_aside(target, self.root)
+        moved = move(temporary, target)
+        disk.flush_folder(target.parent)
         return moved
 
     def _prepare(self) -> None:
@@ -370,6 +397,22 @@ def _entries(folder: Path, suffix: str) -> Iterator[tuple[str, os.stat_result]]:
                         yield name, status
 
 
+def sealed(key: str, result: dict[str, Json]) -> bytes:
+    """The content of the file in which `result` stands under `key`."""
+    return canonical_json({"result": result, "seal": _seal(key, result)})
+
+
+def unsealed(key: str, content: bytes) -> dict[str, Json]:
+    """The result in such a content. Errors: ValueError, KeyError, TypeError, AttributeError or RecursionError for any
+    other content."""
+    record = json.loads(content)
+    result: dict[str, Json] = record["result"]
+    if record["seal"] != _seal(key, result):
+        raise ValueError("its seal does not match")
+    _check_result(result)
+    return result
+
+
 def _seal(key: str, result: dict[str, Json]) -> str:
     return digest_bytes(canonical_json([key, result]))
 
@@ -394,6 +437,8 @@ def _check_result(result: dict[str, Json]) -> None:
         raise ValueError("its provenance holds an impossible duration")
     if not all(type(note) is str for note in result.get("notes", ())):
         raise ValueError("its notes are no text")
+    if not all(is_digest(part) for part in result.get("parts", ())):
+        raise ValueError("its parts are no keys")
 
 
 def _number(values: dict[str, Json], name: str) -> float:

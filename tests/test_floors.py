@@ -14,7 +14,7 @@ from qpipe.syntax import Import, analyse
 ROOT = Path(__file__).parents[1]
 COLUMN = [
     *("errors", "hashing", "companions", "syntax", "code", "artifact", "index"),
-    *("disk", "usage", "store", "pins", "cleanup", "audit"),
+    *("disk", "usage", "store", "pins", "cleanup", "audit", "archive"),
     *("changes", "history", "param", "stage", "catalog", "spec", "graph", "plan", "estimate"),
     *("action", "workers", "executor", "record", "runs", "explain", "difference", "sweep"),
     *("commands", "cache_commands", "explain_commands", "compose", "cli", "__main__"),

@@ -263,7 +263,7 @@ def test_a_result_under_another_key_is_a_miss(store: Store) -> None:
 
 def test_a_result_of_absurd_size_is_not_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     store.publish(KEY, result_of(save(Scores({"score": 1.0}), store)))
-    monkeypatch.setattr("qpipe.store._RESULT_LIMIT", 10)
+    monkeypatch.setattr("qpipe.store.RESULT_LIMIT", 10)
     assert store.result(KEY) is None
 
 
