@@ -20,8 +20,9 @@ from typing import Any
 
 from qpipe.artifact import Artifact, Statistics, load, save
 from qpipe.catalog import catalog
-from qpipe.errors import DamagedError, QpipeError
+from qpipe.errors import ChangedError, DamagedError, QpipeError
 from qpipe.hashing import digest
+from qpipe.loaded import differing
 from qpipe.param import coerce
 from qpipe.plan import Action
 from qpipe.stage import Context
@@ -57,6 +58,7 @@ class ActionContext(Context):
         self.threads = threads
         self.notes: list[str] = []
         self.parts: set[str] = set()
+        self._request = request
         ingredients = request["ingredients"]
         self._code = {name: ingredients[name] for name in ("format", "stage", "version", "code", "libraries")}
         self._store = store
@@ -75,6 +77,7 @@ class ActionContext(Context):
     def memo(self, name: str, fn: Callable[..., Any], *inputs: Any) -> Any:
         key = digest("memo", self._code, name, list(inputs))
         self.parts.add(key)
+        check_code(self._request, self._store)
         found = self._store.result(key)
         if found is not None and not self._store.complete(found):
             try:
@@ -85,6 +88,7 @@ class ActionContext(Context):
                 pass  # a damaged sub-result is a miss
         started = time.perf_counter()
         value = fn(*inputs)
+        check_code(self._request, self._store)  # a function may import what it needs when it runs
         artifact = save(_to_remember(value), self._store)
         self._store.publish(
             key,
@@ -130,11 +134,13 @@ def perform(request: Request, store: Store, emit: Emit, threads: int) -> dict[st
     for name, artifacts in request["inputs"].items():
         values = [load(Artifact(*fields), store) for fields in artifacts]
         arguments[name] = values if stage.ports[name].many else values[0]
+    check_code(request, store)
     context = ActionContext(request, store, emit, threads)
     if stage.takes_context:
         arguments["ctx"] = context
     with _measured() as figures:
         outputs = stage.unpack(stage.function(**arguments))
+    check_code(request, store)
     saved = {name: artifact_json(save(value, store)) for name, value in outputs.items()}
     for name, kind in stage.outputs.items():
         if saved[name]["kind"] != kind:
@@ -158,6 +164,31 @@ def perform(request: Request, store: Store, emit: Emit, threads: int) -> dict[st
             **request.get("provenance", {}),
         },
     }
+
+
+def check_code(request: Request, store: Store) -> None:
+    """Hold the modules that run here against the key. ChangedError where they are others than were planned with."""
+    listings = request.get("provenance", {}).get("listings", {})
+    for code in _codes(request["ingredients"]):
+        expected = {
+            name: digits
+            for digits, name in (line.split("  ", 1) for line in listings.get(code, "").splitlines())
+        }
+        if changed := differing(code, expected, store.index.memo("code")):
+            raise ChangedError(
+                f"the code that ran is not what was planned with: {', '.join(changed)} was edited meanwhile, or "
+                f"another file of that name comes first on the path. The result is not kept; run again."
+            )
+
+
+def _codes(ingredients: Mapping[str, Any]) -> list[str]:
+    """The digests of code in the ingredients of a key: the stage's own, and those of factories."""
+    factories = [
+        value["code"]
+        for value in ingredients["params"].values()
+        if isinstance(value, Mapping) and "function" in value and "code" in value
+    ]
+    return [ingredients["code"], *factories]
 
 
 def failure(error: BaseException) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from qpipe.errors import ConfigError
+from qpipe.loaded import watch
 from qpipe.param import listed, nearest
 from qpipe.stage import REQUIRED, Stage
 
@@ -41,6 +42,7 @@ class Catalog(Mapping[str, Stage]):
                 f"stages: a plug-in brings '{clash[0]}', a built-in stage. Rename its entry point."
             )
         self._addresses = built_in | plug_ins
+        watch(frozenset(address.partition(":")[0].partition(".")[0] for address in self._addresses.values()))
         self._loaded: dict[str, Stage] = {}
 
     def __getitem__(self, name: str) -> Stage:

@@ -47,6 +47,10 @@ def main() -> None:
 def run(arguments: Sequence[str]) -> int:
     """Run one command line; its exit status."""
     command, rest = split_command(arguments)
+    if sys.path[:1] not in ([os.getcwd()], [""]):
+        sys.path.insert(
+            0, os.getcwd()
+        )  # as in a worker, so that both find the same file under a module's name
     if {"-sc", "--shell-completion"} & set(arguments):
         for name in complete_command(os.environ):
             print(name)

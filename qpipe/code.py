@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import SOURCE_SUFFIXES, ModuleSpec, PathFinder
@@ -30,6 +30,7 @@ ENGINE = frozenset(
         "hashing",
         "syntax",
         "code",
+        "loaded",
         "artifact",
         "index",
         "store",
@@ -161,15 +162,39 @@ class CodeIndex:
     def _read(self, file: str) -> Analysis:
         if not file.endswith(tuple(SOURCE_SUFFIXES)):  # an extension module
             return Analysis(digest_file(Path(file), self._memo), ())
-        identity = file_identity(file)
-        key = f"{_FORM}|{identity}"
-        known = _from_json(self._memo.get(key)) if identity else None
-        if known is not None:
-            return known
-        analysis = analyse(Path(file).read_bytes(), file)
-        if identity and file_identity(file) == identity:
-            self._memo.set(key, _to_json(analysis))
-        return analysis
+        return remembered_analysis(file, file_identity(file), lambda: Path(file).read_bytes(), self._memo)
+
+
+def remembered_analysis(file: str, identity: str | None, read: Callable[[], bytes], memo: Memo) -> Analysis:
+    """The analysis of the source that `read` gives; from `memo` where `identity` stands for that content."""
+    key = f"{_FORM}|{identity}"
+    known = _from_json(memo.get(key)) if identity else None
+    if known is not None:
+        return known
+    analysis = analyse(read(), file)
+    if identity and file_identity(file) == identity:
+        memo.set(key, _to_json(analysis))
+    return analysis
+
+
+def is_first_party(spec: ModuleSpec, own: frozenset[str]) -> bool:
+    """Whether a module that is about to be loaded counts by its code; all of the packages `own` does."""
+    if not spec.origin:
+        return False
+    if spec.origin.startswith(_library_prefixes()) and spec.name.partition(".")[0] not in own:
+        return False  # the quick way past the thousands of modules of a library
+    module = _module(spec.name, spec)
+    return module is not None and module.party(set(own)) == "first"
+
+
+@cache
+def _library_prefixes() -> tuple[str, ...]:
+    return tuple(
+        {
+            os.path.join(sysconfig.get_path(name), "")
+            for name in ("stdlib", "platstdlib", "purelib", "platlib")
+        }
+    )
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """The errors of qpipe, one tree; each message is a complete sentence for the person who reads it.
 
-    QpipeError                 exit status 1
-    ├── ConfigError            2   the composed config says something that cannot be run
-    ├── InputError             2   a model, a data set or a path given by the user cannot be taken
-    ├── StageError             1   a node failed while it ran
-    └── CacheError             1   the cache cannot be written, or what it holds is damaged
-        └── DamagedError       1   a stored blob is missing or does not match its digest
+QpipeError                 exit status 1
+├── ConfigError            2   the composed config says something that cannot be run
+├── InputError             2   a model, a data set or a path given by the user cannot be taken
+├── StageError             1   a node failed while it ran
+│   └── ChangedError       1   what it read or ran is no longer what its key says
+└── CacheError             1   the cache cannot be written, or what it holds is damaged
+    └── DamagedError       1   a stored blob is missing or does not match its digest
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ class InputError(QpipeError):
 
 class StageError(QpipeError):
     """A node failed; the cause is chained or named in the message."""
+
+
+class ChangedError(StageError):
+    """Code or an input was edited while the run went on: the result is not that of the key, and is not kept."""
 
 
 class CacheError(QpipeError):

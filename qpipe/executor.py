@@ -10,13 +10,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from heapq import heappop, heappush
 from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
-from qpipe.action import as_result, request
-from qpipe.errors import CacheError, DamagedError, InputError, QpipeError
+from qpipe.action import as_result, failure, request
+from qpipe.errors import CacheError, ChangedError, DamagedError, InputError, QpipeError
 from qpipe.graph import Graph
 from qpipe.history import remember
 from qpipe.plan import Action, State, Walk
@@ -79,13 +80,21 @@ def execute(
 
 
 def forget(walks: Sequence[Walk], store: Store, digest: str) -> None:
-    """Drop the results that name a blob which is there and yet is not what they say."""
-    if not store.has(digest):
-        return  # the store moved it aside, so that its results are incomplete and run again
-    for walk in walks:
-        for outcome in walk.outcomes.values():
-            if outcome.key and digest in (outcome.result or {}).get("blobs", {}):
-                store.forget(outcome.key)
+    """Drop the results that name a blob which is there and yet is not what they say; move aside every other damaged
+    blob that the walks rely on, so that one more round heals them all."""
+    results = {
+        outcome.key: outcome.result
+        for walk in walks
+        for outcome in walk.outcomes.values()
+        if outcome.key and outcome.result
+    }
+    if store.has(digest):  # else the store moved it aside, so that its results are incomplete and run again
+        for key, result in results.items():
+            if digest in result["blobs"]:
+                store.forget(key)
+    for blob in {blob for result in results.values() for blob in result["blobs"]}:
+        with suppress(DamagedError):
+            store.open(blob)
 
 
 class _Run:
@@ -214,7 +223,10 @@ class _Run:
             self._fail(key, event)
 
     def _publish(self, key: str, result: dict[str, Any]) -> None:
-        action = self._wanted[key][0][1]
+        walk, action = self._wanted[key][0]
+        if changed := walk.changed(action):
+            self._fail(key, failure(ChangedError(_written_to(action, changed))))
+            return
         try:
             if action.always:
                 self._store.forget(key)  # what it read last time does not stand in the way
@@ -258,6 +270,11 @@ class _Run:
         for key, started in self._running.items():
             if time.monotonic() - started > limit:
                 self._pool.cancel(key, f"took longer than run.timeout_s={limit:g} and was ended")
+
+
+def _written_to(action: Action, params: Sequence[str]) -> str:
+    names = ", ".join(f"stages.{action.node}.{name} ({action.written.get(name)})" for name in params)
+    return f"{names} was written to while the run went on. The result is not kept; run again."
 
 
 def urgency(graph: Graph) -> dict[str, int]:

@@ -303,6 +303,17 @@ def tree_contents(path: Path, memo: Memo | None = None) -> dict[str, str | None]
     return contents
 
 
+def stamp(path: Path) -> str:
+    """A digest that differs once any file at or below `path` was written to, be it with what it held before.
+
+    Made of names, inodes, sizes and times of modification; nothing is read. OSError where there is nothing.
+    """
+    folders = os.walk(path) if path.is_dir() else [(str(path.parent), [], [path.name])]
+    files = [os.path.join(folder, name) for folder, _, names in folders for name in names]
+    looks = [(file, os.stat(file)) for file in sorted(files)]
+    return digest("stamp", [(file, look.st_ino, look.st_size, look.st_mtime_ns) for file, look in looks])
+
+
 def _follow(link: Path, root: Path) -> Path:
     """Where a link leads; InputError where that is nowhere or not inside `root`."""
     try:

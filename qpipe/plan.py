@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,9 +18,9 @@ from qpipe.artifact import FORMAT, Artifact
 from qpipe.changes import differences, digests_in, listing
 from qpipe.code import CodeIndex
 from qpipe.companions import content
-from qpipe.errors import ConfigError, InputError
+from qpipe.errors import ConfigError, InputError, QpipeError
 from qpipe.graph import Graph, Source
-from qpipe.hashing import digest
+from qpipe.hashing import digest, stamp
 from qpipe.history import expected_s, previous_result
 from qpipe.param import is_factory
 from qpipe.spec import FirstWithin, NodeSpec
@@ -42,6 +42,8 @@ class Action:
     reasons: tuple[str, ...]
     always: bool = False
     expected_s: float | None = None
+    stamps: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """For each param that holds paths, `Keyring.stamp` of what lies there, taken after it was read for the key."""
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What the result is to keep for `qpipe why`: the node, what made its inputs, and `Keyring.listings`."""
 
@@ -86,6 +88,33 @@ class Keyring:
                 for port, artifacts in sorted(inputs.items())
             },
         }
+
+    def stamps(self, node: NodeSpec) -> dict[str, str]:
+        """Param -> what tells whether the files that it names are written to from now on."""
+        found = {name: list(_paths_in(value)) for name, value in node.params.items()}
+        return {name: self._stamp(paths) for name, paths in found.items() if paths}
+
+    def changed(self, node: NodeSpec, action: Action) -> list[str]:
+        """The params of `node` that name files which are no longer what the key of `action` was made of, or were
+        written to meanwhile."""
+        before = action.ingredients["params"]
+        found = []
+        for name, paths in ((name, list(_paths_in(value))) for name, value in node.params.items()):
+            try:
+                same = not paths or (
+                    self._stamp(paths) == action.stamps.get(name) and self._param(node, name) == before[name]
+                )
+            except QpipeError:
+                same = False
+            if not same:
+                found.append(name)
+        return found
+
+    def _stamp(self, paths: Sequence[Path]) -> str:
+        try:
+            return digest([stamp(self._search_path / path) for path in paths])
+        except OSError:
+            return "gone"
 
     def listings(self, ingredients: Mapping[str, Any]) -> dict[str, str]:
         """What the digests among `ingredients` are made of, as far as this keyring made them: {digest: text}, a line
@@ -148,6 +177,18 @@ class Keyring:
         return made
 
 
+def _paths_in(value: Any) -> Iterator[Path]:
+    """Every path in the value of a param, as `Keyring` reads it."""
+    if isinstance(value, Path):
+        yield value
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from _paths_in(getattr(value, field.name))
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _paths_in(item)
+
+
 def decide(
     node: NodeSpec, inputs: Mapping[str, tuple[Artifact, ...]], keyring: Keyring, store: Store
 ) -> Outcome | Action:
@@ -178,6 +219,7 @@ def decide(
         reasons or ("result evicted",),
         node.stage.always,
         expected,
+        keyring.stamps(node),
     )
 
 
@@ -252,6 +294,12 @@ class Walk:
                 ingredients=action.ingredients,
             ),
         )
+
+    def changed(self, action: Action) -> list[str]:
+        """The params of an action whose files were written to since its key was made."""
+        node = self.graph.node(action.node)
+        assert isinstance(node, NodeSpec)
+        return self._keyring.changed(node, action)
 
     def verdicts(self) -> dict[str, Outcome]:
         """An outcome for every enabled node: settled ones as they are, running ones `run`, asked-for ones `wait`, and

@@ -313,7 +313,7 @@ class Store:
         return f"{self._prefix}{kind}/{name[:2]}/{name}{suffix}"
 
     def _keep(self, digest: str, size: int) -> bool:
-        """Whether the blob is there already; from now on no cleanup takes it."""
+        """Whether the blob is there already, and sound; from now on no cleanup takes it."""
         with self._relied_on() or contextlib.nullcontext() as usage:
             if usage is not None:
                 usage.note("b", digest)
@@ -322,6 +322,10 @@ class Store:
             if not self.readonly:
                 with contextlib.suppress(OSError):  # another user's file in a shared cache
                     os.utime(self._blob(digest), follow_symlinks=False)
+        try:
+            self.open(digest)  # read once per process: what is damaged would else stay, and be lost
+        except DamagedError:
+            return False
         return True
 
     def _refuse_readonly(self) -> None:

@@ -8,6 +8,7 @@ import dataclasses
 import gc
 import os
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -27,8 +28,8 @@ GOAL_MISSED = 3
 NOT_CACHED = 4
 BUDGET_SPENT = 5
 INTERRUPTED = 130
-HEAL_ROUNDS = 8
-"""How often a run plans anew because a blob it read was damaged, before it gives up."""
+HEAL_ROUNDS = 3
+"""How often a run plans anew because of one and the same damaged blob, before it gives up."""
 
 
 class Watch(View, Protocol):
@@ -75,8 +76,8 @@ def plan_jobs(jobs: Sequence[Job], store: Store) -> list[Walk]:
 def run_jobs(jobs: Sequence[Job], store: Store, watch: Watch, command: Sequence[str]) -> int:
     """Carry all jobs out and write their records; the exit status of the worst.
 
-    A blob that turns out damaged when it is read is moved aside by the store, and all is planned anew: what made it
-    runs again.
+    A blob that turns out damaged when it is read is moved aside by the store, all others of this run are looked at,
+    and all is planned anew: what made them runs again. CacheError where a blob comes back damaged again and again.
     """
     info = RunInfo(command, jobs[0].folder, time.time())
     with store.using():  # whatever it finds or makes stays until it ends
@@ -105,8 +106,9 @@ def _run_healing(jobs: Sequence[Job], store: Store, watch: Watch, info: RunInfo)
     budget_s = jobs[0].spec.run.budget_s
     deadline = None if budget_s is None else time.monotonic() + budget_s
     told = False
-    for _ in range(HEAL_ROUNDS):
-        walks: list[Walk] = []
+    walks: list[Walk] = []
+    damaged: Counter[str] = Counter()
+    while max(damaged.values(), default=0) < HEAL_ROUNDS:
         try:
             with store.looking():
                 walks = plan_jobs(jobs, store)
@@ -116,6 +118,7 @@ def _run_healing(jobs: Sequence[Job], store: Store, watch: Watch, info: RunInfo)
             return _carry_out(jobs, walks, store, watch, info, deadline)
         except DamagedError as error:
             watch.message(f"The cache is damaged: {error} What made it runs again.")
+            damaged[error.digest] += 1
             forget(walks, store, error.digest)
     raise CacheError(f"The cache at {store.root} stays damaged after {HEAL_ROUNDS} attempts. Check the disk.")
 

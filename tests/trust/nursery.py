@@ -181,7 +181,8 @@ def _be_child(order: Order) -> None:
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
         os.chdir(order["folder"])
         os.environ.update(order["environment"])
-        sys.path[:0] = [part for part in order["environment"].get("PYTHONPATH", "").split(os.pathsep) if part]
+        parts = order["environment"].get("PYTHONPATH", "").split(os.pathsep)
+        sys.path[:1] = [order["folder"], *filter(None, parts)]
         if order["fault"]:
             from tests.trust.faults import arm
 
