@@ -156,10 +156,7 @@ def perform(request: Request, store: Store, emit: Emit, threads: int) -> dict[st
             **figures,
             "threads": threads,
             "device": request["device"],
-            "machine": platform.machine(),
-            "instruction_set": _instruction_set(),
-            "python": platform.python_version(),
-            "builds": _builds(tuple(request["ingredients"]["libraries"])),
+            **surroundings(tuple(request["ingredients"]["libraries"])),
             "written": request["written"],
             **request.get("provenance", {}),
         },
@@ -244,6 +241,16 @@ def _instruction_set() -> str:
 
 
 @functools.cache
+def surroundings(libraries: tuple[str, ...]) -> dict[str, Any]:
+    """What no key holds and what can still decide the last bits: the machine, Python, the builds of the libraries."""
+    return {
+        "machine": platform.machine(),
+        "instruction_set": _instruction_set(),
+        "python": platform.python_version(),
+        "builds": _builds(libraries),
+    }
+
+
 def _builds(libraries: tuple[str, ...]) -> dict[str, str]:
     """The versions of those libraries that are builds for a device: the key has the version alone."""
     from importlib.metadata import PackageNotFoundError, version

@@ -31,7 +31,7 @@ from qpipe.errors import ConfigError, QpipeError
 from qpipe.record import RECORD
 from qpipe.sweep import INTERRUPTED, Job
 
-COMMANDS = ("run", "plan", "why", "diff", "graph", "stages", "report", "cache")
+COMMANDS = ("run", "plan", "why", "diff", "verify", "graph", "stages", "report", "cache")
 PACKAGE = Path(__file__).parent
 
 Many = Callable[[Sequence[Job]], int]
@@ -109,6 +109,8 @@ def _command(name: str, rest: list[str]) -> tuple[Many | int, list[str]]:
         return diff(rest), []
     if name == "why":
         return _why(rest)
+    if name == "verify":
+        return _verify(rest)
     if name == "cache":
         from qpipe.cache_commands import cache_command
 
@@ -133,6 +135,18 @@ def _why(rest: list[str]) -> tuple[Many, list[str]]:
     if not _is_subject(rest):
         raise ConfigError("why: names nothing. Say `qpipe why NODE`.")
     return lambda jobs: why(jobs, rest[0], options.get("--against")), rest[1:]
+
+
+def _verify(rest: list[str]) -> tuple[Many, list[str]]:
+    from qpipe.explain_commands import verify_nodes
+
+    options, rest = take_options(rest, {"--repeat": "2"})
+    if not _is_subject(rest):
+        raise ConfigError("verify: names nothing. Say `qpipe verify NODE` or `qpipe verify all`.")
+    repeat = options.get("--repeat", "2")
+    if not repeat.isdecimal() or not int(repeat):
+        raise ConfigError(f"--repeat: how often to compute each node, at least 1, got {repeat!r}.")
+    return lambda jobs: verify_nodes(jobs, rest[0], int(repeat)), rest[1:]
 
 
 def _is_subject(words: Sequence[str]) -> bool:

@@ -11,7 +11,8 @@ from typing import Any
 
 from qpipe.changes import Change, short
 from qpipe.difference import RunDifference, difference
-from qpipe.errors import ConfigError
+from qpipe.errors import ConfigError, InputError
+from qpipe.executor import worker_count
 from qpipe.explain import Present, Recorded, Results, Side, Step, explain, sentences
 from qpipe.history import rebuild
 from qpipe.param import listed, nearest
@@ -23,6 +24,7 @@ from qpipe.report.table import table
 from qpipe.report.text import duration, plural
 from qpipe.runs import find_record, read_record
 from qpipe.sweep import Job, open_store, plan_jobs
+from qpipe.verify import Verified, cached_nodes, verify
 
 NAMED_ROOTS = 6
 
@@ -214,3 +216,73 @@ def _summary(found: RunDifference) -> str:
         if count
     ]
     return "; ".join(parts)
+
+
+def verify_nodes(jobs: Sequence[Job], name: str, repeat: int) -> int:
+    """Compute `name`, or all nodes, again and say what is reproducible; 1 where anything is not."""
+    display = PlainDisplay(sys.stdout)
+    with open_store(jobs[0].spec) as store, store.using():
+        found, missing = [], []
+        for walk in plan_jobs(jobs, store):
+            nodes = walk.graph.spec.nodes
+            if name != "all" and name not in nodes:
+                raise ConfigError(f"verify: no node '{name}'.{nearest(name, nodes)} Nodes: all, {listed(nodes)}.")
+            cached, not_cached = cached_nodes(walk, store)
+            found += [node for node in cached if name in ("all", node.action.node)]
+            missing += [label for label in not_cached if name in ("all", label.removeprefix(walk.label))]
+        chosen = list({node.action.key: node for node in found}.values())
+        if not chosen:
+            raise InputError(
+                f"verify: the result of {listed(missing) if missing else repr(name)} is not in the cache, so there is "
+                f"nothing to compare with. Run `qpipe` first."
+            )
+        times = "once" if repeat == 1 else f"{repeat} times"
+        display.line(f"{plural(len(chosen), 'node')}, each computed {times} in a process of its own")
+        width = max(len(node.label) for node in chosen)
+
+        def tell(verified: Verified) -> None:
+            for line in verified_lines(verified, width):
+                display.line(line, "" if verified.same else "bold red")
+
+        reports = verify(chosen, store, repeat, worker_count(jobs[0].spec.run), tell)
+    for line in _verify_summary(reports, missing):
+        display.line(line)
+    return 0 if all(report.same for report in reports) else 1
+
+
+def verified_lines(verified: Verified, width: int) -> Iterator[str]:
+    """One node: what is the same, what differs and by how much, what is not here as it was."""
+    failed = next((repeat.error for repeat in verified.repeats if repeat.error), "")
+    verdict = "failed" if failed else "same" if verified.same else "differs"
+    took = ", ".join(duration(repeat.duration_s) for repeat in verified.repeats)
+    ports = ", ".join(verified.outputs) if verified.same else ""
+    yield f"{verdict:<7}  {verified.node:<{width}}  {ports}{'  ' if ports else ''}{took}".rstrip()
+    if failed:
+        yield f"         {failed}"
+    for port in verified.outputs if not failed else ():
+        differing = [(i, one.differing[port]) for i, one in enumerate(verified.repeats, 1) if port in one.differing]
+        if not differing:
+            if not verified.same:
+                yield f"         {port}: the same"
+        else:
+            yield f"         {port}: {differing[0][1]} (repeat {differing[0][0]} of {len(verified.repeats)})"
+    if not verified.same and not failed and len(verified.repeats) > 1:
+        yield (
+            "         the repeats agree with one another: the cached result was made otherwise"
+            if verified.agree
+            else "         the repeats differ from one another: the stage is not reproducible"
+        )
+    if verified.elsewhere and not verified.same:
+        yield from (f"         {line}" for line in verified.elsewhere)
+
+
+def _verify_summary(reports: Sequence[Verified], missing: Sequence[str]) -> Iterator[str]:
+    """How many are reproducible, what was not looked at, and whether this machine is another one."""
+    good = sum(report.same for report in reports)
+    bad = [report.node for report in reports if not report.same]
+    yield f"{good} of {plural(len(reports), 'node')} reproducible{': not ' + ', '.join(bad) if bad else ''}"
+    if missing:
+        yield f"not in the cache, so not looked at: {', '.join(missing)}"
+    moved = sorted({line for report in reports for line in report.elsewhere})
+    if moved:
+        yield f"not as it was when the results were made: {'; '.join(moved)}"

@@ -266,7 +266,7 @@ class Walk:
             elif any(not self._outcome(source).good for source in self._sources(name)):
                 self._skip(name)
             else:
-                verdict = decide(node, self._inputs(name), self._keyring, self._store)
+                verdict = decide(node, self.inputs(name), self._keyring, self._store)
                 if isinstance(verdict, Action):
                     action = dataclasses.replace(verdict, provenance=self._provenance(verdict))
                     self.running[name] = action
@@ -363,7 +363,8 @@ class Walk:
     def _sources(self, name: str) -> list[Source]:
         return [source for sources in self.graph.inputs[name].values() for source in sources]
 
-    def _inputs(self, name: str) -> dict[str, tuple[Artifact, ...]]:
+    def inputs(self, name: str) -> dict[str, tuple[Artifact, ...]]:
+        """The artifacts on the ports of a node whose inputs are all there."""
         return {
             port: tuple(self._outcome(source).outputs[source.output] for source in sources)
             for port, sources in self.graph.inputs[name].items()

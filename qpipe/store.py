@@ -300,6 +300,10 @@ class Store:
 
     # the files
 
+    def path(self, digest: str) -> Path:
+        """Where the bytes under `digest` lie, or would; to be read through `open`."""
+        return self._blob(digest)
+
     def _blob(self, digest: str) -> Path:
         return Path(self._place("blobs", digest, ""))
 

@@ -16,7 +16,7 @@ COLUMN = [
     *("errors", "hashing", "companions", "syntax", "code", "loaded", "artifact", "index"),
     *("disk", "usage", "store", "pins", "cleanup", "audit", "archive"),
     *("changes", "history", "param", "stage", "catalog", "spec", "graph", "plan", "estimate"),
-    *("action", "workers", "executor", "record", "runs", "explain", "difference", "sweep"),
+    *("action", "workers", "executor", "record", "runs", "explain", "difference", "differing", "verify", "sweep"),
     *("commands", "cache_commands", "explain_commands", "compose", "cli", "__main__"),
 ]
 """The engine; each file may import only what stands before it."""
