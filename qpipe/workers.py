@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
@@ -76,6 +77,8 @@ class InProcess:
             except Exception as error:  # the node's failure, whatever it is
                 event = failure(error)
             yield request["key"], event
+        else:
+            time.sleep(timeout_s)  # what is waited for happens in other processes
 
     def cancel(self, key: str, reason: str) -> None:
         """Nothing runs while the executor looks."""

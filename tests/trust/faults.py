@@ -13,6 +13,7 @@ import io
 import os
 import signal
 import sqlite3
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,14 @@ def _note(path: str, line: str) -> None:
     _real_close(descriptor)
 
 
-def arm(at: int, torn: bool = False, log: str = "") -> None:
-    """Let this process die at its `at`-th call (0: never); `log` is a file that gets a line for every call."""
+def arm(at: int = 0, torn: bool = False, log: str = "", clock_s: float = 0.0) -> None:
+    """Let this process die at its `at`-th call (0: never); `log` is a file that gets a line for every call.
+
+    With `clock_s`, all is left as it is but the clock, which goes wrong by so many seconds.
+    """
+    if clock_s:
+        _set_clock(clock_s)
+        return
     counter = _Counter(at, torn, log)
     for name in CALLS:
         setattr(os, name, _counted(getattr(os, name), name, counter))
@@ -73,6 +80,12 @@ def arm(at: int, torn: bool = False, log: str = "") -> None:
         return real_connect(*arguments, factory=Connection, **named)
 
     sqlite3.connect = connect
+
+
+def _set_clock(seconds: float) -> None:
+    real, real_ns = time.time, time.time_ns
+    time.time = lambda: real() + seconds
+    time.time_ns = lambda: real_ns() + int(seconds * 1e9)
 
 
 def _counted(function: Callable[..., Any], name: str, counter: _Counter) -> Callable[..., Any]:

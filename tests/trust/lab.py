@@ -66,13 +66,39 @@ def sign(part: Statistics) -> Statistics:
     return Statistics({"row0": np.sign(part.arrays["row0"])}, {})
 
 @stage(version=1)
+def gate(*, value: float = 1.0) -> Scores:
+    """Waits as long as the file $LAB_GATE is there."""
+    called("gate")
+    while os.path.exists(os.environ["LAB_GATE"]):
+        time.sleep(0.01)
+    return Scores({"score": value, "metric": "toy"})
+
+@stage(version=1, always=True)
+def outside() -> Scores:
+    """What the file $LAB_OUTSIDE holds now."""
+    called("outside")
+    return Scores({"score": float(Path(os.environ["LAB_OUTSIDE"]).read_text()), "metric": "toy"})
+
+@stage(version=1)
+def folder(*, path: Path) -> Scores:
+    called("folder")
+    found = sorted(str(file.relative_to(path)) + file.read_text() for file in path.rglob("*") if file.is_file())
+    return Scores({"score": float(len(found)), "metric": "toy", "found": found})
+
+@stage(version=1)
+def factory(*, function: Factory) -> Scores:
+    called("factory")
+    from qpipe.param import load_factory
+    return Scores({"score": float(load_factory(function)()), "metric": "toy"})
+
+@stage(version=1)
 def files(scores: Scores) -> Files:
     called("files")
     return Files({"score.txt": repr(scores.values["score"]).encode()})
 '''
 
 FORMULA = "def mix(row, factor):\n    return row * factor + 1\n"
-STAGES = ("make", "mix", "score", "sign", "files")
+STAGES = ("make", "mix", "score", "sign", "gate", "outside", "folder", "factory", "files")
 
 
 class Lab(Toy):
@@ -83,7 +109,9 @@ class Lab(Toy):
         self.nursery = nursery
         self.mark = uuid.uuid4().hex
         self.cache = folder / "cache"
-        self.environment[MARK] = self.mark
+        self.gate = folder / "gate"
+        self.outside = folder / "outside.txt"
+        self.environment |= {MARK: self.mark, "LAB_GATE": str(self.gate), "LAB_OUTSIDE": str(self.outside)}
         self.source = folder / "plugin" / "lab_stages.py"
         self.source.write_text(SOURCE)
         self.lab_formula = folder / "plugin" / "lab_formula.py"
@@ -168,6 +196,14 @@ def incomplete(cache: Path) -> list[str]:
 
 def blobs(cache: Path) -> Sequence[Path]:
     return sorted(cache.glob("blobs/*/*"))
+
+
+def flip(path: Path, at: float = 0.5) -> None:
+    """Turn one bit of a file, at a share of its length."""
+    content = bytearray(path.read_bytes())
+    if content:
+        content[min(int(len(content) * at), len(content) - 1)] ^= 1
+    overwrite(path, bytes(content))
 
 
 def overwrite(path: Path, content: bytes) -> None:

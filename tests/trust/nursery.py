@@ -48,7 +48,7 @@ class Child:
 
     def text(self) -> str:
         """What it printed, standard output and standard error together."""
-        return self._output.read_text(errors="replace")
+        return self._output.read_text(errors="replace") if self._output.exists() else ""
 
 
 class Nursery:

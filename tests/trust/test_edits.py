@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
-from pathlib import Path
 
 import pytest
 
-from tests.trust.lab import FORMULA, Lab, blobs, half_written, outputs, overwrite
+from tests.trust.lab import FORMULA, Lab, blobs, flip, half_written, outputs
 
 OTHER = FORMULA.replace("+ 1", "+ 2")
 """A formula of the same size and another meaning."""
@@ -93,8 +93,6 @@ def test_a_stale_pyc_is_not_what_runs(lab: Lab, workers: int) -> None:
     right = outputs(lab.finish(QUICK, workers=workers))
     at = os.stat(lab.lab_formula)
     python = [*lab.command()[:1], "-c", "import lab_formula"]
-    import subprocess
-
     subprocess.run(python, env=lab.environment, check=True)
     assert list(lab.folder.glob("plugin/__pycache__/lab_formula*.pyc"))
     lab.lab_formula.write_text(OTHER)
@@ -162,9 +160,3 @@ def test_many_damaged_blobs_heal_in_one_run(lab: Lab) -> None:
     assert outputs(lab.record_of("healed")) == right
     assert lab.calls().count("mix-1.0") == 1
     assert half_written(lab.cache) == []
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    overwrite(path, bytes(content))
