@@ -12,6 +12,7 @@ from qpipe.artifact import references
 from qpipe.cleanup import Entry, collect, read_results
 from qpipe.errors import CacheError, ConfigError, DamagedError
 from qpipe.hashing import is_digest
+from qpipe.history import rebuild
 from qpipe.param import listed, nearest
 from qpipe.pins import pin, pinned, pins, unpin
 from qpipe.record import RECORD
@@ -206,6 +207,8 @@ def _import(jobs: Sequence[Job], store: Store, words: Sequence[str]) -> int:
     from qpipe.archive import import_archive
 
     found = import_archive(store, Path(words[0]))
+    if found.results:
+        rebuild(store, again=True)  # so that plan and why know what ran before
     print(
         f"{words[0]}: {found.results} results came in, {found.standing} were there already, "
         f"{found.refused} entries were passed over"

@@ -1,6 +1,6 @@
 """The edge: the command line, Hydra, and what a person sees.
 
-    qpipe [run|plan|why NODE|graph [FILE]|stages [NAME]|report [RUN]|cache …] [Hydra overrides …] [-m]
+    qpipe [run|plan|why NODE|diff RUN RUN|verify NODE|graph [FILE]|stages [NAME]|report [RUN]|cache …] [overrides] [-m]
 
 Exit status: 0 all done; 1 a node failed; 2 the config or an input is wrong; 3 the goal was not met; 4
 `run.expect=cached` (or `run.max_misses`) and something (or more) had to run; 5 `run.budget_s` was spent before all was
@@ -13,7 +13,7 @@ import gc
 import os
 import secrets
 import sys
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,12 +26,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qpipe.catalog import catalog, schema
+from qpipe.completion import complete
 from qpipe.compose import quick_hydra
 from qpipe.errors import ConfigError, QpipeError
+from qpipe.manual import COMMANDS, OPTIONS, usage
 from qpipe.record import RECORD
 from qpipe.sweep import INTERRUPTED, Job
 
-COMMANDS = ("run", "plan", "why", "diff", "verify", "graph", "stages", "report", "cache")
 PACKAGE = Path(__file__).parent
 
 Many = Callable[[Sequence[Job]], int]
@@ -51,11 +52,16 @@ def run(arguments: Sequence[str]) -> int:
         sys.path.insert(
             0, os.getcwd()
         )  # as in a worker, so that both find the same file under a module's name
-    if {"-sc", "--shell-completion"} & set(arguments):
-        for name in complete_command(os.environ):
-            print(name)
+    if command in arguments[:1] and {"--help", "-h"} & set(rest):
+        print(usage(command), end="")
+        return 0
     try:
         _register()
+        if {"-sc", "--shell-completion"} & set(arguments):
+            found, hydra_too = complete(os.environ)
+            print("".join(f"{word}\n" for word in found), end="")
+            if not hydra_too:
+                return 0
         many, rest = _command(command, rest)
         if isinstance(many, int):
             return many
@@ -78,27 +84,6 @@ def split_command(arguments: Sequence[str]) -> tuple[str, list[str]]:
     if arguments and arguments[0] in COMMANDS:
         return arguments[0], list(arguments[1:])
     return "run", list(arguments)
-
-
-def complete_command(environment: MutableMapping[str, str]) -> list[str]:
-    """The commands that complete the line being typed. A finished command is taken out of COMP_LINE, so that Hydra
-    completes what follows as if it stood alone."""
-    line = environment.get("COMP_LINE", "")
-    program, _, rest = line.partition(" ")
-    first, space, _ = rest.partition(" ")
-    if not space:
-        return [name for name in COMMANDS if name.startswith(first)]
-    if first == "cache":
-        from qpipe.cache_commands import COMMANDS as SUBCOMMANDS
-
-        second, space, _ = rest[len(first) + 1 :].partition(" ")
-        if not space:
-            return [name for name in SUBCOMMANDS if name.startswith(second)]
-        first = f"{first} {second}"
-    if first.split(" ")[0] in COMMANDS:
-        environment["COMP_LINE"] = f"{program} {rest[len(first) + 1 :]}"
-        environment["COMP_POINT"] = str(int(environment.get("COMP_POINT", len(line))) - len(first) - 1)
-    return []
 
 
 def _command(name: str, rest: list[str]) -> tuple[Many | int, list[str]]:
@@ -131,7 +116,7 @@ def _command(name: str, rest: list[str]) -> tuple[Many | int, list[str]]:
 def _why(rest: list[str]) -> tuple[Many, list[str]]:
     from qpipe.explain_commands import why
 
-    options, rest = take_options(rest, {"--against": "RUN"})
+    options, rest = take_options(rest, OPTIONS["why"])
     if not _is_subject(rest):
         raise ConfigError("why: names nothing. Say `qpipe why NODE`.")
     return lambda jobs: why(jobs, rest[0], options.get("--against")), rest[1:]
@@ -140,7 +125,7 @@ def _why(rest: list[str]) -> tuple[Many, list[str]]:
 def _verify(rest: list[str]) -> tuple[Many, list[str]]:
     from qpipe.explain_commands import verify_nodes
 
-    options, rest = take_options(rest, {"--repeat": "2"})
+    options, rest = take_options(rest, OPTIONS["verify"])
     if not _is_subject(rest):
         raise ConfigError("verify: names nothing. Say `qpipe verify NODE` or `qpipe verify all`.")
     repeat = options.get("--repeat", "2")

@@ -15,11 +15,11 @@ from qpipe.executor import worker_count
 from qpipe.history import expected_s, rebuild
 from qpipe.param import describe
 from qpipe.plan import Outcome, Walk
-from qpipe.record import RECORD
 from qpipe.report.plain import PlainDisplay
 from qpipe.report.table import table
 from qpipe.report.terminal import Row, Terminal
 from qpipe.report.text import duration, plural
+from qpipe.runs import LAST, find_record, read_record
 from qpipe.spec import FirstWithin
 from qpipe.stage import REQUIRED
 from qpipe.store import Store
@@ -162,24 +162,11 @@ def show_report(arguments: Sequence[str]) -> str:
     """The closing table of a run again; without a folder, of the last run below outputs/."""
     from qpipe.report.closing import closing_table
 
-    folder = Path(arguments[0]) if arguments else _last_run()
-    path = folder / RECORD if folder.is_dir() else folder
-    try:
-        record = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise ConfigError(f"report: no record at '{path}'. Give the folder of a run.") from error
-    except ValueError as error:
-        raise ConfigError(f"report: '{path}' is not a record: {error}.") from error
+    path = find_record(arguments[0] if arguments else LAST, "report")
+    record = read_record(path, "report")
     display = PlainDisplay(sys.stdout)
     closing = closing_table(record, display.width, fancy=display.fancy, colour=display.colour)
     return closing + f"\nthe whole report: {_write_report(record, path.parent)}"
-
-
-def _last_run() -> Path:
-    records = sorted(Path("outputs").glob(f"*/*/**/{RECORD}"), key=lambda path: path.stat().st_mtime)
-    if not records:
-        raise ConfigError("report: no run below outputs/. Run `qpipe` first, or give the folder of a run.")
-    return records[-1].parent
 
 
 def _write_report(record: Mapping[str, Any], folder: Path) -> Path:

@@ -12,7 +12,7 @@ import pytest
 
 from qpipe.cache_commands import COMMANDS, cache_command
 from qpipe.cleanup import collect
-from qpipe.cli import complete_command
+from qpipe.completion import complete
 from qpipe.errors import CacheError, ConfigError
 from qpipe.store import Store
 from qpipe.sweep import Job
@@ -174,10 +174,10 @@ def test_overrides_go_on_to_hydra() -> None:
 
 
 def test_commands_complete(done: Job) -> None:
-    assert complete_command({"COMP_LINE": "qpipe cache "}) == list(COMMANDS)
-    assert complete_command({"COMP_LINE": "qpipe cache ve"}) == ["verify"]
+    assert complete({"COMP_LINE": "qpipe cache "}) == (list(COMMANDS), False)
+    assert complete({"COMP_LINE": "qpipe cache ve"}) == (["verify"], False)
     line = {"COMP_LINE": "qpipe cache gc sche", "COMP_POINT": "19"}
-    assert complete_command(line) == []
+    assert complete(line) == ([], True)
     assert line == {"COMP_LINE": "qpipe sche", "COMP_POINT": "10"}
 
 

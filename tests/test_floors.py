@@ -17,7 +17,7 @@ COLUMN = [
     *("disk", "usage", "store", "pins", "cleanup", "audit", "archive"),
     *("changes", "history", "param", "stage", "catalog", "spec", "graph", "plan", "estimate"),
     *("action", "workers", "executor", "record", "runs", "explain", "difference", "differing", "verify", "sweep"),
-    *("commands", "cache_commands", "explain_commands", "compose", "cli", "__main__"),
+    *("commands", "cache_commands", "explain_commands", "compose", "manual", "completion", "cli", "__main__"),
 ]
 """The engine; each file may import only what stands before it."""
 

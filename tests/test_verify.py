@@ -90,7 +90,7 @@ def test_what_repeats_itself_and_what_does_not(noisy: Toy) -> None:
     assert re.search(
         r"array 'values': 1 of 12 values differ, first at \(1, 2\): 7\.\d+ -> 7\.\d+, at most [\d.e-]+ apart", text
     )
-    assert re.search(r"^differs  memo .*\n +statistics: array 'values': 1 of 12 values differ, first at \(0, 0\)", text, re.M)
+    assert re.search(r"^differs  memo .*\n +statistics: array 'values': 1 of 12 values differ, first", text, re.M)
     assert re.search(r'^differs  order .*\n +statistics: words\[\d+\]: "word', text, re.M)
     assert "the repeats differ from one another: the stage is not reproducible" in text
     assert "3 of 7 nodes reproducible: not " in text
