@@ -10,6 +10,7 @@ import contextlib
 import functools
 import os
 import platform
+import re
 import resource
 import sys
 import time
@@ -217,19 +218,21 @@ def _measured() -> Iterator[dict[str, float]]:
 
 
 def _reset_peak() -> None:
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "wb", buffering=0) as marks:
+        marks.write(b"5")
 
 
 def _peak_rss_bytes() -> int:
     with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+        with open("/proc/self/status", "rb", buffering=0) as status:
+            found = re.search(rb"^VmHWM:\s*(\d+)", status.read(), re.MULTILINE)
+        if found:
+            return int(found[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+@functools.cache
 def _instruction_set() -> str:
     """The vector extensions that decide the last bits, as far as the processor names them."""
     with contextlib.suppress(OSError):

@@ -131,9 +131,12 @@ def move_first(temporary: Path, target: Path) -> bool:
 def make_folder(folder: Path, root: Path) -> None:
     """Make `folder` below `root`, flushed to the disk. What stands in the way, a link or a file, is moved aside:
     nothing is ever written through a link."""
-    for place in reversed([folder, *[above for above in folder.parents if root in above.parents]]):
-        if is_folder(place):
+    base = len(os.fspath(root)) + 1
+    names = os.fspath(folder)[base:].split(os.sep)  # as text: Paths would cost more than the looks
+    for count in range(1, len(names) + 1):
+        if is_folder(os.path.join(root, *names[:count])):
             continue
+        place = root.joinpath(*names[:count])
         if os.path.lexists(place):
             set_aside(place, root)
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -168,7 +171,9 @@ def set_aside(path: Path, root: Path) -> bool:
         if os.path.lexists(damaged) and not is_folder(damaged):
             os.rename(damaged, root / f"damaged.{secrets.token_hex(4)}")
         damaged.mkdir(exist_ok=True)
-        if path.parent != root and not is_folder(path.parent):  # reached through a link: it is not ours to move
+        if path.parent != root and not is_folder(
+            path.parent
+        ):  # reached through a link: it is not ours to move
             return False
         target = damaged / path.name
         if is_folder(path) or is_folder(target):
@@ -185,7 +190,11 @@ def flush_folder(folder: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # some file systems flush no folders
+        if error.errno not in (
+            errno.EINVAL,
+            errno.ENOTSUP,
+            errno.EBADF,
+        ):  # some file systems flush no folders
             raise
     finally:
         os.close(descriptor)

@@ -14,6 +14,8 @@ import logging
 import os
 import shutil
 import sqlite3
+import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,15 @@ _PASSING = {
     sqlite3.SQLITE_IOERR,
     sqlite3.SQLITE_NOMEM,
 }
+_MANY = 32  # after so many single looks at a kind all of it is read at once: 25 µs a look, 2 µs a row
+_READ_KIND = (
+    "SELECT key, value FROM Cache WHERE raw = 1 AND key >= ? AND key < ? AND mode = ? AND filename IS NULL"
+)
+_WRITE = """INSERT INTO Cache (key, raw, store_time, access_time, size, mode, filename, value)
+VALUES (?, 1, ?, ?, 0, ?, NULL, ?) ON CONFLICT (key, raw) DO UPDATE SET
+store_time = excluded.store_time, access_time = excluded.access_time, expire_time = NULL, tag = NULL,
+size = excluded.size, mode = excluded.mode, filename = excluded.filename, value = excluded.value"""
+"""As diskcache's own `set`, for many rows: one by one they take 80 µs each."""
 _SETTINGS = {"eviction_policy": "none", "size_limit": 1 << 60, "cull_limit": 0, "sqlite_synchronous": 0}
 
 
@@ -89,6 +100,8 @@ class Index:
         self._usable = not readonly  # diskcache writes when it opens
         self._cache: Any = None
         self._pending: dict[str, Json] = {}
+        self._looks = Counter[str]()
+        self._known: dict[str, dict[str, Any]] = {}
 
     def get(self, kind: str, key: str) -> Json | None:
         """The value set last, or None where there is none."""
@@ -99,7 +112,7 @@ class Index:
         if cache is None:
             return None
         try:
-            text = cache.get(name)
+            text = self._look(cache, kind, name)
             return None if text is None else json.loads(text)
         except Exception as error:  # a damaged database can fail in any way
             self._give_up(error)
@@ -120,12 +133,25 @@ class Index:
             return
         try:
             with cache.transact() if self._pending else contextlib.nullcontext():
-                for name, value in self._pending.items():
-                    cache.set(name, json.dumps(value, separators=(",", ":")))
+                now, mode = time.time(), diskcache.core.MODE_RAW
+                rows = ((name, now, now, mode, _encode(value)) for name, value in self._pending.items())
+                cache._con.executemany(_WRITE, rows)
             cache.close()
-            self._pending, self._cache = {}, None
+            self._pending, self._cache, self._known = {}, None, {}
         except Exception as error:  # as above
             self._give_up(error)
+
+    def _look(self, cache: Any, kind: str, name: str) -> str | None:
+        """The text of one row; of a kind that is looked at often, from all of it, read at once."""
+        if kind not in self._known:
+            self._looks[kind] += 1
+            if self._looks[kind] <= _MANY:
+                text: str | None = cache.get(name)
+                return text
+            between = (f"{kind} ", f"{kind}!", diskcache.core.MODE_RAW)
+            self._known[kind] = dict(cache._con.execute(_READ_KIND, between))
+        found = self._known[kind].get(name)
+        return found if type(found) is str else None
 
     def _database(self) -> Any:
         """The open database; None where there is none to be had, now or later."""
@@ -142,6 +168,9 @@ class Index:
         self._cache, self._usable = None, False
         if not _is_passing(error):
             _set_aside(self._folder)
+
+
+_encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def _open(folder: Path) -> Any:
