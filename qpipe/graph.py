@@ -16,6 +16,9 @@ from qpipe.spec import FirstWithin, NodeSpec, PipelineSpec, Ref
 
 FORM_OUTPUTS: Mapping[str, str] = {"model": "Model", "scores": "Scores"}
 
+LONG_CIRCLE = 20
+"""Nodes of a circle that are named."""
+
 DISCOURAGED: tuple[tuple[str, str, str], ...] = (
     ("adaround", "cle", "equalization moves the grid under weights whose rounding is already tuned"),
     ("adaround", "bnf", "folding scales weights whose rounding is already tuned"),
@@ -141,7 +144,7 @@ def _form_inputs(spec: PipelineSpec, node: FirstWithin) -> dict[str, tuple[Sourc
 
 def _resolve(spec: PipelineSpec, ref: Ref, address: str, kind: str) -> Source | None:
     """The enabled output behind `ref`; None where a disabled node leaves nothing. Checks that its kind is `kind`."""
-    seen: list[str] = []
+    seen: dict[str, None] = {}
     while True:
         if ref.node not in spec.nodes:
             raise ConfigError(
@@ -156,7 +159,7 @@ def _resolve(spec: PipelineSpec, ref: Ref, address: str, kind: str) -> Source | 
             return None
         if through.node in seen:
             raise ConfigError(f"{address}: disabled nodes lead in a circle: {' -> '.join(seen)}.")
-        seen.append(through.node)
+        seen[through.node] = None
         ref = through
 
 
@@ -195,7 +198,14 @@ def _order(needs: Mapping[str, set[str]]) -> tuple[str, ...]:
     try:
         return tuple(TopologicalSorter(needs).static_order())
     except CycleError as error:
-        circle = " -> ".join(error.args[1])
+        names = error.args[1]
+        if len(names) > LONG_CIRCLE:
+            names = [
+                *names[: LONG_CIRCLE // 2],
+                f"… {len(names) - LONG_CIRCLE} more …",
+                *names[-LONG_CIRCLE // 2 :],
+            ]
+        circle = " -> ".join(names)
         raise ConfigError(
             f"stages: the nodes {circle} feed one another in a circle. Cut one wire."
         ) from error

@@ -18,6 +18,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from qpipe.errors import ConfigError, InputError
 
+MOST_LISTED = 200
+
 
 @dataclasses.dataclass(frozen=True)
 class Range:
@@ -65,8 +67,10 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
 
 
 def listed(names: Iterable[str]) -> str:
-    """The names in one line, sorted; `none` where there are none."""
-    return ", ".join(sorted(names)) or "none"
+    """The names in one line, sorted; `none` where there are none, and of very many the first."""
+    found = sorted(names)
+    more = f" and {len(found) - MOST_LISTED} more" if len(found) > MOST_LISTED else ""
+    return (", ".join(found[:MOST_LISTED]) or "none") + more
 
 
 def coerce(value: Any, hint: Any, address: str) -> Any:

@@ -22,7 +22,7 @@ from qpipe.errors import ConfigError, InputError, QpipeError
 from qpipe.graph import Graph, Source
 from qpipe.hashing import digest, stamp
 from qpipe.history import expected_s, previous_result
-from qpipe.param import is_factory
+from qpipe.param import is_factory, listed
 from qpipe.spec import FirstWithin, NodeSpec
 from qpipe.store import Store
 
@@ -252,6 +252,8 @@ class Walk:
         self._missing: dict[str, set[str]] = {}
         self._dependents: dict[str, list[str]] = {}
         self._asked: dict[str, int] = {}
+        self._judged: dict[str, dict[int, float]] = {}
+        """Of each first_within, the scores of the candidates so far, by their place."""
         self._ready: deque[str] = deque()
         self._demand(graph.targets)
 
@@ -314,7 +316,7 @@ class Walk:
                     "run", key=action.key, reasons=action.reasons, ingredients=action.ingredients
                 )
             elif name in self._missing:
-                inputs = ", ".join(sorted(self._missing[name]))
+                inputs = listed(self._missing[name])
                 found[name] = Outcome("wait", reasons=(f"its inputs are not known yet: {inputs}",))
             else:
                 found[name] = Outcome(
@@ -339,11 +341,10 @@ class Walk:
 
     def maker(self, source: Source) -> Source:
         """The node behind an output: of a first_within that has chosen, what it chose."""
-        outcome = self.outcomes.get(source.node)
-        if outcome is None or outcome.chosen is None:
-            return source
-        model, scores = outcome.chosen
-        return self.maker(model if source.output == "model" else scores)
+        while (outcome := self.outcomes.get(source.node)) is not None and outcome.chosen is not None:
+            model, scores = outcome.chosen
+            source = model if source.output == "model" else scores
+        return source
 
     def _provenance(self, action: Action) -> dict[str, Any]:
         makers: dict[str, list[list[str | None]]] = {}
@@ -407,7 +408,7 @@ class Walk:
 
     def _skip(self, name: str) -> None:
         culprits = {source.node for source in self._sources(name) if not self._outcome(source).good}
-        self._settle(name, Outcome("skipped", reasons=(f"{', '.join(sorted(culprits))} did not succeed",)))
+        self._settle(name, Outcome("skipped", reasons=(f"{listed(culprits)} did not succeed",)))
 
     def _choose(self, node: FirstWithin) -> None:
         """Judge the candidate asked for last: settle on it, ask for the next, or, behind the last, take the best."""
@@ -416,19 +417,19 @@ class Walk:
         if reference is None:
             self._settle(node.name, Outcome("skipped", reasons=(f"{node.reference} did not succeed",)))
             return
-        asked = self._asked[node.name]
-        judged = [self.scores(wires[f"candidates[{i}].scores"][0]) for i in range(asked + 1)]
-        found = [(scores["score"], i) for i, scores in enumerate(judged) if scores is not None]
-        within = [i for score, i in found if score >= reference["score"] - node.max_drop]
-        if not within and asked + 1 < len(node.candidates):
+        asked, found = self._asked[node.name], self._judged.setdefault(node.name, {})
+        if asked not in found and (scores := self.scores(wires[f"candidates[{asked}].scores"][0])):
+            found[asked] = scores["score"]
+        met = asked in found and found[asked] >= reference["score"] - node.max_drop
+        if not met and asked + 1 < len(node.candidates):
             self._asked[node.name] = asked + 1
             self._ask(node.name, wires[f"candidates[{asked + 1}].scores"])
             return
         if not found:
             self._settle(node.name, Outcome("skipped", reasons=("no candidate succeeded",)))
             return
-        chosen = within[0] if within else max(found, key=lambda pair: (pair[0], -pair[1]))[1]
-        self._adopt(node.name, chosen, bool(within))
+        chosen = asked if met else max(found, key=lambda i: (found[i], -i))
+        self._adopt(node.name, chosen, met)
 
     def _adopt(self, name: str, chosen: int, met: bool) -> None:
         wires = self.graph.inputs[name]
