@@ -221,7 +221,7 @@ def cle(
             if step.node.op_type in ("Clip", "Min", "Max"):
                 rescale_bounds(editor, step, totals[link.first], str(step.node.name) in free)
     result = editor.model()
-    error = outputs_error(model, result, data.arrays if data is not None else None)
+    error = outputs_error(model, result, data.arrays if data is not None else None) if links else 0.0
     if error > LARGEST_ERROR:
         raise StageError(
             f"cle changed the model's outputs by {error:.1e} (relative); that is not float rounding."
