@@ -7,7 +7,9 @@ action resumes; the action's own result goes back to the executor, which alone d
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
+import gc
 import os
 import platform
 import re

@@ -43,13 +43,11 @@ def export(
     import tempfile
     from pathlib import Path
 
-    from qpipe.model.encodings_file import write_encodings
+    from qpipe.model.writer import save
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        path = model.save(folder)
-        if model.encodings:
-            write_encodings(model, folder / "encodings.json", encodings_format)
+        path = save(model, folder, encodings_format)
         ctx.note(loads(path))
         written = Files({file.name: file for file in sorted(folder.iterdir())})
         # Mapped, so that the content outlives the folder without being read into memory.

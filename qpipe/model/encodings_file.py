@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -27,8 +28,27 @@ Version = Literal["0.6.1", "1.0.0", "2.0.0"]
 
 
 def write_encodings(model: Model, path: Path, version: Version = "1.0.0") -> None:
-    """Writes the grids of `model` as JSON to `path`. Errors: those of `encodings_document`."""
-    path.write_text(json.dumps(encodings_document(model, version), indent=2) + "\n", encoding="utf-8")
+    """Writes the grids of `model` as JSON to `path`, a tensor a line. Errors: those of `encodings_document`."""
+    document = encodings_document(model, version)
+    with path.open("w", encoding="utf-8") as file:
+        for i, (key, value) in enumerate(document.items()):
+            file.write(f"{',' if i else '{'}\n  {json.dumps(key)}: ")
+            file.writelines(_lines(value))
+        file.write("\n}\n")
+
+
+def _lines(value: Any) -> Iterator[str]:
+    """`value` as JSON, each entry of a list or an object on a line of its own."""
+    if not isinstance(value, list | dict) or not value:
+        yield json.dumps(value)
+        return
+    if isinstance(value, list):
+        edges, entries = "[]", (json.dumps(entry) for entry in value)
+    else:
+        edges, entries = "{}", (f"{json.dumps(key)}: {json.dumps(entry)}" for key, entry in value.items())
+    for i, entry in enumerate(entries):
+        yield f"{',' if i else edges[0]}\n    {entry}"
+    yield f"\n  {edges[1]}"
 
 
 def encodings_document(model: Model, version: Version = "1.0.0") -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from qpipe.model.invariants import PERMUTATION, SHAPE
 from qpipe.model.packing import graph_proto, tensor_bytes
 
 if TYPE_CHECKING:
+    from qpipe.model.encodings_file import Version
     from qpipe.model.model import Model
 
 Array = npt.NDArray[Any]
@@ -30,8 +32,11 @@ LARGEST_INLINE_BYTES = 1_800_000_000
 _ALIGNMENT = 4096
 
 
-def save(model: Model, folder: Path) -> Path:
-    """Write the files above into `folder`, made where it is missing; returns the path of model.onnx."""
+def save(model: Model, folder: Path, encodings_format: Version = "1.0.0") -> Path:
+    """Write the files above into `folder`, made where it is missing; returns the path of model.onnx.
+
+    Beside the model this takes memory for one tensor and the quantized codes.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "model.onnx"
     if not model.encodings:
@@ -41,10 +46,8 @@ def save(model: Model, folder: Path) -> Path:
     from qpipe.model.qdq import qdq_model
 
     write_onnx(qdq_model(model), path)
-    write_encodings(model, folder / "encodings.json")
-    from safetensors.numpy import save_file
-
-    save_file(torch_weights(model), folder / "weights.safetensors")
+    write_encodings(model, folder / "encodings.json", encodings_format)
+    write_safetensors(torch_weights(model), folder / "weights.safetensors")
     return path
 
 
@@ -75,9 +78,29 @@ def _write_data(proto: onnx.ModelProto, tensors: dict[str, ir.TensorProtocol], p
         os.fsync(file.fileno())
 
 
+def write_safetensors(arrays: Mapping[str, Array], path: Path) -> None:
+    """float32 arrays as a safetensors file, one after another: the library copies all of them first.
+
+    Source: the safetensors format, a header in JSON behind its length in 8 bytes, padded to 8, then the data.
+    """
+    header, end = {}, 0
+    for name, array in arrays.items():
+        start, end = end, end + array.nbytes
+        header[name] = {"dtype": "F32", "shape": list(array.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for array in arrays.values():
+            file.write(np.ascontiguousarray(array, "<f4").reshape(-1).view(np.uint8).data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def torch_weights(model: Model) -> dict[str, Array]:
     """The float initializers as a torch module has them: permutations and reshapes of the import undone, tied
-    parameters under both names. Constants that the import named are among them."""
+    parameters under both names. Constants that the import named are among them. Views, where they can be."""
     weights: dict[str, Array] = {}
     for name, value in sorted(model.graph.initializers.items()):
         if value.dtype != ir.DataType.FLOAT:
@@ -87,7 +110,7 @@ def torch_weights(model: Model) -> dict[str, Array]:
             array = array.transpose(np.argsort(json.loads(value.metadata_props[PERMUTATION])))
         if SHAPE in value.metadata_props:
             array = array.reshape(json.loads(value.metadata_props[SHAPE]))
-        weights[name] = np.asarray(array, order="C")
+        weights[name] = array
     for alias, name in model.metadata.get("tied", {}).items():
         if name in weights:
             weights[alias] = weights[name]
