@@ -88,8 +88,8 @@ class ActionContext(Context):
                 value = _remembered(load(Artifact(**found["outputs"]["result"]), self._store))
                 self._store.touch([key])
                 return value
-            except DamagedError:
-                pass  # a damaged sub-result is a miss
+            except (DamagedError, KeyError, TypeError, AttributeError):
+                self._store.forget(key)  # a damaged or made-up sub-result is a miss
         started = time.perf_counter()
         value = fn(*inputs)
         check_code(self._request, self._store)  # a function may import what it needs when it runs

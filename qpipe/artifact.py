@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from qpipe.errors import DamagedError, InputError
+from qpipe.errors import CacheError, DamagedError, InputError
 from qpipe.hashing import digest_bytes, is_digest
 
 if TYPE_CHECKING:
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 """The version of the wire form; part of every action key, since the code of this file is not."""
+
+ROOT_LIMIT = 1 << 28
+"""Bytes of a root blob: what is larger was not written here."""
 
 Json = Any
 Read = Callable[[str], memoryview]
@@ -261,15 +264,18 @@ def save(value: Any, store: Blobs) -> Artifact:
     sizes = [memoryview(buffer).nbytes for buffer in buffers.values()]
     blobs = dict(zip(buffers, zip(digests, sizes, strict=True), strict=True))
     root = canonical_json({"format": FORMAT, "kind": kind, "meta": meta, "blobs": blobs})
+    if len(root) > ROOT_LIMIT:
+        raise ValueError(f"the {kind} has {len(root):,} bytes of JSON; keep large values as arrays")
     return Artifact(kind, store.put(root), len(root) + sum(dict(blobs.values()).values()))
 
 
 def load(artifact: Artifact, store: Blobs) -> Any:
     """The value of an artifact, its arrays read-only views of the store's files.
 
-    DamagedError where a blob is missing, does not match its digest, or is not what the artifact says.
+    DamagedError where a blob is missing, does not match its digest, or is not what the artifact says: its content may
+    be anybody's.
     """
-    kind, meta, blobs = _parse(bytes(store.open(artifact.digest)), artifact.digest)
+    kind, meta, blobs = _parse(store.open(artifact.digest), artifact.digest)
     if kind != artifact.kind:
         raise DamagedError(f"blob {artifact.digest} is a {kind}, not a {artifact.kind}.", artifact.digest)
 
@@ -278,7 +284,13 @@ def load(artifact: Artifact, store: Blobs) -> Any:
             raise DamagedError(f"{kind} {artifact.digest} names no blob {name!r}.", artifact.digest)
         return store.open(blobs[name][0])
 
-    return KINDS[kind].load(meta, read)
+    try:
+        return KINDS[kind].load(meta, read)
+    except (CacheError, MemoryError):
+        raise
+    except Exception as error:  # whatever a library says of made-up bytes
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise DamagedError(f"{kind} {artifact.digest} cannot be read: {reason}.", artifact.digest) from error
 
 
 def _put_all(buffers: list[Buffer], store: Blobs) -> list[str]:
@@ -293,14 +305,12 @@ def _put_all(buffers: list[Buffer], store: Blobs) -> list[str]:
 
 def references(root: Buffer) -> dict[str, int]:
     """The blobs a root blob names, digest -> size in bytes. DamagedError where it is not a root."""
-    content = bytes(root)
-    return dict(_parse(content, digest_bytes(content))[2].values())
+    return dict(_parse(root)[2].values())
 
 
 def root_kind(root: Buffer) -> str:
     """The kind of the artifact that a root blob is of. DamagedError where it is not a root."""
-    content = bytes(root)
-    return _parse(content, digest_bytes(content))[0]
+    return _parse(root)[0]
 
 
 def canonical_json(value: Json) -> bytes:
@@ -309,10 +319,13 @@ def canonical_json(value: Json) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
-def _parse(content: bytes, digest: str) -> tuple[str, Json, dict[str, tuple[str, int]]]:
+def _parse(content: Buffer, digest: str | None = None) -> tuple[str, Json, dict[str, tuple[str, int]]]:
     """Kind, meta and blobs of a root; everything checked, since the writer may have been anyone."""
+    digest = digest or digest_bytes(content)
     try:
-        root = json.loads(content)
+        if memoryview(content).nbytes > ROOT_LIMIT:
+            raise ValueError("it is too large")
+        root = json.loads(bytes(content))
         kind, version, blobs = root["kind"], root["format"], root["blobs"]
         if version != FORMAT or kind not in KINDS:
             raise ValueError(f"format {version!r}, kind {kind!r}")

@@ -192,4 +192,8 @@ def _least_recently_used(
 def _sweep_up(store: Store) -> None:
     if disk.is_folder(store.root / "tmp"):
         disk.remove_stale(store.root / "tmp")
-    shutil.rmtree(store.root / "damaged", ignore_errors=True)
+    damaged = store.root / "damaged"
+    if disk.is_folder(damaged):  # asked first: rmtree would wait for a pipe
+        shutil.rmtree(damaged, ignore_errors=True)
+    else:
+        damaged.unlink(missing_ok=True)

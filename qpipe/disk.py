@@ -147,6 +147,11 @@ def make_folder(folder: Path, root: Path) -> None:
         flush_folder(place.parent)
 
 
+def is_ours(path: Path, root: Path) -> bool:
+    """Whether `path` lies in `root` itself: no folder between them is a link."""
+    return all(is_folder(above) for above in path.parents if root in above.parents)
+
+
 def is_folder(path: str | Path) -> bool:
     """Whether a folder stands there itself, not a link to one."""
     try:
@@ -171,9 +176,7 @@ def set_aside(path: Path, root: Path) -> bool:
         if os.path.lexists(damaged) and not is_folder(damaged):
             os.rename(damaged, root / f"damaged.{secrets.token_hex(4)}")
         damaged.mkdir(exist_ok=True)
-        if path.parent != root and not is_folder(
-            path.parent
-        ):  # reached through a link: it is not ours to move
+        if not is_ours(path, root):
             return False
         target = damaged / path.name
         if is_folder(path) or is_folder(target):

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from qpipe.action import as_result, failure, request
+from qpipe.catalog import catalog
 from qpipe.errors import CacheError, ChangedError, DamagedError, InputError, QpipeError
 from qpipe.graph import Graph
 from qpipe.history import remember
-from qpipe.plan import Action, State, Walk
+from qpipe.plan import Action, State, Walk, fits
 from qpipe.spec import RunSpec
 from qpipe.store import Store
 from qpipe.workers import Event, InProcess, Pool, Processes
@@ -179,6 +180,9 @@ class _Run:
         """Hand the action to the pool, unless another process has just published its result."""
         action = self._wanted[key][0][1]
         found = None if action.always else self._store.result(key)
+        if found is not None and not fits(found, catalog()[action.stage]):
+            self._store.forget(key)  # it was made up, and would stand in the way of what is made now
+            found = None
         if found is not None and not self._store.complete(found):
             self._conclude(key, found, "hit")
             return

@@ -199,6 +199,9 @@ def _set_aside(folder: Path) -> None:
     """Move a damaged database out of the way, in the place of the one moved before."""
     aside = folder.with_name(f"{folder.name}.damaged")
     with contextlib.suppress(OSError):
-        shutil.rmtree(aside, ignore_errors=True)
+        if aside.is_dir() and not aside.is_symlink():  # asked first: rmtree would wait for a pipe
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.unlink(missing_ok=True)
         os.rename(folder, aside)
         _LOG.warning("the index in %s was damaged; it was moved to %s and will be rebuilt", folder, aside)

@@ -8,13 +8,12 @@ A `Walk` goes through one graph as far as the cache carries it: every node whose
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from qpipe.artifact import FORMAT, Artifact
+from qpipe.artifact import FORMAT, Artifact, Scores, load
 from qpipe.changes import differences, digests_in, listing
 from qpipe.code import CodeIndex
 from qpipe.companions import content
@@ -24,6 +23,7 @@ from qpipe.hashing import digest, stamp
 from qpipe.history import expected_s, previous_result
 from qpipe.param import is_factory, listed
 from qpipe.spec import FirstWithin, NodeSpec
+from qpipe.stage import Stage
 from qpipe.store import Store
 
 State = Literal["hit", "ran", "failed", "skipped", "not_needed", "run", "wait"]
@@ -197,13 +197,16 @@ def decide(
     key = digest("action", ingredients)
     result = None if node.stage.always else store.result(key)
     missing: list[str] = []
-    if result is not None:
+    strange = result is not None and not fits(result, node.stage)
+    if result is not None and not strange:
         missing = store.complete(result)
         if not missing:
             return dataclasses.replace(hit(key, result), ingredients=ingredients)
     previous = previous_result(store, node.stage.name, node.name)
     if node.stage.always:
         reasons: tuple[str, ...] = ("reads the outside world every time",)
+    elif strange:
+        reasons = ("what the cache holds under its key was made by no such stage",)
     elif missing:
         reasons = (f"cached result lost {len(missing)} of its blobs",)
     else:
@@ -221,6 +224,11 @@ def decide(
         expected,
         keyring.stamps(node),
     )
+
+
+def fits(result: Mapping[str, Any], stage: Stage) -> bool:
+    """Whether a result has the outputs of `stage`: whoever can write to the cache may have made it up."""
+    return {name: output["kind"] for name, output in result["outputs"].items()} == dict(stage.outputs)
 
 
 def reasons_to_run(
@@ -455,6 +463,6 @@ class Walk:
 
 
 def read_scores(artifact: Artifact, store: Store) -> dict[str, Any]:
-    """The values of a Scores artifact, read from its root blob alone."""
-    values = json.loads(bytes(store.open(artifact.digest)))["meta"]
-    return dict(values)
+    """The values of a Scores artifact. DamagedError where it is none."""
+    scores: Scores = load(artifact, store)
+    return scores.values

@@ -191,7 +191,7 @@ class Store:
         self._refuse_readonly()
         path = self._blob(digest)
         try:
-            if grace_s and _age_s(path) <= grace_s:
+            if not disk.is_ours(path, self.root) or (grace_s and _age_s(path) <= grace_s):
                 return False
             path.unlink()
         except FileNotFoundError:
@@ -231,14 +231,16 @@ class Store:
         """Let `result` stand under `key`, whole or not at all; the result that stands from now on.
 
         `result["outputs"]` is {port: {"kind", "digest", "size_bytes"}}; `blobs`, {digest: size} of everything
-        they consist of, is added here; the rest is free JSON. The first to publish wins: where a complete
+        they consist of, is added here, and so are `ingredients` and `provenance` (with a `duration_s`, seconds) where
+        they are missing; the rest is free JSON. The first to publish wins: where a complete
         result stands already, it stays and is returned. DamagedError where a blob of the outputs is missing.
         """
         blobs: dict[str, int] = {}
         for output in result["outputs"].values():
             root = self.open(output["digest"])
             blobs |= {output["digest"]: root.nbytes, **references(root)}
-        whole: dict[str, Json] = json.loads(canonical_json({**result, "blobs": blobs}))
+        history = {"ingredients": {}, **result, "provenance": {"duration_s": 0.0, **result.get("provenance", {})}}
+        whole: dict[str, Json] = json.loads(canonical_json({**history, "blobs": blobs}))
         _check_result(whole)
         content = memoryview(sealed(key, whole))
         path = self._action(key)
@@ -259,10 +261,12 @@ class Store:
     def forget(self, key: str) -> None:
         """Remove the result under `key`, if any; its blobs stay."""
         self._refuse_readonly()
+        path = self._action(key)
         try:
-            self._action(key).unlink(missing_ok=True)
-        except IsADirectoryError:
-            disk.set_aside(self._action(key), self.root)
+            if disk.is_folder(path):
+                disk.set_aside(path, self.root)
+            elif disk.is_ours(path, self.root):
+                path.unlink(missing_ok=True)
         except OSError as error:
             raise _refusal(self.root, error, "a result") from error
 
@@ -432,28 +436,40 @@ def _check_result(result: dict[str, Json]) -> None:
         if not is_digest(digest) or type(size) is not int or not 0 <= size < 1 << 62:
             raise ValueError(f"blob {digest!r} of size {size!r}")
     for port, output in result["outputs"].items():
+        if set(output) != {"kind", "digest", "size_bytes"}:
+            raise ValueError(f"output {port!r}: {output!r}")
         if not _PORT.fullmatch(port) or output["kind"] not in KINDS or output["digest"] not in blobs:
             raise ValueError(f"output {port!r}: {output!r}")
         if type(output["size_bytes"]) is not int or not 0 <= output["size_bytes"] < 1 << 62:
             raise ValueError(f"output {port!r} of size {output['size_bytes']!r}")
         if output["size_bytes"] > sum(blobs.values()):
             raise ValueError(f"output {port!r} is larger than all its blobs")
-    provenance = result.get("provenance", {})
-    if not isinstance(provenance, dict) or not isinstance(result.get("ingredients", {}), dict):
-        raise ValueError("its provenance or its ingredients are no mapping")
-    if not all(0 <= _number(provenance, name) < 1e15 for name in ("duration_s", "cpu_s", "peak_rss_bytes")):
-        raise ValueError("its provenance holds an impossible duration")
+    _check_history(result["ingredients"], result["provenance"])
     if not all(type(note) is str for note in result.get("notes", ())):
         raise ValueError("its notes are no text")
     if not all(is_digest(part) for part in result.get("parts", ())):
         raise ValueError("its parts are no keys")
 
 
-def _number(values: dict[str, Json], name: str) -> float:
-    number = values.get(name, 0.0)
+def _check_history(ingredients: Json, provenance: Json) -> None:
+    """ValueError where what others read without a further look is not there, or not of its type."""
+    mappings = [ingredients, provenance]
+    mappings += [ingredients.get(name, {}) for name in ("libraries", "params", "ports")]
+    mappings += [provenance.get(name, {}) for name in ("listings", "makers", "written")]
+    if not all(isinstance(mapping, dict) for mapping in mappings):
+        raise ValueError("its ingredients or its provenance are of another form")
+    for name in ("duration_s", "cpu_s", "peak_rss_bytes", "started"):
+        if not 0 <= _number(provenance, name) < 1e15:
+            raise ValueError(f"its {name} is impossible")
+    if not all(type(text) in (str, type(None)) for text in (provenance.get("node"), ingredients.get("stage"))):
+        raise ValueError("its node or its stage is no text")
+
+
+def _number(values: dict[str, Json], name: str) -> int | float:
+    number: int | float = values.get(name, 0.0)
     if type(number) not in (int, float):
         raise ValueError(f"{name} is no number")
-    return float(number)
+    return number
 
 
 def _refusal(root: Path, error: OSError, what: str) -> CacheError:

@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from qpipe.disk import is_folder, make_folder, open_regular
+from qpipe.disk import is_file, is_folder, make_folder, open_regular, set_aside
 from qpipe.errors import CacheError
 from qpipe.hashing import is_digest
 
@@ -136,6 +136,8 @@ def alone(root: Path) -> Iterator[InUse]:
 def _open_guard(root: Path) -> int:
     make_folder(root / "running", root)
     path = root / "running" / _GUARD
+    if os.path.lexists(path) and not is_file(path):
+        set_aside(path, root)
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
 
 

@@ -146,12 +146,36 @@ def unpack(
             f"A packed model of format {meta.get('format')!r} was found; this version reads format {FORMAT}. "
             "Import the model again."
         )
-    model = ir.from_proto(onnx.ModelProto.FromString(bytes(read("graph"))))
+    proto = onnx.ModelProto.FromString(bytes(read("graph")))
+    if not proto.graph.output:
+        raise InputError("A packed model has a graph without outputs; it was not written here.")
+    model = ir.from_proto(proto)
     for name, value in model.graph.initializers.items():
         if isinstance(value.const_value, ir.ExternalTensor):
             value.const_value = _attached(value.const_value, read(f"tensor/{name}"))
+    _refuse_external(model)
     encodings = _encodings(meta["encodings"], read) if meta["encodings"] else {}
     return model, encodings, dict(meta["metadata"])
+
+
+def _refuse_external(model: ir.Model) -> None:
+    """Raise InputError for data that would come from a file: whoever made the graph up may have named any."""
+    tensors = [
+        value.const_value
+        for graph in model.graphs()
+        for value in graph.initializers.values()
+        if value.const_value is not None
+    ]
+    for graph in model.graphs():
+        for node in graph:
+            for attribute in node.attributes.values():
+                if attribute.type == ir.AttributeType.TENSOR:
+                    tensors.append(attribute.as_tensor())
+                elif attribute.type == ir.AttributeType.TENSORS:
+                    tensors.extend(attribute.as_tensors())
+    for tensor in tensors:
+        if isinstance(tensor, ir.ExternalTensor):
+            raise InputError(f"A packed model refers to the file {str(tensor.location)!r}; none is ever read.")
 
 
 def _attached(tensor: ir.ExternalTensor, data: memoryview) -> ir.TensorProtocol:
