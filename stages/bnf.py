@@ -212,6 +212,9 @@ def bnf(model: Model, *, ctx: Context = NULL) -> Model:
     `metadata["folded_statistics"]` gives gamma and beta by that name. Errors: InputError for a quantized
     model.
     """
+    if model.metadata.get("quantized_source"):
+        ctx.note("The model came quantized, and its weights stay on their grids: bnf leaves it as it is.")
+        return model
     if model.encodings:
         raise InputError(
             "bnf changes weights, and this model's are quantized already. Put bnf before quantization."

@@ -88,8 +88,9 @@ def calibrate(
         model, thinned(data.arrays, limit), observed_groups(placement), ctx.memo, batch_size=batch_size,
         device=ctx.device, progress=lambda done, total: ctx.progress(done, total, "samples"),
     )  # fmt: skip
-    encodings = {**activation_encodings(placement, observers), **weight_encodings(model, placement)}
-    kept = sorted(name for name, encoding in encodings.items() if encoding.frozen)
+    kept = {name: e for name, e in sorted(model.encodings.items()) if e.frozen and name in model.params}
+    encodings = {**kept, **activation_encodings(placement, observers), **weight_encodings(model, placement)}
     if kept:
-        ctx.note(f"Tuned before, so their grid stays: {', '.join(kept)}.")
+        why = "The model came quantized" if model.metadata.get("quantized_source") else "Tuned before"
+        ctx.note(f"{why}, so their grid stays: {', '.join(kept)}.")
     return model.with_encodings(encodings)

@@ -148,6 +148,9 @@ def hbf(
     from qpipe.model.compare import outputs_error
     from qpipe.model.links import find_links
 
+    if model.metadata.get("quantized_source"):
+        ctx.note("The model came quantized, and its weights stay on their grids: hbf leaves it as it is.")
+        return model
     if model.encodings:
         raise InputError(
             "hbf changes biases, and this model is quantized already. Put hbf before quantization."

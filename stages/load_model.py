@@ -143,8 +143,10 @@ def load_model(
     weights: Path | None = None,
     ctx: Context = NULL,
 ) -> Model:
-    """The model in an ONNX file (`path`), or the one that a Python function builds (`factory`), float and
-    canonical.
+    """The model in an ONNX file (`path`), or the one that a Python function builds (`factory`), canonical.
+
+    A file in QDQ form gives the float model with its grids: those of weights stay in every later stage, those of
+    activations until `calibrate` makes new ones.
 
     `weights` (.safetensors, or a state dict saved by torch) replace a torch module's parameters. `data` give
     the example where the factory returns none, and the name of a single input. Errors: InputError for a file
@@ -176,5 +178,11 @@ def load_model(
             refuse(factory, error, first_difference(model, fed))
     for note in model.metadata.get("notes", []):
         ctx.note(note)
+    if model.encodings:
+        kept = sum(encoding.frozen for encoding in model.encodings.values())
+        ctx.note(
+            f"It came quantized: {kept} weights and {len(model.encodings) - kept} activations have grids. "
+            "Those of the weights stay."
+        )
     ctx.note(f"The import computes what its source does, to {error:.1e} (relative).")
     return model

@@ -94,6 +94,9 @@ def prepare(
     from qpipe.model.run import fitting
     from qpipe.model.sharing import shared_weights
 
+    if model.metadata.get("quantized_source"):
+        ctx.note("The model came quantized, and its weights stay on their grids: prepare leaves it as it is.")
+        return model
     if model.encodings:
         raise InputError("prepare takes a float model, and this one is quantized already. Put prepare first.")
     if data is not None:

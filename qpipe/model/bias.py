@@ -44,13 +44,19 @@ class QuantizedBias:
 def quantized_biases(model: Model) -> dict[tuple[str, int], QuantizedBias]:
     """The biases that get an int32 grid, by (node name, input position).
 
-    Those of layers whose input and weight have encodings, the weight's per tensor or per output channel.
+    Those of layers whose input and weight have encodings, the weight's per tensor or per output channel. None
+    where the bias, or the product that it is added to, has a grid of its own; none at all where the model's
+    metadata say `"biases": "float"`.
     """
+    if model.metadata.get("biases") == "float":
+        return {}
     found = {}
     for layer in model.layers():
         weight = model.encodings.get(layer.weight)
         if layer.bias is None or weight is None or layer.input not in model.encodings:
             continue
+        if layer.bias in model.encodings or (layer.add and _product(model, layer.name) in model.encodings):
+            continue  # an Add of its own, as other tools quantize it
         repeats = _repeats(layer, weight)
         if repeats is None:
             continue
@@ -101,6 +107,10 @@ def _repeats(layer: Layer, weight: Encoding) -> int | None:
     # A depthwise transposed convolution has its output channels along axis 0 too.
     depthwise = layer.op_type == "ConvTranspose" and layer.weight_shape[1] == 1
     return 1 if weight.axis == 0 and depthwise and layer.weight_shape[0] == layer.groups else None
+
+
+def _product(model: Model, node: str) -> str:
+    return str(model.graph.node(node).outputs[0].name)
 
 
 def _position(model: Model, node: str, value: str) -> int:

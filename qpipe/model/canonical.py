@@ -17,12 +17,14 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from qpipe.model import attention_forms, bound_forms, layer_forms, rewrites
-from qpipe.model.check import check_supported, refuse_quantized
+from qpipe.model.check import check_supported
 from qpipe.model.floats import to_float32
 from qpipe.model.folding import fold_constants, fold_weights
 from qpipe.model.invariants import drop_unused_initializers, lift_constants, remove_dead_nodes, restore
 from qpipe.model.naming import assign_names
 from qpipe.model.opsets import to_canonical_opset
+from qpipe.model.qdq_nodes import refuse_integer_operators, standard_nodes
+from qpipe.model.qdq_reader import Grids, read_activations, read_weights, skip_clips
 from qpipe.model.shapes import infer_shapes
 
 SIMPLIFICATIONS: tuple[rewrites.Rule, ...] = (
@@ -49,18 +51,22 @@ _ROUNDS = 10
 """Folding makes shapes known and known shapes make constants; the deepest chain seen took 4 rounds."""
 
 
-def canonicalize(model: ir.Model, parameters: Collection[str] | None = None) -> tuple[ir.Model, list[str]]:
-    """The canonical form of `model`, which is used up, and sentences about what was changed on the way.
+def canonicalize(
+    model: ir.Model, parameters: Collection[str] | None = None
+) -> tuple[ir.Model, list[str], Grids]:
+    """The canonical form of `model`, which is used up, sentences about what was changed on the way, and the
+    grids that its QDQ nodes said.
 
     `parameters` are the initializers that folding leaves alone; by default all of floats that are no scalar.
     Raises InputError for what cannot be taken, all of it listed."""
-    refuse_quantized(model)
+    refuse_integer_operators(model)
     if model.functions:
         model = common.InlinePass()(model).model
         model.functions.clear()
     model = to_canonical_opset(model)
+    standard_nodes(model)
     notes = to_float32(model)
-    graph = model.graph
+    graph, grids = model.graph, Grids()
     for value in [value for value in graph.inputs if value.is_initializer()]:
         graph.inputs.remove(value)
     kept = frozenset(_float_parameters(graph) if parameters is None else parameters)
@@ -68,15 +74,20 @@ def canonicalize(model: ir.Model, parameters: Collection[str] | None = None) -> 
     graph.sort()
     _name_dynamic_dimensions(graph)
     assign_names(model)
-    simplify(model, kept)
+    skip_clips(graph)
+    read_weights(graph, grids)
+    simplify(model, kept | grids.names)
+    while read_weights(graph, grids):  # scales that had to be folded first
+        simplify(model, kept | grids.names)
+    read_activations(graph, grids)
     notes += fold_weights(model)
-    layer_forms.drop_made_up_biases(graph, kept)
+    layer_forms.drop_made_up_biases(graph, kept | grids.names)
     remove_dead_nodes(model)
     drop_unused_initializers(graph)
     restore(model)
     infer_shapes(model)
     check_supported(model)
-    return model, notes
+    return model, [*notes, *grids.notes], grids
 
 
 def simplify(model: ir.Model, parameters: Collection[str]) -> None:

@@ -48,12 +48,16 @@ def from_torch(
     parameters = [name for name, value in source.graph.initializers.items() if _is_parameter(value)]
     _own_tensors(source)
     _keep_scopes(source)
-    model, changes = canonicalize(source, parameters)
+    model, changes, grids = canonicalize(source, parameters)
+    values = ir.convenience.create_value_mapping(model.graph)
+    grid_of = {values[name]: encoding for name, encoding in grids.encodings.items()}
     rename(model.graph, parameters, input_names)
     metadata: dict[str, Any] = {"notes": notes + changes} if notes + changes else {}
+    metadata |= grids.metadata()
     if tied := _tied(module, set(model.graph.initializers)):
         metadata["tied"] = tied
-    return Model(model, metadata=metadata).edit().model()
+    encodings = {str(value.name): encoding for value, encoding in grid_of.items()}
+    return Model(model, encodings, metadata).edit().model()
 
 
 def _tied(module: torch.nn.Module, kept: set[str]) -> dict[str, str]:

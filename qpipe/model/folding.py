@@ -16,6 +16,7 @@ import onnx_ir as ir
 from qpipe.model.invariants import IR_VERSION, OPSET, fresh_initializer_name
 from qpipe.model.naming import SCOPE
 from qpipe.model.packing import graph_proto
+from qpipe.model.qdq_nodes import dequantizes, quantizes
 
 LARGEST_BYTES = 64 << 20
 """A constant that would be larger than this stays computed (a mask expanded to the batch, say)."""
@@ -69,7 +70,7 @@ def fold_weights(model: ir.Model) -> list[str]:
 
 
 def _computable(node: ir.Node) -> bool:
-    if node.domain or node.op_type in RANDOM:
+    if node.domain or node.op_type in RANDOM or quantizes(node) or dequantizes(node):
         return False
     if any(output.is_graph_output() for output in node.outputs):
         return False

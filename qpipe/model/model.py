@@ -96,13 +96,16 @@ class Model:
 
     @classmethod
     def from_proto(cls, proto: onnx.ModelProto | onnx_ir.Model) -> Model:
-        """The model in canonical form. Raises InputError for what cannot be taken, all of it listed."""
+        """The model in canonical form, with the encodings that its QDQ nodes say.
+
+        Raises InputError for what cannot be taken, all of it listed."""
         from qpipe.model.canonical import canonicalize
         from qpipe.model.reader import deserialized
 
         source = proto.clone() if isinstance(proto, onnx_ir.Model) else deserialized(proto)
-        model, notes = canonicalize(source)
-        return cls(model, metadata={"notes": notes} if notes else {})
+        model, notes, grids = canonicalize(source)
+        metadata = {"notes": notes} if notes else {}
+        return cls(model, grids.encodings, {**metadata, **grids.metadata()})
 
     @classmethod
     def from_torch(

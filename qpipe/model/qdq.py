@@ -29,6 +29,7 @@ from qpipe.errors import InputError
 from qpipe.model.bias import QuantizedBias, bias_codes, bias_scale, effective_encodings, quantized_biases
 from qpipe.model.operators.registry import MOVING
 from qpipe.model.packing import graph_proto
+from qpipe.model.qdq_nodes import BITWIDTH
 from qpipe.numerics.grid import Array, Encoding, quantize, same_grid
 
 if TYPE_CHECKING:
@@ -145,6 +146,7 @@ def _insert_activation(graph: ir.Graph, value: ir.Value, encoding: Encoding, cli
             value,
         )
     )
+    _say_bitwidth(made[-2:], encoding, dtype)
     rounded = made[-1].outputs[0]
     for node, position in readers:
         node.replace_input_with(position, rounded)
@@ -200,9 +202,16 @@ def _replace_constant(
         # The name goes over to the DQ's output; the float tensor is read by nobody any more.
         del graph.initializers[name]
     made = _node("DequantizeLinear", inputs, f"{name}__dequantize", name, value, axis=encoding)
+    _say_bitwidth([made], encoding, dtype)
     for node, position in uses:
         node.replace_input_with(position, made.outputs[0])
     graph.insert_before(graph[0], made)
+
+
+def _say_bitwidth(nodes: list[ir.Node], encoding: Encoding, dtype: ir.DataType) -> None:
+    """Where the type is wider than the codes, the nodes' metadata keep their bitwidth for who reads the file."""
+    for node in nodes if dtype.bitwidth != encoding.bitwidth else ():
+        node.metadata_props[BITWIDTH] = str(encoding.bitwidth)
 
 
 def _constants(

@@ -266,10 +266,9 @@ def test_everything_that_cannot_be_taken_is_listed_at_once() -> None:
     assert "input 's': it holds strings" in message
 
 
-def test_a_quantized_model_is_refused() -> None:
+def test_a_model_that_computes_on_integer_codes_is_refused() -> None:
     proto = parsed(
-        "net (float[N,4] x) => (float[N,4] y) { q = QuantizeLinear(x, s)  y = DequantizeLinear(q, s) }",
-        s=np.float32(0.1),
+        "net (uint8[N,4] x) => (int32[N,3] y) { y = MatMulInteger(x, w) }", w=np.zeros((4, 3), np.int8)
     )
-    with pytest.raises(InputError, match=r"quantized already: it has 2 nodes .* Give the float model"):
+    with pytest.raises(InputError, match=r"operator form: 1 node .*MatMulInteger.* Give its QDQ form"):
         Model.from_proto(proto)

@@ -182,3 +182,32 @@ def test_a_bad_source_is_one_sentence(nets, tmp_path, params, reason):
     with pytest.raises(InputError) as refused:
         load_model(**given)
     assert reason in str(refused.value)
+
+
+def test_a_quantized_file_comes_in_with_its_grids_and_stays_as_it_is(tmp_path, network, notes, target):
+    from qpipe.stages.adaround import adaround
+    from qpipe.stages.bnf import bnf
+    from qpipe.stages.calibrate import calibrate
+    from qpipe.stages.cle import cle
+    from qpipe.stages.prepare import prepare
+
+    from qpipe.numerics.scheme import Scheme, TensorScheme
+
+    text = "n (float[N,3,8,8] x) => (float[N,4,6,6] y) { t = Conv(x, w, b)  y = Relu(t) }"
+    samples = Samples({"x": np.random.default_rng(0).normal(size=(8, 3, 8, 8)).astype(np.float32)})
+    scheme = Scheme(TensorScheme(4, True, True, "per_channel"), TensorScheme(8, False, False))
+    made = calibrate(network(text, {"w": (4, 3, 3, 3), "b": (4,)}), samples, scheme=scheme, target=target)
+    made.save(tmp_path)
+    model = load_model(path=tmp_path / "model.onnx", ctx=notes)
+    assert any("came quantized: 1 weights and 2 activations" in note for note in notes.notes)
+    # Whoever changes weights leaves these; new samples give new grids to activations alone.
+    assert adaround(model, samples, ctx=notes) is model
+    again = cle(bnf(prepare(model, samples, ctx=notes), ctx=notes), samples, ctx=notes)
+    assert again is model
+    wider = Samples({"x": 2 * samples.arrays["x"]})
+    eight = Scheme(TensorScheme(8, True, True), TensorScheme(8, False, False))
+    renewed = calibrate(model, wider, scheme=eight, target=target, ctx=notes)
+    np.testing.assert_array_equal(renewed.encodings["w"].scale, made.encodings["w"].scale)
+    assert renewed.encodings["w"].bitwidth == 4
+    assert float(renewed.encodings["x"].scale) == pytest.approx(2 * float(made.encodings["x"].scale))
+    assert notes.notes[-1] == "The model came quantized, so their grid stays: w."
