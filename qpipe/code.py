@@ -33,6 +33,7 @@ ENGINE = frozenset(
         "loaded",
         "artifact",
         "index",
+        "lock",
         "store",
         "cleanup",
         "param",

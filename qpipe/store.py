@@ -33,10 +33,10 @@ from qpipe import disk
 from qpipe.artifact import KINDS, canonical_json, references
 from qpipe.errors import CacheError, DamagedError
 from qpipe.hashing import digest_bytes, digest_chunks, is_digest
+from qpipe.lock import Lock
 from qpipe.usage import Usage
 
 if TYPE_CHECKING:
-    from filelock import FileLock
     from typing_extensions import Buffer
 
     from qpipe.index import Index
@@ -285,22 +285,20 @@ class Store:
         except OSError:
             return 0.0
 
-    def lock(self, key: str) -> FileLock:
+    def lock(self, key: str) -> Lock:
         """The lock of an action, not yet acquired: one process at a time holds it, and its death frees it.
 
         `acquire(blocking=False)` raises filelock.Timeout where another holds it.
         """
-        from filelock import FileLock
-
-        path = Path(self._place("locks", key, ".lock"))
+        path = self._place("locks", key, ".lock")
         self._refuse_readonly()
         try:
-            disk.make_folder(path.parent, self.root)
+            disk.make_folder(Path(os.path.dirname(path)), self.root)
             if os.path.lexists(path) and not disk.is_file(path):
-                disk.set_aside(path, self.root)
+                disk.set_aside(Path(path), self.root)
         except OSError as error:
             raise _refusal(self.root, error, "a lock") from error
-        return FileLock(path)
+        return Lock(path)
 
     # the files
 

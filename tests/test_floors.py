@@ -14,7 +14,7 @@ from qpipe.syntax import Import, analyse
 ROOT = Path(__file__).parents[1]
 COLUMN = [
     *("errors", "hashing", "companions", "syntax", "code", "loaded", "artifact", "index"),
-    *("disk", "usage", "store", "pins", "cleanup", "audit", "archive"),
+    *("disk", "lock", "usage", "store", "pins", "cleanup", "audit", "archive"),
     *("changes", "history", "param", "stage", "catalog", "spec", "graph", "plan", "estimate"),
     *("action", "workers", "executor", "record", "runs", "explain", "difference", "differing", "verify", "sweep"),
     *("commands", "cache_commands", "explain_commands", "compose", "manual", "completion", "cli", "__main__"),
