@@ -33,6 +33,7 @@ from qpipe.manual import COMMANDS, OPTIONS, usage
 from qpipe.record import RECORD
 from qpipe.sweep import INTERRUPTED, Job
 
+UNREAD = 141  # as of a process that SIGPIPE ended
 PACKAGE = Path(__file__).parent
 
 Many = Callable[[Sequence[Job]], int]
@@ -72,6 +73,14 @@ def run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         say("qpipe: interrupted")
         return INTERRUPTED
+    except BrokenPipeError:
+        return _unread()
+
+
+def _unread() -> int:
+    """Nobody reads our output any more (`| head`): nothing is left to say, to anyone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return UNREAD
 
 
 def say(line: str) -> None:
@@ -232,6 +241,8 @@ def _carry_out(many: Many, build: Callable[[], Sequence[Job]], folders: Sequence
     """Build the jobs and run the command; a folder in which no record came to lie is not left behind."""
     try:
         status = many(build())
+    except BrokenPipeError:
+        status = _unread()
     except QpipeError as error:
         say(f"qpipe: {error}")
         status = error.exit_code

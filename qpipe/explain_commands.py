@@ -112,16 +112,16 @@ def _key_lines(outcome: Outcome, steps: Sequence[Step]) -> Iterator[str]:
     """All that the key is made of, as the key holds it."""
     ingredients = steps[0].now.ingredients or {}
     if outcome.key:
-        yield f"  key      {outcome.key}"
+        yield f"  key       {outcome.key}"
     for group, values in ingredients.items():
         if isinstance(values, Mapping):
             for name, value in values.items():
                 said = "not known yet" if group == "ports" and value is None else json.dumps(value)
-                yield f"  {group:8} {name} = {said}"
+                yield f"  {group:9} {name} = {said}"
         else:
-            yield f"  {group:8} {values}"
+            yield f"  {group:9} {values}"
     for port, made in outcome.outputs.items():
-        yield f"  output   {port} = {made.kind} {made.digest}"
+        yield f"  output    {port} = {made.kind} {made.digest}"
 
 
 def diff(arguments: Sequence[str]) -> int:

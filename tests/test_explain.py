@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -107,6 +109,19 @@ def test_two_runs_side_by_side(toy: Toy) -> None:
     assert same.returncode == 0
     assert "the same nodes, keys, outputs and scores" in same.stdout
     assert re.search(r"b +ran .* +hit \(was", same.stdout)
+
+
+def test_nobody_reads_to_the_end(toy: Toy) -> None:
+    toy.pipeline({f"n{i}": {"uses": "toy_number", "value": i} for i in range(40)})
+    command = [sys.executable, "-u", *toy.command("why", "n1")[1:]]
+    with subprocess.Popen(
+        command, env=toy.environment, cwd=toy.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
 
 
 def test_a_file_that_is_no_record_is_refused(toy: Toy) -> None:
