@@ -161,7 +161,9 @@ def diff_lines(found: RunDifference) -> Iterator[str]:
         yield from _section(rows, flexible=3)
     yield from _score_lines(found)
     for title, values in (("config", found.config), ("environment", found.environment)):
-        rows2 = [(name, short(was), short(now)) for name, (was, now) in values.items()]
+        rows2 = [
+            (name, *("-" if value is None else short(value) for value in pair)) for name, pair in values.items()
+        ]
         if rows2:
             yield from _section([(title, "left", "right"), *rows2])
     yield from _cost_lines(found)
