@@ -102,6 +102,7 @@ class ActionContext(Context):
                 "provenance": {"duration_s": time.perf_counter() - started},
             },
         )
+        self._emit({"event": "published", "key": key})
         return value
 
 

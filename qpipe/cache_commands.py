@@ -18,7 +18,7 @@ from qpipe.pins import pin, pinned, pins, unpin
 from qpipe.record import RECORD
 from qpipe.report.table import table
 from qpipe.store import Store
-from qpipe.sweep import Job, open_store, plan_jobs
+from qpipe.sweep import Job, open_local_store, plan_jobs
 
 _SHORT = 16  # characters of a key that are shown
 _LEAST = 8  # characters of a key that have to be given
@@ -44,7 +44,7 @@ def cache_command(arguments: Sequence[str]) -> tuple[Callable[[Sequence[Job]], i
         raise ConfigError(f"cache {name}: {given}, got {' '.join(words) or 'nothing'}.")
 
     def run(jobs: Sequence[Job]) -> int:
-        with open_store(jobs[0].spec) as store:
+        with open_local_store(jobs[0].spec) as store:
             return function(jobs, store, words)
 
     return run, rest

@@ -137,7 +137,7 @@ def make_folder(folder: Path, root: Path) -> None:
         if is_folder(os.path.join(root, *names[:count])):
             continue
         place = root.joinpath(*names[:count])
-        if os.path.lexists(place):
+        if os.path.lexists(place) and not is_folder(place):  # another thread may have made it since
             set_aside(place, root)
         place.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):  # another process was first

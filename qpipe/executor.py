@@ -43,7 +43,7 @@ class View(Protocol):
 def open_pool(store: Store, run: RunSpec, log: Path | None = None) -> Pool:
     """The place where actions run, as `run` says; processes are spawned only when an action comes."""
     workers, threads = worker_count(run), thread_count(run)
-    return Processes(store.root, workers, threads, log) if workers else InProcess(store, threads)
+    return Processes(store.address(), workers, threads, log) if workers else InProcess(store, threads)
 
 
 def worker_count(run: RunSpec) -> int:
@@ -94,8 +94,9 @@ def forget(walks: Sequence[Walk], store: Store, digest: str) -> None:
             if digest in result["blobs"]:
                 store.forget(key)
     for blob in {blob for result in results.values() for blob in result["blobs"]}:
-        with suppress(DamagedError):
-            store.open(blob)
+        if store.has(blob):  # here; what a remote promises is verified when it arrives
+            with suppress(DamagedError):
+                store.open(blob)
 
 
 class _Run:
@@ -134,6 +135,8 @@ class _Run:
                 for key, event in self._pool.events(_POLL_S if self._blocked else _WAIT_S):
                     self._handle(key, event)
                 self._end_late_ones()
+                for line in self._store.news():
+                    self._view.message(line)
         finally:
             for lock in self._locks.values():
                 lock.release()
@@ -214,6 +217,9 @@ class _Run:
             return
         if event["event"] == "progress":
             self._view.progress(self._name(key), event["done"], event["total"], event["what"])
+            return
+        if event["event"] == "published":
+            self._store.share(event["key"])
             return
         self._running.pop(key, None)
         if event["event"] == "done":

@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -20,6 +20,9 @@ from qpipe.cleanup import parse_size
 from qpipe.errors import ConfigError, InputError
 from qpipe.param import coerce, listed, nearest
 from qpipe.stage import REQUIRED, Stage
+
+if TYPE_CHECKING:
+    from qpipe.remote import RemoteOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +111,7 @@ class PipelineSpec:
     allow_discouraged: bool = False
     cache_dir: str | None = None
     cache_max_bytes: int | None = None
+    remote: RemoteOptions | None = None
     resolved: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -136,6 +140,7 @@ def read_spec(config: DictConfig) -> PipelineSpec:
         allow_discouraged=coerce(plain.get("allow_discouraged", False), bool, "allow_discouraged"),
         cache_dir=(plain.get("cache") or {}).get("dir"),
         cache_max_bytes=parse_size((plain.get("cache") or {}).get("max_size"), "cache.max_size"),
+        remote=_remote(plain.get("cache") or {}),
         resolved=plain,
     )
 
@@ -210,6 +215,23 @@ def _resolve(config: DictConfig) -> dict[str, Any]:
         raise ConfigError(f"{address}: {str(error).splitlines()[0]}.") from error
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
+
+
+def _remote(cache: Mapping[str, Any]) -> RemoteOptions | None:
+    """Where the shared cache is; None where there is none, or it is off."""
+    if cache.get("remote") is None or cache.get("remote_mode") == "off":
+        return None
+    from qpipe.remote import RemoteOptions
+
+    names = {"url": "remote", "mode": "remote_mode", "timeout_s": "remote_timeout_s", "lease_s": "remote_lease_s"}
+    values = {field: cache[name] for field, name in names.items() if cache.get(name) is not None}
+    hints = get_type_hints(RemoteOptions)
+    typed = {field: coerce(value, hints[field], f"cache.{names[field]}") for field, value in values.items()}
+    secret_file = coerce(cache.get("secret_file"), str | None, "cache.secret_file")
+    try:
+        return RemoteOptions(**typed, secret_file=secret_file)
+    except ValueError as error:
+        raise ConfigError(f"cache.{error}") from error
 
 
 def _node(name: str, body: Any) -> NodeSpec | FirstWithin:

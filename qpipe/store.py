@@ -116,6 +116,26 @@ class Store:
             self._usage.close()
             self._usage = None
 
+    # what a store with a remote behind it does more (qpipe.tier)
+
+    def doubt(self, digest: str) -> None:
+        """Reading the blob failed, here or in a worker. Files need no word: what is gone is gone."""
+
+    def share(self, key: str) -> None:
+        """A worker has published this."""
+
+    def settle(self) -> list[str]:
+        """A run is over, its results are to be where they belong. What there is to say of it, a line each."""
+        return self.news()
+
+    def news(self) -> list[str]:
+        """What there is to say since the last call, a line each."""
+        return []
+
+    def address(self) -> dict[str, Json]:
+        """What a worker process needs to open this cache too, as JSON."""
+        return {"root": str(self.root)}
+
     # blobs
 
     def put(self, buffer: Buffer) -> str:

@@ -49,14 +49,32 @@ class Job:
     label: str = ""
 
 
+def open_local_store(spec: PipelineSpec) -> Store:
+    """The cache on this machine: `cache.dir`, else $QPIPE_CACHE_DIR, else the user's cache folder."""
+    return Store(_cache_folder(spec))
+
+
 def open_store(spec: PipelineSpec) -> Store:
-    """The cache: `cache.dir`, else $QPIPE_CACHE_DIR, else the user's cache folder."""
+    """The cache on this machine, with `cache.remote` behind it where there is one."""
+    if spec.remote is None:
+        return open_local_store(spec)
+    if spec.remote.url.startswith("memory:") and spec.run.workers != 0:
+        raise ConfigError(
+            f"cache.remote: '{spec.remote.url}' lives in one process, and workers are others. Set run.workers=0."
+        )
+    from qpipe.remote import Remote
+    from qpipe.tier import TieredStore
+
+    return TieredStore(_cache_folder(spec), Remote(spec.remote))
+
+
+def _cache_folder(spec: PipelineSpec) -> Path:
     folder = spec.cache_dir or os.environ.get("QPIPE_CACHE_DIR")
     if not folder:
         from platformdirs import user_cache_dir
 
         folder = user_cache_dir("qpipe")
-    return Store(Path(folder).expanduser().absolute())
+    return Path(folder).expanduser().absolute()
 
 
 def plan_jobs(jobs: Sequence[Job], store: Store) -> list[Walk]:
@@ -112,6 +130,7 @@ def _run_healing(jobs: Sequence[Job], store: Store, watch: Watch, info: RunInfo)
         try:
             with store.looking():
                 walks = plan_jobs(jobs, store)
+            _tell(store.news(), watch)
             if not told:
                 watch.planned_jobs(list(zip(jobs, walks, strict=True)))
                 told = True
@@ -119,8 +138,15 @@ def _run_healing(jobs: Sequence[Job], store: Store, watch: Watch, info: RunInfo)
         except DamagedError as error:
             watch.message(f"The cache is damaged: {error} What made it runs again.")
             damaged[error.digest] += 1
+            store.doubt(error.digest)
+            _tell(store.news(), watch)
             forget(walks, store, error.digest)
     raise CacheError(f"The cache at {store.root} stays damaged after {HEAL_ROUNDS} attempts. Check the disk.")
+
+
+def _tell(lines: Sequence[str], watch: Watch) -> None:
+    for line in lines:
+        watch.message(line)
 
 
 def _carry_out(
@@ -137,7 +163,10 @@ def _carry_out(
     stopped = ""
     if any(walk.running for walk in walks):
         stopped = _run(jobs, walks, store, watch, deadline)
-    return _conclude(jobs, walks, store, watch, dataclasses.replace(info, stopped=stopped))
+    _tell(store.settle(), watch)
+    status = _conclude(jobs, walks, store, watch, dataclasses.replace(info, stopped=stopped))
+    _tell(store.settle(), watch)  # what the records were the first to read
+    return status
 
 
 def refusal(walks: Sequence[Walk], options: RunSpec) -> str | None:

@@ -90,8 +90,8 @@ class InProcess:
 class Processes:
     """`count` worker processes; each is spawned when it is first needed."""
 
-    def __init__(self, store_root: Path, count: int, threads: int, log: Path | None = None) -> None:
-        self._command = [sys.executable, "-m", "qpipe.workers", str(store_root), str(threads)]
+    def __init__(self, store: dict[str, Any], count: int, threads: int, log: Path | None = None) -> None:
+        self._command = [sys.executable, "-m", "qpipe.workers", json.dumps(store), str(threads)]
         self._count = count
         self._threads = threads
         self._log = log
@@ -202,14 +202,21 @@ def _cause(status: int) -> str:
     return f"ended by signal {-status}" if status < 0 else f"ended with status {status}"
 
 
-def serve(store_root: Path, threads: int, fd: int) -> None:
+def _open(address: dict[str, Any]) -> Store:
+    if address.get("remote") is None:
+        return Store(Path(address["root"]))
+    from qpipe.tier import open_address
+
+    return open_address(address)
+
+
+def serve(store: Store, threads: int, fd: int) -> None:
     """The worker's side: perform requests one after another until the socket ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.path.insert(0, os.getcwd())  # a user's factories are found from the working directory
     connection = socket.socket(fileno=fd)
     requests: queue.Queue[Request] = queue.Queue()
     threading.Thread(target=_listen, args=(connection, requests), daemon=True).start()
-    store = Store(store_root)
 
     def emit(event: Event) -> None:
         connection.sendall(json.dumps(event).encode() + b"\n")
@@ -233,4 +240,4 @@ def _listen(connection: socket.socket, requests: queue.Queue[Request]) -> None:
 
 
 if __name__ == "__main__":
-    serve(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    serve(_open(json.loads(sys.argv[1])), int(sys.argv[2]), int(sys.argv[3]))

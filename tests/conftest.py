@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import secrets
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ os.environ["OMP_NUM_THREADS"] = (
 )
 
 from qpipe.catalog import catalog
+from tests.s3_server import ENVIRONMENT
 from tests.toy import Toy
 
 
@@ -35,6 +38,31 @@ def toy_stages(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Toy]:
     catalog.cache_clear()
     for name in ("toy_stages", "toy_formula"):
         sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="session")
+def moto_endpoint() -> Iterator[str]:
+    """An S3 server on loopback."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def moto(moto_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of an empty bucket; the environment says how to reach it."""
+    import boto3
+
+    for name, value in (ENVIRONMENT | {"AWS_ENDPOINT_URL": moto_endpoint}).items():
+        monkeypatch.setenv(name, value)
+    bucket = f"cache-{secrets.token_hex(4)}"
+    boto3.client("s3").create_bucket(Bucket=bucket)
+    return f"s3://{bucket}/team"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
