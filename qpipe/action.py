@@ -54,6 +54,10 @@ def request(action: Action, device: str) -> Request:
     }
 
 
+OF_CODE = ("format", "stage", "version", "function", "code", "libraries")
+"""What a sub-result shares of its action's ingredients: all but params and ports, which its own inputs stand for."""
+
+
 class ActionContext(Context):
     """The Context of a running action: progress goes to `emit`, sub-results into the store."""
 
@@ -64,7 +68,7 @@ class ActionContext(Context):
         self.parts: set[str] = set()
         self._request = request
         ingredients = request["ingredients"]
-        self._code = {name: ingredients[name] for name in ("format", "stage", "version", "code", "libraries")}
+        self._code = {name: ingredients[name] for name in OF_CODE}
         self._store = store
         self._emit = emit
         self._last = 0.0

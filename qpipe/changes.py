@@ -18,7 +18,7 @@ NAMED = 6
 """So many parts of a listing are named; of the others, their number."""
 
 Part = tuple[str, str, str]
-Group = Literal["format", "stage", "version", "code", "library", "param", "input"]
+Group = Literal["format", "stage", "version", "function", "code", "library", "param", "input"]
 Listings = Mapping[str, str]
 
 
@@ -62,7 +62,7 @@ def changes(
     """
     listings = (before_listings or {}, after_listings or {})
     found: list[Change] = []
-    for name in ("format", "stage", "version"):
+    for name in ("format", "stage", "version", "function"):
         if before.get(name) != after.get(name):
             found.append(Change(name, "", before.get(name), after.get(name)))
     old, new = before.get("code"), after.get("code")

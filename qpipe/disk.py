@@ -137,11 +137,15 @@ def make_folder(folder: Path, root: Path) -> None:
         if is_folder(os.path.join(root, *names[:count])):
             continue
         place = root.joinpath(*names[:count])
-        if os.path.lexists(place) and not is_folder(place):  # another thread may have made it since
-            set_aside(place, root)
         place.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError):  # another process was first
+        try:
             place.mkdir()
+        except FileExistsError:
+            if is_folder(place):  # another process was first; what it made is not to be moved away under its feet
+                continue
+            set_aside(place, root)
+            with contextlib.suppress(FileExistsError):  # as above
+                place.mkdir()
         if not is_folder(place):
             raise StrangeFileError(errno.ENOTDIR, f"{place} is no folder")
         flush_folder(place.parent)

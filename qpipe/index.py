@@ -21,6 +21,8 @@ from typing import Any
 
 import diskcache
 
+from qpipe.hashing import digest_bytes
+
 Json = Any
 _LOG = logging.getLogger(__name__)
 _TIMEOUT_S = 0.2  # how long a locked database is waited for
@@ -113,7 +115,7 @@ class Index:
             return None
         try:
             text = self._look(cache, kind, name)
-            return None if text is None else json.loads(text)
+            return None if text is None else _unsealed(name, text)
         except Exception as error:  # a damaged database can fail in any way
             self._give_up(error)
             return None
@@ -134,7 +136,7 @@ class Index:
         try:
             with cache.transact() if self._pending else contextlib.nullcontext():
                 now, mode = time.time(), diskcache.core.MODE_RAW
-                rows = ((name, now, now, mode, _encode(value)) for name, value in self._pending.items())
+                rows = ((name, now, now, mode, _sealed(name, value)) for name, value in self._pending.items())
                 cache._con.executemany(_WRITE, rows)
             cache.close()
             self._pending, self._cache, self._known = {}, None, {}
@@ -171,6 +173,22 @@ class Index:
 
 
 _encode = json.JSONEncoder(separators=(",", ":")).encode
+_SEAL_LENGTH = 16
+
+
+def _sealed(name: str, value: Json) -> str:
+    """The text of a row, behind the first digits of a digest: SQLite does not notice a bit that turns in a value, and
+    a list of imports that lost one would hide every later edit of that module."""
+    text = _encode(value)
+    return digest_bytes(f"{name} {text}".encode())[:_SEAL_LENGTH] + text
+
+
+def _unsealed(name: str, row: str) -> Json:
+    """The value of a row. ValueError where it is not as it was written."""
+    text = row[_SEAL_LENGTH:]
+    if digest_bytes(f"{name} {text}".encode())[:_SEAL_LENGTH] != row[:_SEAL_LENGTH]:
+        raise ValueError(f"the row {name!r} does not match its seal")
+    return json.loads(text)
 
 
 def _open(folder: Path) -> Any:

@@ -136,6 +136,7 @@ class Keyring:
                 "format": FORMAT,
                 "stage": stage.name,
                 "version": stage.version,
+                "function": f"{stage.module}:{stage.function.__qualname__}",
                 "code": code,
                 "libraries": self._code.libraries(stage.module),
             }

@@ -108,12 +108,15 @@ def _node(walk: Walk, name: str, outcome: Outcome) -> dict[str, Any]:
     }
 
 
+OF_STAGE = ("format", "version", "function", "code", "libraries")
+
+
 def _stages(verdicts: Mapping[str, Outcome]) -> dict[str, Any]:
-    """What the keys of all nodes of a stage have in common, once: {stage: {format, version, code, libraries}}."""
+    """What the keys of all nodes of a stage have in common, once: {stage: {format, version, function, …}}."""
     found: dict[str, Any] = {}
     for outcome in verdicts.values():
         if outcome.ingredients and outcome.ingredients["stage"] not in found:
-            shared = {name: outcome.ingredients[name] for name in ("format", "version", "code", "libraries")}
+            shared = {name: outcome.ingredients[name] for name in OF_STAGE}
             found[outcome.ingredients["stage"]] = shared
     return found
 

@@ -247,4 +247,4 @@ def test_nothing_is_ever_evicted(folder: Path) -> None:
     with sqlite3.connect(folder / "cache.db") as connection:
         settings = dict(connection.execute("SELECT key, value FROM Settings").fetchall())
     assert (settings["eviction_policy"], settings["cull_limit"]) == ("none", 0)
-    assert json.loads(rows(folder)[0][3]) == "x" * 100_000
+    assert rows(folder)[0][3].endswith(json.dumps("x" * 100_000))

@@ -28,6 +28,7 @@ INGREDIENTS: dict[str, Any] = {
     "format": 1,
     "stage": "adaround",
     "version": 3,
+    "function": "qpipe.stages.adaround:adaround",
     "code": "c0de" * 16,
     "libraries": {"numpy": "2.1.0", "torch": "2.9.0"},
     "params": {
@@ -44,7 +45,7 @@ INGREDIENTS: dict[str, Any] = {
 
 
 def test_the_key_of_fixed_ingredients() -> None:
-    assert digest("action", INGREDIENTS) == "1d5719652bbb952483985985005c3c8b3426288fbe0f66010c97b29051bebbec"
+    assert digest("action", INGREDIENTS) == "821c5f6da1cc5f56b5ada665d07527ec44c8f6e2f9136e326d0d184efdd9beea"
 
 
 class Colour(enum.Enum):
@@ -151,7 +152,7 @@ def test_the_key_of_a_whole_action(node: NodeSpec, tmp_path: Path) -> None:
     one, two = Artifact("Scores", "a" * 64, 10), Artifact("Scores", "b" * 64, 11)
     action = decide(node, {"scores": (one,), "more": (one, two)}, Keyring(store, tmp_path), store)
     assert isinstance(action, Action)
-    assert action.key == "e4ce542e9a0fb56f8b53265b9ad21a8be0a1fd54acd98b96f7c3e24694e88b03"
+    assert action.key == "062eb32343d05f098c273173d594a104e4ef3181afe253d3c6231ab6dd14f142"
 
 
 def test_plain_values_have_the_digest_that_any_value_has() -> None:

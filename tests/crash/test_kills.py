@@ -218,7 +218,7 @@ def test_the_whole_command_is_killed(lab: Lab, crash_report: Counter[str]) -> No
 def test_workers_die_with_their_owner_in_the_middle_of_a_stage(lab: Lab) -> None:
     child = lab.begin({"a": {"uses": "lab_make", "pause_s": 30.0}}, workers=1)
     deadline = time.monotonic() + 20
-    while "make-1.0" not in lab.calls():
+    while "make-1.0" not in lab.seen():
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert len(lab.survivors()) == 1

@@ -160,6 +160,10 @@ class Lab(Toy):
         """The worker processes of this lab that still live (a fork shows the environment of its parent)."""
         return marked(self.mark)
 
+    def seen(self) -> list[str]:
+        """What was called since the last `calls`; to be asked while runs go on, which `calls` would rob of a line."""
+        return self.log.read_text().split() if self.log.exists() else []
+
     def clear(self, cache: Path | None = None) -> None:
         """Remove a cache and every record."""
         shutil.rmtree(cache or self.cache, ignore_errors=True)
