@@ -18,10 +18,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from qpipe.mapped import let_go
+
 _LOG = logging.getLogger(__name__)
 _STALE_S = 60.0  # a temporary file younger than this may not have been locked yet
 _ABANDONED_S = 86_400.0  # where files cannot be locked, only age says that a writer is gone
 _MAPPED_SIZE = 1 << 16  # bytes; smaller files are read: a page table costs more than a copy
+_CHUNK = 1 << 23  # bytes that are written at a time
 _PLAUSIBLE_SIZE = 1 << 40  # bytes; a larger file is held against the size of its file system
 
 
@@ -100,7 +103,8 @@ def temporary_file(folder: Path) -> Iterator[tuple[int, Path]]:
 def write_all(descriptor: int, content: memoryview) -> None:
     """Write every byte, however often the system stops halfway."""
     while content:
-        content = content[os.write(descriptor, content[: 1 << 30]) :]
+        content = content[os.write(descriptor, content[:_CHUNK]) :]
+        let_go(content)
 
 
 def seal_file(descriptor: int) -> None:

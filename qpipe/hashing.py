@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from blake3 import blake3
 
 from qpipe.errors import InputError
+from qpipe.mapped import let_go
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -35,6 +36,7 @@ _DEPTH_LIMIT = 100_000  # a value nested deeper than this contains itself
 _PLAIN_DEPTH = 50
 _LENGTH = struct.Struct(">Q").pack
 _THREADED_SIZE = 1 << 20  # below 1 MiB threads cost more than they save
+_CHUNK = 1 << 23  # 8 MiB: large enough for threads, small beside a model even when eight are hashed at once
 _RACY_NS = 2_000_000_000  # file systems stamp times as coarsely as 2 s: a younger file may change unseen
 
 
@@ -219,11 +221,17 @@ def _qualified_name(kind: type) -> str:
 
 
 def digest_bytes(buffer: Buffer) -> str:
-    """The BLAKE3 of a contiguous buffer's bytes, in hex; large ones are hashed on all cores."""
+    """The BLAKE3 of a contiguous buffer's bytes, in hex; large ones are hashed on all cores. Of a mapped file no more
+    than a chunk is resident at a time."""
     view = memoryview(buffer)
     view = view.cast("B") if view.nbytes else memoryview(b"")  # an empty view of several axes cannot be cast
-    threads = blake3.AUTO if view.nbytes >= _THREADED_SIZE else 1
-    return str(blake3(view, max_threads=threads).hexdigest())
+    if view.nbytes < _THREADED_SIZE:
+        return str(blake3(view).hexdigest())
+    hasher = blake3(max_threads=blake3.AUTO)
+    for start in range(0, view.nbytes, _CHUNK):
+        hasher.update(view[start : start + _CHUNK])
+        let_go(view)
+    return str(hasher.hexdigest())
 
 
 def digest_chunks(chunks: Iterable[Buffer]) -> str:

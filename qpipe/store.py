@@ -20,10 +20,12 @@ import contextlib
 import errno
 import json
 import logging
+import mmap
 import os
 import re
 import stat
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +36,7 @@ from qpipe.artifact import KINDS, canonical_json, references
 from qpipe.errors import CacheError, DamagedError
 from qpipe.hashing import digest_bytes, digest_chunks, is_digest
 from qpipe.lock import Lock
+from qpipe.mapped import mapping_behind
 from qpipe.usage import Usage
 
 if TYPE_CHECKING:
@@ -55,6 +58,7 @@ class Store:
         self.readonly = readonly
         self._prefix = os.path.join(self.root, "")
         self._verified: dict[str, tuple[int, int, int]] = {}
+        self._mapped: weakref.WeakKeyDictionary[mmap.mmap, str] = weakref.WeakKeyDictionary()
         self._prepared = False
         self._usage: Usage | None = None
 
@@ -139,10 +143,16 @@ class Store:
     # blobs
 
     def put(self, buffer: Buffer) -> str:
-        """Keep the bytes of a contiguous buffer; their digest. CacheError where they cannot be written."""
+        """Keep the bytes of a contiguous buffer; their digest. CacheError where they cannot be written.
+
+        A view of a whole blob of this store, as a value that was loaded and is passed on has many, is known: it is
+        neither hashed nor written again.
+        """
         view = memoryview(buffer)
+        mapping = mapping_behind(view)
+        digest = self._mapped.get(mapping) if mapping is not None and len(mapping) == view.nbytes else None
         view = view.cast("B") if view.nbytes else memoryview(b"")
-        digest = digest_bytes(view)
+        digest = digest or digest_bytes(view)
         if not self._keep(digest, view.nbytes):
             self.write(self._blob(digest), view, disk.move)
         return digest
@@ -192,6 +202,8 @@ class Store:
                 self._set_aside(path, status)
                 raise DamagedError(f"blob {digest} in {self.root} does not match its digest.", digest)
             self._verified[digest] = identity
+        if (mapping := mapping_behind(view)) is not None:
+            self._mapped[mapping] = digest
         return view
 
     def has(self, digest: str, size: int | None = None) -> bool:
