@@ -9,7 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+
+_PASSING_S = 0.01  # between two times of letting go: a library looks at 50 MB or so meanwhile
 
 
 def mapping_behind(buffer: Any) -> mmap.mmap | None:
@@ -31,3 +37,38 @@ def let_go(buffer: Any) -> None:
     if mapping is not None and hasattr(mapping, "madvise"):
         with contextlib.suppress(OSError, ValueError):
             mapping.madvise(mmap.MADV_DONTNEED)
+
+
+@contextlib.contextmanager
+def passing_over(folder: Path) -> Iterator[None]:
+    """While inside, let go again and again of the pages of the files in `folder`, whoever in this process mapped them.
+
+    For libraries that map a file themselves and look at each part once. Linux alone tells what is mapped; elsewhere
+    this does nothing.
+    """
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(_PASSING_S):
+            _let_go_of_files(str(folder.resolve()) + os.sep)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _let_go_of_files(prefix: str) -> None:
+    """Let go of every mapping of a file below `prefix` that nobody can write to: its pages are those of the file."""
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError, ValueError):
+        system = ctypes.CDLL(None, use_errno=True)
+        for line in Path("/proc/self/maps").read_text(errors="surrogateescape").splitlines():
+            fields = line.split(maxsplit=5)
+            if len(fields) == 6 and fields[5].startswith(prefix) and fields[1].startswith("r--"):
+                start, end = (int(part, 16) for part in fields[0].split("-"))
+                system.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)

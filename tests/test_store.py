@@ -461,3 +461,30 @@ def test_a_read_only_store_reads_and_never_writes(store: Store) -> None:
             reader.publish(digest("other"), result_of(artifact))
         reader.index.set("kind", "key", 1)
     assert sorted((str(path), path.stat().st_mtime_ns) for path in store.root.rglob("*")) == before
+
+
+def test_processes_that_make_the_same_folders_at_once_do_not_get_in_each_others_way(tmp_path: Path) -> None:
+    program = """
+import sys, pathlib
+from qpipe.store import Store
+for i in range(150):
+    sys.stdin.readline()
+    Store(pathlib.Path(sys.argv[1]) / str(i)).put(sys.argv[2].encode())
+    print("done", flush=True)
+"""
+    processes = [
+        subprocess.Popen([sys.executable, "-c", program, tmp_path, str(i)],
+                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]  # fmt: skip
+    for _ in range(150):
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        for process in processes:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "done\n"
+    assert [process.wait() for process in processes] == [0, 0]
+    assert all(len(list(Store(folder).blobs())) == 2 for folder in tmp_path.iterdir())
+    assert not list(tmp_path.glob("*/damaged"))

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qpipe.errors import InputError
+from qpipe.mapped import let_go
 
 if TYPE_CHECKING:
     from qpipe.model.model import Model
@@ -20,6 +21,9 @@ TOLERANCE = 1e-4
 """The largest relative error of float arithmetic that may lie between the source and its canonical form."""
 QUANTIZED_TOLERANCE = 0.05
 """The same for a model in QDQ form, where a code that rounds the other way moves what follows by some steps."""
+
+_PASSING_BYTES = 1 << 26
+"""Weights that the torch module has looked at before their pages are let go of."""
 
 _CONTROL = frozenset({"If", "Loop", "Scan"})
 
@@ -139,16 +143,25 @@ def first_difference(model: Model, inputs: Mapping[str, Array]) -> dict[str, Any
 def _run_source(source: str | Path | bytes, inputs: Mapping[str, Array]) -> list[Array]:
     import onnxruntime
 
-    from qpipe.model.session import session_options
+    from qpipe.model.session import session_options, set_lean
 
+    options = session_options()
+    set_lean(options)
     given = source if isinstance(source, bytes) else str(source)
     try:
-        session = onnxruntime.InferenceSession(given, session_options(), providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
         feeds = {item.name: _as_type(inputs[item.name], item.type) for item in session.get_inputs()}
         return [np.asarray(array) for array in session.run(None, feeds)]
     except Exception as error:  # onnxruntime's errors have no common type
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"onnxruntime cannot run the model as it is: {first}") from error
+
+
+def _run_lean(model: Model, inputs: Mapping[str, Array]) -> list[Array]:
+    from qpipe.model.session import make_session
+
+    session = make_session(model, quantized=False, lean=True)
+    return [np.asarray(array) for array in session.run(None, dict(inputs))]
 
 
 def _as_type(array: Array, declared: str) -> Array:
@@ -160,9 +173,28 @@ def _as_type(array: Array, declared: str) -> Array:
 def _run_torch(model: Model, inputs: Mapping[str, Array]) -> list[Array]:
     import torch
 
-    module = model.to_torch(quantized=False)
+    from qpipe.model.fx import build
+
+    arrays = list(model.params.values())
+
+    class Passing(torch.fx.Interpreter):
+        """Lets go of the pages of weights every so often: each is looked at once."""
+
+        used = 0
+
+        def run_node(self, n: torch.fx.Node) -> Any:
+            result = super().run_node(n)
+            if n.op == "get_attr" and isinstance(result, torch.Tensor):
+                self.used += result.nbytes
+            elif self.used > _PASSING_BYTES:
+                self.used = 0
+                for array in arrays:
+                    let_go(array)
+            return result
+
+    module = build(model.graph, shared=True)
     with torch.no_grad():
-        results = module(*(torch.from_numpy(inputs[spec.name]) for spec in model.inputs))
+        results = Passing(module).run(*(torch.from_numpy(inputs[spec.name]) for spec in model.inputs))
     tensors = (results,) if isinstance(results, torch.Tensor) else results
     return [np.asarray(tensor.numpy()) for tensor in tensors]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,15 @@ def tensor_of(array: np.ndarray[Any, Any] | None) -> torch.Tensor:
     if array.dtype.name == "bfloat16":
         return torch.tensor(array.view(np.int16)).view(torch.bfloat16)
     return torch.tensor(array)
+
+
+def shared_tensor_of(array: np.ndarray[Any, Any] | None) -> torch.Tensor:
+    """`array` itself as a tensor, not to be written to; a copy where torch cannot take it as it is."""
+    if array is None or array.dtype.name == "bfloat16" or not array.flags.c_contiguous or not array.ndim:
+        return tensor_of(array)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it is read-only, as is meant here
+        return torch.from_numpy(array)
 
 
 def keywords(attribute: ir.Attr) -> list[tuple[str, Any]]:

@@ -29,7 +29,16 @@ from torch import fx
 
 from qpipe.errors import InputError
 from qpipe.model.bias import BIAS_MAX, BIAS_MIN, QuantizedBias, effective_encodings, quantized_biases
-from qpipe.model.constants import constant, host_values, keywords, literal, statistics, stays, tensor_of
+from qpipe.model.constants import (
+    constant,
+    host_values,
+    keywords,
+    literal,
+    shared_tensor_of,
+    statistics,
+    stays,
+    tensor_of,
+)
 from qpipe.model.operators import OPERATORS
 from qpipe.model.operators.host import host_constant, to_device
 from qpipe.model.operators.registry import MOVING
@@ -68,8 +77,10 @@ def build(
     encodings: dict[str, Encoding] | None = None,
     biases: dict[tuple[str, int], QuantizedBias] | None = None,
     trainable: tuple[str, ...] = (),
+    shared: bool = False,
 ) -> fx.GraphModule:
-    """`graph` as a torch.fx module on the CPU; see `to_torch`."""
+    """`graph` as a torch.fx module on the CPU; see `to_torch`. `shared`: its tensors are the graph's own memory, which
+    nobody may write to."""
     unsupported = [
         f"node {node.name!r} ({node.domain or 'ai.onnx'}.{node.op_type})"
         for node in graph
@@ -77,7 +88,7 @@ def build(
     ]
     if unsupported:
         raise InputError(f"Operators that cannot be computed in torch: {'; '.join(unsupported)}.")
-    builder = _Builder(graph, encodings or {}, biases or {}, trainable)
+    builder = _Builder(graph, encodings or {}, biases or {}, trainable, shared)
     return builder.module()
 
 
@@ -112,7 +123,9 @@ class _Builder:
         encodings: dict[str, Encoding],
         biases: dict[tuple[str, int], QuantizedBias],
         trainable: tuple[str, ...],
+        shared: bool = False,
     ) -> None:
+        self.tensor_of = shared_tensor_of if shared else tensor_of
         self.onnx, self.encodings, self.biases = graph, encodings, biases
         self.root, self.graph = torch.nn.Module(), fx.Graph()
         self.env: dict[ir.Value, fx.Node] = {}
@@ -201,7 +214,7 @@ class _Builder:
 
     def _initializer(self, value: ir.Value) -> fx.Node:
         """An attribute of the module for the initializer, and the fx node that reads it."""
-        name, tensor = str(value.name), tensor_of(constant(value))
+        name, tensor = str(value.name), self.tensor_of(constant(value))
         attribute = self._attribute_name(name)
         if tensor.is_floating_point() and value not in self.statistics:
             parameter = torch.nn.Parameter(tensor, requires_grad=name in self.trainable)

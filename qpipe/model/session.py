@@ -28,22 +28,55 @@ def make_session(
     quantized: bool = True,
     outputs: Sequence[str] | None = None,
     threads: int | None = None,
+    lean: bool = False,
 ) -> onnxruntime.InferenceSession:
     """A session on the CPU. `reference` has basic optimizations, `deploy` all of them; `quantized` runs the
-    QDQ form where the model has encodings; `outputs` names the values to return instead of the graph's."""
-    blocks = False
+    QDQ form where the model has encodings; `outputs` names the values to return instead of the graph's.
+
+    `lean` is for a single run: tensors that lie in files are mapped, and none is packed for speed."""
+    blocks, folder = False, None
     if quantized and model.encodings:
         proto, arrays = _detached(model.to_qdq())
         blocks = any(e.block_size is not None and e.bitwidth == 8 for e in model.encodings.values())
     else:
         proto, tensors = graph_proto(model.ir)
+        folder = _leave_in_files(proto, tensors) if lean else None
         arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
     if outputs is not None:
         _set_outputs(proto, model, outputs)
     options = session_options(mode, threads)
     if blocks:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
+    if lean:
+        set_lean(options, folder)
     return open_session(proto, arrays, options)
+
+
+def set_lean(options: onnxruntime.SessionOptions, folder: str | None = None) -> None:
+    """Take as little memory as can be: weights as they are, in files below `folder` where the graph says so."""
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.enable_cpu_mem_arena = False
+    if folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+
+
+def _leave_in_files(proto: onnx.ModelProto, tensors: dict[str, ir.TensorProtocol]) -> str | None:
+    """Let `proto` refer to the files in which tensors lie, all in one folder, and take these out of `tensors`;
+    the folder, or None where there is none."""
+    files = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, ir.ExternalTensor)}
+    folders = {str(tensor.base_dir) for tensor in files.values()}
+    if len(folders) != 1:
+        return None
+    for initializer in proto.graph.initializer:
+        tensor = files.get(initializer.name)
+        if tensor is None:
+            continue
+        place = {"location": str(tensor.location), "offset": tensor.offset or 0, "length": tensor.nbytes}
+        del initializer.external_data[:]
+        for key, entry in place.items():
+            initializer.external_data.add(key=key, value=str(entry))
+        del tensors[initializer.name]
+    return folders.pop()
 
 
 def session_options(
