@@ -1,6 +1,7 @@
 """The canonical form: one way to write a model down, in which every stage finds what it looks for.
 
     functions inlined                    opset 21                        float32
+    decided If, Loop, Scan written out
     constants folded, parameters not     nodes that compute nothing out  equal nodes merged
     BatchNormalization kept              Transpose(W) stored             pads, group, kernel_shape written out
     every node and value named           shapes inferred                 unsupported nodes refused, all listed
@@ -16,22 +17,25 @@ from collections.abc import Collection
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from qpipe.model import attention_forms, bound_forms, layer_forms, rewrites
-from qpipe.model.check import check_supported
+from qpipe.model import attention_forms, bound_forms, layer_forms, rewrites, unrolling
 from qpipe.model.floats import to_float32
 from qpipe.model.folding import fold_constants, fold_weights
 from qpipe.model.invariants import drop_unused_initializers, lift_constants, remove_dead_nodes, restore
 from qpipe.model.naming import assign_names
 from qpipe.model.opsets import to_canonical_opset
-from qpipe.model.qdq_nodes import refuse_integer_operators, standard_nodes
+from qpipe.model.qdq_nodes import standard_nodes
 from qpipe.model.qdq_reader import Grids, read_activations, read_weights, skip_clips
+from qpipe.model.refusals import check_supported, refuse_unfit
 from qpipe.model.shapes import infer_shapes
 
 SIMPLIFICATIONS: tuple[rewrites.Rule, ...] = (
     rewrites.trim_inputs,
     rewrites.cast_like_to_cast,
-    rewrites.inline_decided_if,
+    unrolling.inline_decided_if,
+    unrolling.unroll_loop,
+    unrolling.unroll_scan,
     rewrites.known_shape,
+    rewrites.known_size,
     rewrites.known_reshape,
     rewrites.merge_transposes,
     rewrites.merge_reshapes,
@@ -59,10 +63,10 @@ def canonicalize(
 
     `parameters` are the initializers that folding leaves alone; by default all of floats that are no scalar.
     Raises InputError for what cannot be taken, all of it listed."""
-    refuse_integer_operators(model)
     if model.functions:
         model = common.InlinePass()(model).model
         model.functions.clear()
+    refuse_unfit(model)
     model = to_canonical_opset(model)
     standard_nodes(model)
     notes = to_float32(model)

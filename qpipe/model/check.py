@@ -1,4 +1,4 @@
-"""What a model must not contain, and whether an import kept what the source computes."""
+"""Whether an import kept what the source computes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
 
 from qpipe.errors import InputError
 from qpipe.mapped import let_go
@@ -24,52 +23,6 @@ QUANTIZED_TOLERANCE = 0.05
 
 _PASSING_BYTES = 1 << 26
 """Weights that the torch module has looked at before their pages are let go of."""
-
-_CONTROL = frozenset({"If", "Loop", "Scan"})
-
-
-def unsupported(model: ir.Model) -> list[str]:
-    """What cannot be taken, one clause each: `node 'x' (op Foo, domain bar): reason`."""
-    from qpipe.model.fx import supported_ops
-
-    known = supported_ops()
-    found = [clause for value in model.graph.inputs if (clause := _bad_input(value)) is not None]
-    for node in model.graph:
-        reason = _reason(node, known)
-        if reason is not None:
-            domain = node.domain or "ai.onnx"
-            found.append(f"node {node.name!r} (op {node.op_type}, domain {domain}): {reason}")
-    return found
-
-
-def check_supported(model: ir.Model) -> None:
-    """Raise one InputError that lists everything that `unsupported` finds."""
-    clauses = unsupported(model)
-    if clauses:
-        count = "one part" if len(clauses) == 1 else f"{len(clauses)} parts"
-        listed = "\n".join(f"  - {clause}" for clause in clauses)
-        raise InputError(f"The model has {count} that cannot be taken:\n{listed}")
-
-
-def _bad_input(value: ir.Value) -> str | None:
-    if not isinstance(value.type, ir.TensorType) or value.dtype is None:
-        return f"input {value.name!r}: it is no tensor (sequences, maps and optionals are not supported)"
-    if value.dtype == ir.DataType.STRING:
-        return f"input {value.name!r}: it holds strings"
-    if value.shape is None:
-        return f"input {value.name!r}: its number of dimensions is not said"
-    return None
-
-
-def _reason(node: ir.Node, known: frozenset[tuple[str, str]]) -> str | None:
-    if node.op_type in _CONTROL and not node.domain:
-        return "control flow that depends on the data is not supported"
-    if (node.domain, node.op_type) not in known:
-        return "operators of this domain are not known" if node.domain else "the operator is not supported"
-    for output in node.outputs:
-        if output.type is not None and not isinstance(output.type, ir.TensorType):
-            return f"its output {output.name!r} is no tensor"
-    return None
 
 
 def verify_import(model: Model, source: str | Path | bytes, seed: int = 0, batch: int = 2) -> dict[str, Any]:

@@ -42,9 +42,10 @@ def fold_constants(model: ir.Model, parameters: Collection[str]) -> bool:
         for output in node.outputs
         if any(reader not in folded for reader in output.consumers())
     ]
-    for value, array in _evaluated(model.graph, frontier):
+    computed = _evaluated(model.graph, frontier)
+    for value, array in computed:
         _replace(model.graph, value, array, str(value.name))
-    return bool(frontier)
+    return bool(computed)
 
 
 def fold_weights(model: ir.Model) -> list[str]:
@@ -88,9 +89,22 @@ def _size_bytes(value: ir.Value) -> int:
 
 
 def _evaluated(graph: ir.Graph, values: Sequence[ir.Value]) -> list[tuple[ir.Value, np.ndarray[Any, Any]]]:
-    """The values as onnxruntime computes them; those that turn out too large are left out."""
+    """The values as onnxruntime computes them; those that it cannot compute, or that turn out too large, are
+    left out."""
     if not values:
         return []
+    try:
+        arrays = _run(graph, values)
+    except Exception:  # onnxruntime's errors have no common type
+        if len(values) == 1:
+            return []
+        half = len(values) // 2
+        return _evaluated(graph, values[:half]) + _evaluated(graph, values[half:])
+    pairs = zip(values, arrays, strict=True)
+    return [(value, array) for value, array in pairs if array.nbytes <= LARGEST_BYTES]
+
+
+def _run(graph: ir.Graph, values: Sequence[ir.Value]) -> list[np.ndarray[Any, Any]]:
     from qpipe.model.session import open_session, session_options
 
     part = ir.convenience.extract(graph, [], list(values))
@@ -100,9 +114,8 @@ def _evaluated(graph: ir.Graph, values: Sequence[ir.Value]) -> list[tuple[ir.Val
     session = open_session(
         proto, {name: t.numpy() for name, t in tensors.items()}, session_options(threads=1)
     )
-    arrays = session.run(None, {})
-    pairs = zip(values, arrays, strict=True)
-    return [(value, array) for value, array in pairs if array.nbytes <= LARGEST_BYTES]
+    arrays: list[np.ndarray[Any, Any]] = session.run(None, {})
+    return arrays
 
 
 def _replace(graph: ir.Graph, value: ir.Value, array: np.ndarray[Any, Any], name: str) -> None:

@@ -42,6 +42,7 @@ from qpipe.model.constants import (
 from qpipe.model.operators import OPERATORS
 from qpipe.model.operators.host import host_constant, to_device
 from qpipe.model.operators.registry import MOVING
+from qpipe.model.refusals import WIDE_UNSIGNED
 from qpipe.numerics.fake_quantize import FakeQuantize, fake_quantize
 from qpipe.numerics.grid import Encoding, same_grid
 
@@ -165,7 +166,11 @@ class _Builder:
         if node.op_type == "Split" and len(node.inputs) == 1:
             kwargs["num_outputs"] = len(node.outputs)
         name = sanitize(str(node.name))
-        call = self.graph.create_node("call_function", op.function, args, kwargs, name=name)
+        wide = op.unsigned is not None and any(
+            v is not None and v.dtype in WIDE_UNSIGNED for v in node.inputs
+        )
+        function = op.unsigned if wide and op.unsigned is not None else op.function
+        call = self.graph.create_node("call_function", function, args, kwargs, name=name)
         call.meta["onnx_name"] = str(node.name)
         if not several:
             self._provide(node.outputs[0], call)

@@ -12,19 +12,27 @@ import logging
 from collections.abc import Iterator
 
 import onnx
-import onnx.inliner
 import onnx_ir as ir
 
 from qpipe.errors import InputError
+from qpipe.model.definitions import expand, schema
 from qpipe.model.invariants import OPSET
-from qpipe.model.packing import graph_proto
+from qpipe.model.shapes import infer_shapes
 
-OLDEST, NEWEST = 7, 26
-_NEUTRAL = {
-    "Cast": {"round_mode": "up"},
-    "CastLike": {"round_mode": "up"},
+OLDEST, NEWEST = 1, onnx.defs.onnx_opset_version()
+_FLOATS = (1, 10, 11, 16)
+"""As TensorProto numbers them; all become float32."""
+_NEUTRAL: dict[str, dict[str, tuple[object, ...]]] = {
+    "Cast": {"round_mode": ("up",)},
+    "CastLike": {"round_mode": ("up",)},
+    "SpaceToDepth": {"mode": ("DCR",)},
+    "Range": {"stash_type": _FLOATS},
+    "QuantizeLinear": {"precision": (0, *_FLOATS)},
+    "DequantizeLinear": {"output_dtype": (0, *_FLOATS)},
 }
-"""Attributes newer than opset 21 with the value that leaves the result as it was."""
+"""Attributes newer than opset 21 with the values that leave the result as it was."""
+_NEVER_EXPANDED = frozenset({"Bernoulli", "DynamicQuantizeLinear", "SequenceMap"})
+"""Their definitions hold what cannot be taken either: the refusal names the operator itself."""
 
 
 def to_canonical_opset(model: ir.Model) -> ir.Model:
@@ -39,8 +47,31 @@ def to_canonical_opset(model: ir.Model) -> ir.Model:
             f"The model uses opset {version}; {OLDEST} to {NEWEST} can be read. Export it with opset 21."
         )
     if version < OPSET:
-        return _lifted(model, version)
+        model, version = _lifted(model, version), OPSET
+    model = expand(model, version, _stays)
     return _lowered(model, version) if version > OPSET else model
+
+
+def _stays(node: ir.Node) -> bool:
+    """Whether opset 21 has the node as it is, and so has our table; or it is to be refused under its name."""
+    from qpipe.model.fx import supported_ops
+
+    if node.op_type in _NEVER_EXPANDED:
+        return True
+    found = schema(node.op_type, OPSET)
+    return (
+        found is not None and ("", node.op_type) in supported_ops() and not _strange_attributes(node, found)
+    )
+
+
+def _strange_attributes(node: ir.Node, found: onnx.defs.OpSchema) -> list[str]:
+    """The attributes that opset 21 does not know and that make a difference."""
+    neutral = _NEUTRAL.get(node.op_type, {})
+    return [
+        name
+        for name, attribute in node.attributes.items()
+        if name not in found.attributes and not (name in neutral and attribute.value in neutral[name])
+    ]
 
 
 def _one_default_domain(model: ir.Model) -> None:
@@ -60,6 +91,8 @@ def _one_default_domain(model: ir.Model) -> None:
 def _lifted(model: ir.Model, version: int) -> ir.Model:
     from onnxscript import version_converter
 
+    if version < 7:
+        _align_explicitly(model)
     logger = logging.getLogger("onnxscript")
     level = logger.level
     logger.setLevel(logging.CRITICAL)  # its warnings say which of its two ways it takes
@@ -74,6 +107,28 @@ def _lifted(model: ir.Model, version: int) -> ir.Model:
     return model
 
 
+def _align_explicitly(model: ir.Model) -> None:
+    """Before opset 7 a vector was aligned with the axis that an attribute named, or with the channels in
+    PRelu, and not with the last dimension. onnx's converter leaves or refuses what an Unsqueeze says."""
+    infer_shapes(model)
+    for node in list(_nodes(model)):
+        if len(node.inputs) != 2 or (node.op_type != "PRelu" and "broadcast" not in node.attributes):
+            continue
+        x, other = node.inputs
+        axis = node.attributes.pop("axis", None)
+        node.attributes.pop("broadcast", None)
+        if x is None or other is None or x.shape is None or other.shape is None or node.graph is None:
+            continue
+        start = 1 if node.op_type == "PRelu" else None if axis is None else axis.as_int() % len(x.shape)
+        behind = 0 if start is None else len(x.shape) - start - len(other.shape)
+        if behind > 0 and any(size != 1 for size in other.shape):
+            axes = list(range(len(other.shape), len(other.shape) + behind))
+            spread = ir.node("Unsqueeze", [other], {"axes": axes})
+            spread.outputs[0].name = f"{other.name}_for_{node.name or node.outputs[0].name}"
+            node.graph.insert_before(node, spread)
+            node.replace_input_with(1, spread.outputs[0])
+
+
 def _no_way(version: int, reason: str) -> str:
     because = f" ({reason})" if reason else ""
     return (
@@ -83,11 +138,6 @@ def _no_way(version: int, reason: str) -> str:
 
 
 def _lowered(model: ir.Model, version: int) -> ir.Model:
-    new = {node.op_type for node in _nodes(model) if _schema(node.op_type, OPSET) is None}
-    defined = sorted(op for op in new if _has_definition(op, version))
-    if defined:
-        _write_defaults(model, defined, version)
-        model = _inlined(model, [("", op) for op in defined])
     problems = [problem for node in _nodes(model) if (problem := _too_new(node)) is not None]
     if problems:
         raise InputError(
@@ -102,46 +152,13 @@ def _nodes(model: ir.Model) -> Iterator[ir.Node]:
     return (node for graph in model.graphs() for node in graph if not node.domain)
 
 
-def _schema(op_type: str, version: int) -> onnx.defs.OpSchema | None:
-    try:
-        return onnx.defs.get_schema(op_type, version, "")
-    except onnx.defs.SchemaError:
-        return None
-
-
-def _has_definition(op_type: str, version: int) -> bool:
-    schema = _schema(op_type, version)
-    return schema is not None and (schema.has_function or schema.has_context_dependent_function)
-
-
-def _write_defaults(model: ir.Model, op_types: list[str], version: int) -> None:
-    """Attributes left out are written: definitions refer to them, and inlining knows no defaults."""
-    for node in _nodes(model):
-        schema = _schema(node.op_type, version) if node.op_type in op_types else None
-        for name, attribute in schema.attributes.items() if schema is not None else ():
-            if name not in node.attributes and attribute.default_value.type:
-                node.attributes[name] = ir.from_proto(attribute.default_value)
-
-
-def _inlined(model: ir.Model, functions: list[tuple[str, str]]) -> ir.Model:
-    """`model` with calls of these standard operators replaced by their definitions; tensors are shared."""
-    proto, outside = graph_proto(model)
-    done: ir.Model = ir.from_proto(
-        onnx.inliner.inline_selected_functions(proto, functions, inline_schema_functions=True)
-    )
-    for name, tensor in outside.items():
-        done.graph.initializers[name].const_value = tensor
-    return done
-
-
 def _too_new(node: ir.Node) -> str | None:
-    schema = _schema(node.op_type, OPSET)
-    if schema is None:
+    found = schema(node.op_type, OPSET)
+    if found is None:
         return f"{node.name!r} ({node.op_type})"
-    for name, attribute in list(node.attributes.items()):
-        if name in schema.attributes:
-            continue
-        if attribute.value != _NEUTRAL.get(node.op_type, {}).get(name):
-            return f"{node.name!r} ({node.op_type} with {name})"
+    strange = _strange_attributes(node, found)
+    if strange:
+        return f"{node.name!r} ({node.op_type} with {' and '.join(strange)})"
+    for name in [name for name in node.attributes if name not in found.attributes]:
         del node.attributes[name]
     return None

@@ -175,7 +175,9 @@ def _refuse_external(model: ir.Model) -> None:
                     tensors.extend(attribute.as_tensors())
     for tensor in tensors:
         if isinstance(tensor, ir.ExternalTensor):
-            raise InputError(f"A packed model refers to the file {str(tensor.location)!r}; none is ever read.")
+            raise InputError(
+                f"A packed model refers to the file {str(tensor.location)!r}; none is ever read."
+            )
 
 
 def _attached(tensor: ir.ExternalTensor, data: memoryview) -> ir.TensorProtocol:

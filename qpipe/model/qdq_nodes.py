@@ -40,18 +40,9 @@ def dequantizes(node: ir.Node) -> bool:
     return node.op_type == "DequantizeLinear" and node.domain in ("", "ai.onnx", "com.microsoft")
 
 
-def refuse_integer_operators(model: ir.Model) -> None:
-    """Raises InputError for a model that computes on integer codes (QLinearConv, MatMulInteger, …)."""
-    known = ("", "ai.onnx", "com.microsoft")
-    nodes = [node for graph in model.graphs() for node in graph if node.domain in known]
-    found = [node for node in nodes if _ON_CODES.fullmatch(node.op_type)]
-    if found:
-        count = "1 node" if len(found) == 1 else f"{len(found)} nodes"
-        raise InputError(
-            f"The model is quantized in operator form: {count} such as {found[0].name!r} "
-            f"({found[0].op_type}) on integer codes. Give its QDQ form (in onnxruntime "
-            "quant_format=QuantFormat.QDQ), or the float model that it was made from."
-        )
+def on_codes(node: ir.Node) -> bool:
+    """Whether `node` computes on integer codes (QLinearConv, MatMulInteger, …)."""
+    return node.domain in ("", "ai.onnx", "com.microsoft") and bool(_ON_CODES.fullmatch(node.op_type))
 
 
 def standard_nodes(model: ir.Model) -> None:

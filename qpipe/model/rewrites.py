@@ -129,6 +129,19 @@ def known_shape(graph: ir.Graph, node: ir.Node) -> bool:
     return True
 
 
+def known_size(graph: ir.Graph, node: ir.Node) -> bool:
+    """Size of a value whose dimensions are numbers is a constant."""
+    source = node.inputs[0] if node.inputs else None
+    if node.op_type != "Size" or source is None or source.shape is None or not source.shape.is_static():
+        return False
+    if node.outputs[0].is_graph_output():
+        return False
+    size = np.array(np.prod(source.shape.numpy(), dtype=np.int64), dtype=np.int64)
+    node.outputs[0].replace_all_uses_with(add_constant(graph, str(node.outputs[0].name), size))
+    graph.remove(node, safe=True)
+    return True
+
+
 def known_reshape(graph: ir.Graph, node: ir.Node) -> bool:
     """A computed target shape that leaves at most one dimension open is a constant with -1 there."""
     if node.op_type not in ("Reshape", "Expand") or node.inputs[1] is None or node.inputs[1].is_initializer():
@@ -179,29 +192,6 @@ def trim_inputs(graph: ir.Graph, node: ir.Node) -> bool:
     if kept == len(node.inputs):
         return False
     node.resize_inputs(kept)
-    return True
-
-
-def inline_decided_if(graph: ir.Graph, node: ir.Node) -> bool:
-    """An If whose condition is a constant is the branch that is taken."""
-    condition = constant(node, 0) if node.op_type == "If" and not node.domain else None
-    if condition is None or any(output.is_graph_output() for output in node.outputs):
-        return False
-    branch = node.attributes["then_branch" if condition.all() else "else_branch"].as_graph()
-    if any(value.producer() is None for value in branch.outputs):
-        return False
-    for name, value in list(branch.initializers.items()):
-        del branch.initializers[name]
-        value.name = fresh_name(graph, name)
-        graph.register_initializer(value)
-    outputs = list(branch.outputs)
-    branch.outputs.clear()
-    for inner in list(branch):
-        branch.remove(inner)
-        graph.insert_before(node, inner)
-    for output, value in zip(node.outputs, outputs, strict=True):
-        output.replace_all_uses_with(value)
-    graph.remove(node, safe=True)
     return True
 
 

@@ -104,7 +104,15 @@ def _as_input(spec: ValueSpec, array: Array) -> Array:
     if not fits:
         found, asked = ", ".join(map(str, array.shape[1:])), ", ".join(map(str, shape))
         raise InputError(f"One sample of '{spec.name}' has shape ({found}), the model takes ({asked}).")
-    return array if array.dtype == wanted else array.astype(wanted)
+    return array if array.dtype == wanted else _converted(spec, array, wanted)
+
+
+def _converted(spec: ValueSpec, array: Array, wanted: np.dtype[Any]) -> Array:
+    with np.errstate(over="ignore"):
+        converted = array.astype(wanted)
+    if wanted.kind == "f" and (np.isinf(converted) & np.isfinite(array)).any():
+        raise InputError(f"The data for '{spec.name}' hold numbers that {wanted} cannot hold. Scale them.")
+    return converted
 
 
 def run(

@@ -262,7 +262,7 @@ def test_everything_that_cannot_be_taken_is_listed_at_once() -> None:
     message = str(caught.value)
     assert "3 parts" in message
     assert "node 'first' (op Special, domain com.example)" in message
-    assert "node 'second' (op If, domain ai.onnx): control flow" in message
+    assert "node 'second' (op If, domain ai.onnx): which branch is taken depends on the data" in message
     assert "input 's': it holds strings" in message
 
 

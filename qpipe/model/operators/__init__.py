@@ -14,6 +14,7 @@ from qpipe.model.operators import (
     reduce,
     resize,
     shape,
+    unsigned,
 )
 from qpipe.model.operators.registry import OPERATORS, Operator
 
@@ -31,4 +32,5 @@ __all__ = [
     "reduce",
     "resize",
     "shape",
+    "unsigned",
 ]

@@ -25,12 +25,14 @@ class Operator:
 
     `numbers` are the inputs that become Python numbers. With `many` the function always returns a tuple of
     outputs; `more` is the keyword that makes it return one, set where a node uses outputs beyond the first.
+    `unsigned` computes it with uint16, uint32 and uint64, which torch can hold but hardly compute with.
     """
 
     function: Callable[..., Any]
     numbers: frozenset[int] = frozenset()
     many: bool = False
     more: str = ""
+    unsigned: Callable[..., Any] | None = None
 
 
 MOVING = frozenset(
