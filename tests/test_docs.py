@@ -132,6 +132,7 @@ def test_the_gate_of_the_github_recipe_stops_a_pull_request_before_anything_runs
     assert runner.toy.calls() == []
 
 
+@pytest.mark.slow
 def test_what_a_failed_job_on_main_made_is_kept(runner: Runner) -> None:
     runner.toy.pipeline({**CHAIN, "bad": {"uses": "toy_boom", "scores": "c"}})
     done = dict(runner.github("failing", "push", "main"))
@@ -143,6 +144,7 @@ def test_what_a_failed_job_on_main_made_is_kept(runner: Runner) -> None:
     assert runner.toy.calls() == []
 
 
+@pytest.mark.slow
 def test_the_gitlab_recipe_runs_and_finds_its_cache_again(runner: Runner) -> None:
     job = recipe(".gitlab-ci.yml")
     paths = job["quantize"]["cache"]["paths"]

@@ -64,7 +64,7 @@ def test_the_plan_says_what_it_costs_and_what_the_cache_saves(toy: Toy) -> None:
     toy.pipeline(CHAIN)
     cold = toy.run("plan").stdout
     assert "never run, so without an estimate: a, b, c, d" in cold
-    toy.run()
+    toy.run("run", "run.workers=0")
     assert "the cache saves" in toy.run("plan").stdout
     changed = toy.run("plan", "stages.b.amount=2").stdout
     took = toy.record()["nodes"]["b"]["duration_s"]
@@ -77,14 +77,14 @@ def test_the_plan_says_what_it_costs_and_what_the_cache_saves(toy: Toy) -> None:
 
 def test_a_node_that_never_ran_takes_what_its_stage_took(toy: Toy) -> None:
     toy.pipeline(CHAIN)
-    toy.run()
+    toy.run("run", "run.workers=0")
     toy.pipeline({**CHAIN, "e": {"uses": "toy_add", "scores": "a", "amount": 9}})
     assert re.search(r"run +e +toy_add +~ \d+ ms +never run", toy.run("plan").stdout)
 
 
 def test_without_its_index_the_cache_tells_the_times_from_its_results(toy: Toy) -> None:
     toy.pipeline(CHAIN)
-    toy.run()
+    toy.run("run", "run.workers=0")
     (toy.folder / "cache" / "index").rename(toy.folder / "gone")
     plan = toy.run("plan", "stages.b.amount=2").stdout
     assert re.search(r"run +b +toy_add +~ [\d.]+ m?s +param amount: 1 -> 2", plan)
@@ -102,26 +102,26 @@ def test_what_several_trials_of_a_sweep_share_counts_once(toy: Toy) -> None:
 
 def test_max_misses_lets_through_what_it_allows_and_refuses_more_before_anything_runs(toy: Toy) -> None:
     toy.pipeline(CHAIN)
-    assert toy.run("run", "run.max_misses=3").returncode == 4
+    assert toy.run("run", "run.workers=0", "run.max_misses=3").returncode == 4
     assert toy.calls() == []
     assert not (toy.folder / "outputs").exists()
-    assert toy.run("run", "run.max_misses=4").returncode == 0
+    assert toy.run("run", "run.workers=0", "run.max_misses=4").returncode == 0
     toy.calls()
-    assert toy.run("run", "run.max_misses=0").returncode == 0
+    assert toy.run("run", "run.workers=0", "run.max_misses=0").returncode == 0
     assert toy.run("plan", "run.max_misses=2", "stages.b.amount=2").returncode == 4
-    assert toy.run("run", "run.max_misses=3", "stages.b.amount=2").returncode == 0
+    assert toy.run("run", "run.workers=0", "run.max_misses=3", "stages.b.amount=2").returncode == 0
     assert [name for name in toy.calls() if name != "tick"] == ["add", "sign"]  # the bound was three
 
 
 def test_a_spent_budget_ends_with_5_and_the_same_command_goes_on(toy: Toy) -> None:
     toy.pipeline(CHAIN)
-    run = toy.run("run", "run.budget_s=0")
+    run = toy.run("run", "run.workers=0", "run.budget_s=0")
     assert run.returncode == 5
     assert "run.budget_s=0 is spent; 1 actions" in run.stderr
     assert toy.calls() == []
-    slow = {**CHAIN, "b": {"uses": "toy_add", "scores": "a", "seconds": 3}}
+    slow = {**CHAIN, "b": {"uses": "toy_add", "scores": "a", "seconds": 2.2}}
     toy.pipeline(slow)
-    assert toy.run("run", "run.budget_s=2").returncode == 5
+    assert toy.run("run", "run.workers=0", "run.budget_s=2").returncode == 5
     assert set(toy.calls()) == {"number", "add", "tick"}  # what was under way is finished and kept
     assert toy.record()["status"] == "budget_spent"
     assert {name: node["verdict"] for name, node in toy.record()["nodes"].items()} == {
@@ -130,9 +130,9 @@ def test_a_spent_budget_ends_with_5_and_the_same_command_goes_on(toy: Toy) -> No
         "c": "run",
         "d": "wait",
     }
-    assert toy.run("run", "run.budget_s=60").returncode == 0
+    assert toy.run("run", "run.workers=0", "run.budget_s=60").returncode == 0
     assert toy.calls() == ["sign", "add"]
-    assert toy.run("run", "run.budget_s=0").returncode == 0  # nothing has to begin
+    assert toy.run("run", "run.workers=0", "run.budget_s=0").returncode == 0  # nothing has to begin
 
 
 @pytest.mark.parametrize(
@@ -141,6 +141,6 @@ def test_a_spent_budget_ends_with_5_and_the_same_command_goes_on(toy: Toy) -> No
 )
 def test_a_bound_below_zero_is_refused(toy: Toy, option: str, said: str) -> None:
     toy.pipeline(CHAIN)
-    run = toy.run("run", f"run.{option}")
+    run = toy.run("run", "run.workers=0", f"run.{option}")
     assert run.returncode == 2
     assert said in run.stderr

@@ -24,7 +24,7 @@ CHAIN = {
 
 def test_a_changed_param_is_followed_from_its_root_down_to_the_node(toy: Toy) -> None:
     toy.pipeline(CHAIN)
-    toy.run()
+    toy.run("run", "run.workers=0")
     said = toy.run("why", "d", "stages.b.amount=7").stdout
     assert "d: wait" in said
     assert (
@@ -33,7 +33,9 @@ def test_a_changed_param_is_followed_from_its_root_down_to_the_node(toy: Toy) ->
     assert re.search(r"d +input scores +\w{12}, \w{12} +not known yet", said)
     assert re.search(r"b +param amount +1 +7", said)
     assert not re.search(r"^  a ", said, re.M), "what did not change is not told"
-    toy.run("run", "stages.b.amount=7", "targets=[b]")  # the cause lies behind: b hits now, d has not run with it
+    toy.run(
+        "run", "run.workers=0", "stages.b.amount=7", "targets=[b]"
+    )  # the cause lies behind: b hits now, d has not run with it
     assert "because b ran with param amount: 1 -> 7" in toy.run("why", "d", "stages.b.amount=7").stdout
 
 
@@ -42,7 +44,7 @@ def test_the_changed_module_the_changed_file_and_the_changed_library_are_named(t
     folder.mkdir()
     (folder / "one.txt").write_text("1")
     toy.pipeline({**CHAIN, "r": {"uses": "toy_read", "path": "numbers/one.txt"}})
-    toy.run()
+    toy.run("run", "run.workers=0")
     toy.formula.write_text(FORMULA.replace("a + b", "b + a + 0"))
     (folder / "one.txt").write_text("2")
     said = toy.run("why", "r").stdout
@@ -57,16 +59,19 @@ def test_the_changed_module_the_changed_file_and_the_changed_library_are_named(t
 def test_against_a_run_by_name_and_by_record_and_never_run_before(toy: Toy) -> None:
     toy.pipeline(CHAIN)
     assert "never run: nothing to compare with" in toy.run("why", "d").stdout
-    toy.run()
+    toy.run("run", "run.workers=0")
     first = Path(toy.record()["run_dir"])
-    toy.run("run", "stages.a.value=5")
+    toy.run("run", "run.workers=0", "stages.a.value=5")
     for name in (first.name, str(first / "record.json"), first.name[-4:], "last~1"):
         said = toy.run("why", "c", "--against", name, "stages.a.value=5").stdout
         assert "because a ran with param value: 3.0 -> 5.0" in said
     same = toy.run("why", "c", "--against=last", "stages.a.value=5").stdout
     assert "nothing in its key changed" in same
     toy.pipeline({**CHAIN, "new": {"uses": "toy_add", "scores": "d"}})
-    assert f"not in outputs/{first.parent.name}/{first.name}" in toy.run("why", "new", "--against", first.name).stdout
+    assert (
+        f"not in outputs/{first.parent.name}/{first.name}"
+        in toy.run("why", "new", "--against", first.name).stdout
+    )
 
 
 def test_mistakes_are_one_line(toy: Toy) -> None:
@@ -86,9 +91,9 @@ def test_mistakes_are_one_line(toy: Toy) -> None:
 
 def test_two_runs_side_by_side(toy: Toy) -> None:
     toy.pipeline({**CHAIN, "old": {"uses": "toy_sign", "scores": "a"}})
-    toy.run("run", "run.threads=1")
+    toy.run("run", "run.workers=0", "run.threads=1")
     toy.pipeline({**CHAIN, "new": {"uses": "toy_sign", "scores": "c"}})
-    toy.run("run", "run.threads=2", "stages.b.amount=7")
+    toy.run("run", "run.workers=0", "run.threads=2", "stages.b.amount=7")
     found = toy.run("diff", "last~1", "last")
     assert found.returncode == 1, found.stderr
     text = found.stdout
@@ -104,7 +109,7 @@ def test_two_runs_side_by_side(toy: Toy) -> None:
     assert told["same"] is False
     assert told["only"] == [["old"], ["new"]]
     assert [node["node"] for node in told["nodes"] if node["own"]] == ["b"]
-    assert toy.run("run", "run.threads=2", "stages.b.amount=7").returncode == 0
+    assert toy.run("run", "run.workers=0", "run.threads=2", "stages.b.amount=7").returncode == 0
     same = toy.run("diff", "last~1", "last")
     assert same.returncode == 0
     assert "the same nodes, keys, outputs and scores" in same.stdout
@@ -115,7 +120,12 @@ def test_nobody_reads_to_the_end(toy: Toy) -> None:
     toy.pipeline({f"n{i}": {"uses": "toy_number", "value": i} for i in range(40)})
     command = [sys.executable, "-u", *toy.command("why", "n1")[1:]]
     with subprocess.Popen(
-        command, env=toy.environment, cwd=toy.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        env=toy.environment,
+        cwd=toy.folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         assert process.stdout is not None
         assert process.stderr is not None
@@ -133,7 +143,15 @@ def test_a_file_that_is_no_record_is_refused(toy: Toy) -> None:
 
 
 def ingredients(**changed: object) -> dict[str, object]:
-    return {"format": 1, "stage": "s", "version": 1, "code": "c", "libraries": {}, "params": {}, "ports": {}} | changed
+    return {
+        "format": 1,
+        "stage": "s",
+        "version": 1,
+        "code": "c",
+        "libraries": {},
+        "params": {},
+        "ports": {},
+    } | changed
 
 
 @pytest.mark.parametrize(
@@ -141,13 +159,19 @@ def ingredients(**changed: object) -> dict[str, object]:
     [
         ({"version": 1}, {"version": 2}, "version: 1 -> 2"),
         ({"libraries": {"torch": "2.9"}}, {"libraries": {"torch": "2.10"}}, 'library torch: "2.9" -> "2.10"'),
-        ({"params": {"x": {"a": [1, {"b": 2}]}}}, {"params": {"x": {"a": [1, {"b": 3}]}}}, "param x.a[1].b: 2 -> 3"),
+        (
+            {"params": {"x": {"a": [1, {"b": 2}]}}},
+            {"params": {"x": {"a": [1, {"b": 3}]}}},
+            "param x.a[1].b: 2 -> 3",
+        ),
         ({"params": {"x": None}}, {"params": {"x": {"content": "d"}}}, "param x: its content changed"),
         ({"params": {}}, {"params": {"x": 1}}, "param x: null -> 1"),
         ({"ports": {"m": ["d"]}}, {"ports": {"m": None}}, "input 'm' changed"),
     ],
 )
-def test_every_ingredient_has_its_sentence(before: dict[str, object], after: dict[str, object], said: str) -> None:
+def test_every_ingredient_has_its_sentence(
+    before: dict[str, object], after: dict[str, object], said: str
+) -> None:
     assert [change.sentence for change in changes(ingredients(**before), ingredients(**after))] == [said]
 
 
@@ -174,7 +198,7 @@ def test_a_listing_keeps_strange_names_apart_and_stops_where_it_would_outgrow_th
 def test_a_removed_cache_leaves_the_run_to_compare_with(toy: Toy) -> None:
     """The record holds all that `why --against` needs."""
     toy.pipeline(CHAIN)
-    toy.run()
+    toy.run("run", "run.workers=0")
     os.rename(toy.folder / "cache", toy.folder / "gone")
     toy.formula.write_text(FORMULA.replace("a + b", "b + a + 0"))
     said = toy.run("why", "c", "--against", "last").stdout
