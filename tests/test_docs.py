@@ -64,12 +64,16 @@ class Runner:
             timeout=120,
         )
 
-    def github(self, name: str, event: str, branch: str, change: str = "") -> list[tuple[str, int]]:
+    def github(
+        self, name: str, event: str, branch: str, change: str = "", workflow_name: str = "quantize"
+    ) -> list[tuple[str, int]]:
         """(name, exit status) of every shell step of the recipe that ran."""
-        workflow = recipe(".github/workflows/quantize.yml")
+        workflow = recipe(f".github/workflows/{workflow_name}.yml")
         folder = self.checkout(name)
         environment = {str(key): str(value) for key, value in workflow["env"].items()}
         environment["PIPELINE"] = f"{PIPELINE} {change}".strip()
+        if "REMOTE" in environment:
+            environment["REMOTE"] = f"file://{self.toy.folder}/shared"
         done: list[tuple[str, int]] = []
         for step in workflow["jobs"]["quantize"]["steps"]:
             failed = any(status for _, status in done)
@@ -100,7 +104,7 @@ class Runner:
         elif action == "actions/cache/save":
             shutil.copy(folder / step["with"]["path"], self.kept)
         else:
-            assert action.startswith("actions/")
+            assert action.startswith(("actions/", "aws-actions/"))
 
 
 @pytest.fixture
@@ -142,6 +146,19 @@ def test_what_a_failed_job_on_main_made_is_kept(runner: Runner) -> None:
     runner.toy.pipeline(CHAIN)
     assert all(status == 0 for _, status in runner.github("repaired", "push", "main"))
     assert runner.toy.calls() == []
+
+
+def test_a_pull_request_reads_the_shared_cache_and_writes_nothing_to_it(runner: Runner) -> None:
+    shared = runner.toy.folder / "shared"
+    first = runner.github("first", "push", "main", workflow_name="shared")
+    assert [status for _, status in first] == [0]
+    runner.toy.calls()
+    before = sorted(str(path) for path in shared.rglob("*"))
+    assert len(before) > 6
+    changed = runner.github("changed", "pull_request", "topic", "stages.c.amount=5", workflow_name="shared")
+    assert [status for _, status in changed] == [0]
+    assert runner.toy.calls() == ["add"], "the rest came from the shared cache"
+    assert sorted(str(path) for path in shared.rglob("*")) == before
 
 
 @pytest.mark.slow
