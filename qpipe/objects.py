@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+from qpipe.disk import StrangeFileError, open_regular
 from qpipe.errors import ConfigError
 
 CHUNK = 1 << 20  # bytes that are asked for, or sent, at a time
@@ -124,10 +125,11 @@ class Folder:
         """Nothing to get ready."""
 
     def read(self, name: str) -> Generator[bytes, None, None]:
-        descriptor = os.open(self._root / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            descriptor, _ = open_regular(self._root / name)
+        except StrangeFileError as error:
+            raise FileNotFoundError(f"{name}: {error.strerror}") from error
         with open(descriptor, "rb", buffering=0) as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise FileNotFoundError(f"{name} is not a regular file")
             while piece := file.read(CHUNK):
                 yield piece
 

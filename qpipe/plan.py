@@ -269,7 +269,12 @@ class Walk:
     def advance(self) -> list[Action]:
         """Settle all that the cache settles; the actions that have to run now, each returned once."""
         actions: list[Action] = []
+        foretold = 0
         while self._ready:
+            if self._store.is_far and not foretold:
+                self._store.expect(self._keys_of_ready())
+                foretold = len(self._ready)
+            foretold = max(foretold - 1, 0)
             name = self._ready.popleft()
             node = self.graph.node(name)
             if isinstance(node, FirstWithin):
@@ -285,6 +290,15 @@ class Walk:
                 else:
                     self._settle(name, verdict)
         return actions
+
+    def _keys_of_ready(self) -> list[str]:
+        """The keys of the nodes that are decided next."""
+        keys = []
+        for name in self._ready:
+            node = self.graph.node(name)
+            if isinstance(node, NodeSpec) and all(self._outcome(source).good for source in self._sources(name)):
+                keys.append(digest("action", self._keyring.ingredients(node, self.inputs(name))))
+        return keys
 
     def finish(self, name: str, result: Mapping[str, Any], state: State = "ran") -> None:
         """The action of `name` has its result."""

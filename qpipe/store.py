@@ -26,7 +26,7 @@ import re
 import stat
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,6 +121,12 @@ class Store:
             self._usage = None
 
     # what a store with a remote behind it does more (qpipe.tier)
+
+    is_far = False
+    """Whether looking something up has meant asking another machine, so that `expect` is worth its while."""
+
+    def expect(self, keys: Sequence[str]) -> None:
+        """`result` will be asked for these next."""
 
     def doubt(self, digest: str) -> None:
         """Reading the blob failed, here or in a worker. Files need no word: what is gone is gone."""

@@ -21,7 +21,7 @@ import dataclasses
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,14 +32,14 @@ from qpipe.errors import DamagedError
 from qpipe.hashing import digest_bytes
 from qpipe.lease import Leases
 from qpipe.lock import Lock
+from qpipe.promises import Promises
 from qpipe.remote import LieError, Remote, RemoteError, RemoteOptions
-from qpipe.signing import UnsignedError, open_signer, read_envelope, write_envelope
+from qpipe.signing import open_signer, write_envelope
 from qpipe.store import Store, sealed
-from qpipe.uploads import Upload, Uploads, blob_name, result_name
+from qpipe.uploads import Upload, Uploads, blob_name
 
 Json = Any
 _LOG = logging.getLogger(__name__)
-_RESULT_LIMIT = 16 << 20  # bytes; a larger remote result is passed over
 _ROOT_LIMIT = 64 << 20  # bytes of a blob whose size nobody has said: the root of an artifact, JSON text
 _ROOT_BEGINS = b'{"blobs":{'
 _SIDE_BY_SIDE = 8  # requests
@@ -54,17 +54,14 @@ class TieredStore(Store):
         super().__init__(root)
         self.remote = remote
         self._reads_only = reads_only
-        self._signer = open_signer(remote.options.secret_file)
         self._leases = Leases(remote, self.root)
         self._uploads = Uploads(remote, self._blob, super().open)
-        self._promises: dict[str, dict[str, Json]] = {}
+        self._promises = Promises(remote, self, open_signer(remote.options.secret_file))
         self._sizes: dict[str, int] = {}
         self._family: dict[str, dict[str, int]] = {}
         self._roots: set[str] = set()
         self._broken: set[str] = set()
-        self._wrong: set[str] = set()
-        self._absent: set[str] = set()
-        self._unsigned = self._damaged = 0
+        self._damaged = 0
         self._told_unsigned = False
 
     # blobs
@@ -104,7 +101,7 @@ class TieredStore(Store):
 
     def _lazy(self) -> list[str]:
         """The promised blobs that are not here."""
-        promised = {digest for result in self._promises.values() for digest in result["blobs"]}
+        promised = {digest for _, result in self._promises.items() for digest in result["blobs"]}
         return [digest for digest in promised - self._broken if not self.has(digest)]
 
     def _ask_for(self, digests: Iterable[str], again: bool = False) -> None:
@@ -174,55 +171,22 @@ class TieredStore(Store):
 
     def result(self, key: str) -> dict[str, Json] | None:
         found = super().result(key)
-        if found is not None or key in self._wrong or not self.remote.readable:
+        if found is not None or not self.remote.readable:
             return found
-        if key not in self._promises:
-            promise = self._promise(key)
-            if promise is None:
-                return None
-            self._promises[key] = promise
+        known = key in self._promises
+        promise = self._promises.get(key, keep_absent=not self.remote.writable and not self._reads_only)
+        if promise is not None and not known:
             self._sizes.update(promise["blobs"])
             self._uploads.known.update(promise["blobs"].keys() - self._broken)
-        return self._promises[key]
+        return promise
 
-    def _promise(self, key: str) -> dict[str, Json] | None:
-        """The remote's result, as the index remembers it or as it stands there."""
-        kind = f"remote {self.remote.options.name}"
-        remembered = self.index.get(kind, key)
-        if isinstance(remembered, str) and (found := self._checked(key, remembered.encode())) is not None:
-            return found
-        if self._is_absent(key):
-            return None
-        try:
-            content = self.remote.read(result_name(key), _RESULT_LIMIT)
-        except RemoteError:
-            return None
-        except LieError as error:
-            _LOG.warning("the remote result %s is passed over: %s", key, error)
-            self._wrong.add(key)
-            return None
-        if content is None:
-            self._absent.add(key)
-            return None
-        found = self._checked(key, content)
-        if found is None:
-            self._wrong.add(key)
-        else:
-            self.index.set(kind, key, content.decode())
-        return found
+    @property
+    def is_far(self) -> bool:  # type: ignore[override]  # it changes: True after the first question
+        return self.remote.readable and self.remote.requests["read"] > 0
 
-    def _is_absent(self, key: str) -> bool:
-        """Whether the remote need not be asked again. Where it is written to, another machine may have published."""
-        return key in self._absent and not self.remote.writable and not self._reads_only
-
-    def _checked(self, key: str, content: bytes) -> dict[str, Json] | None:
-        try:
-            return read_envelope(key, content, self._signer)
-        except UnsignedError:
-            self._unsigned += 1
-        except ValueError as error:
-            _LOG.warning("the remote result %s is passed over: %s", key, error)
-        return None
+    def expect(self, keys: Sequence[str]) -> None:
+        """Ask for all of them side by side."""
+        self._promises.expect([key for key in keys if self.peek(key) is None])
 
     def publish(self, key: str, result: dict[str, Json]) -> dict[str, Json]:
         if self.remote.readable:
@@ -249,16 +213,15 @@ class TieredStore(Store):
         if not self.remote.writable:
             self._uploads.unsent.add(key)
             return
-        content = write_envelope(key, result, self._signer)
-        promised = self._promises.get(key, {}).get("blobs", {})
-        overwrite = key in self._wrong or not self._broken.isdisjoint(promised)
+        content = write_envelope(key, result, self._promises.signer)
+        overwrite = (
+            self._promises.is_wrong(key) or key in self._promises
+        )  # what stands there could not be used
         self._uploads.add(Upload(key, result["blobs"], content, overwrite, lambda: self._leases.release(key)))
 
     def forget(self, key: str) -> None:
         super().forget(key)
-        self._promises.pop(key, None)
-        self._wrong.add(key)
-        self.index.set(f"remote {self.remote.options.name}", key, None)
+        self._promises.refuse(key)
 
     # company
 
@@ -290,10 +253,10 @@ class TieredStore(Store):
 
     def news(self) -> list[str]:
         told = self.remote.news()
-        if self._unsigned and not self._told_unsigned:
+        if (unsigned := len(self._promises.unsigned)) and not self._told_unsigned:
             self._told_unsigned = True
             told.append(
-                f"{self._unsigned} results of the remote cache {self.remote.options.url} are not signed with this "
+                f"{unsigned} results of the remote cache {self.remote.options.url} are not signed with this "
                 "secret; they count as misses."
             )
         return told
@@ -304,11 +267,21 @@ class TieredStore(Store):
         told: list[str] = []
         if self.remote.options.mode == "write" and not self._reads_only:
             told = self._send_all()
-        for key, result in list(self._promises.items()):
+        self._fetch_scores()
+        for key, result in self._promises.items():
             if not super().complete(result):
                 self.write(self._action(key), memoryview(sealed(key, result)), disk.move_first)
-                del self._promises[key]
+                self._promises.keep(key)
         return [*self.news(), *told]
+
+    def _fetch_scores(self) -> None:
+        """The report reads them all: side by side rather than one by one."""
+        outputs = [output for _, result in self._promises.items() for output in result["outputs"].values()]
+        roots = {output["digest"] for output in outputs if output["kind"] == "Scores"}
+        wanted = [root for root in roots - self._broken if not self.has(root)]
+        if wanted and self.remote.readable:
+            with ThreadPoolExecutor(_SIDE_BY_SIDE) as pool:
+                list(pool.map(self._download, wanted))
 
     def _send_all(self) -> list[str]:
         kind, uploads = f"remote {self.remote.options.name} unsent", self._uploads

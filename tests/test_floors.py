@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 COLUMN = [
     *("errors", "mapped", "hashing", "companions", "syntax", "code", "loaded", "artifact", "index"),
     *("disk", "lock", "usage", "store", "pins", "cleanup", "audit", "archive"),
-    *("objects", "remote", "lease", "uploads", "signing", "tier"),
+    *("objects", "remote", "lease", "uploads", "signing", "promises", "tier"),
     *("changes", "history", "param", "stage", "catalog", "spec", "graph", "plan", "estimate"),
     *("action", "workers", "executor", "record", "runs", "explain", "difference", "differing", "verify", "sweep"),
     *("commands", "cache_commands", "explain_commands", "compose", "manual", "completion", "cli", "__main__"),

@@ -239,3 +239,23 @@ def test_the_secret_is_in_no_record(tmp_path: Path) -> None:
     written = files_below(tmp_path)
     assert any(b'"signature"' in content for content in written.values())
     assert not any(b"a secret of sixteen" in content for content in written.values())
+
+
+def test_what_a_run_asks_of_the_remote(tmp_path: Path, server: Server) -> None:
+    first, second = machines(tmp_path, "a", "b")
+    stages = {"n0": {"uses": "toy_number", "value": 1}}
+    stages |= {f"n{i}": {"uses": "toy_add", "scores": "n0", "amount": i} for i in range(1, 20)}
+    for toy in (first, second):
+        toy.pipeline(stages)
+    options = ("cache.remote=s3://bucket/team", "run.workers=1")
+    asked = []
+    for toy in (first, first, second, second):
+        server.asked.clear()
+        assert toy.run("run", *options).returncode == 0
+        asked.append(Counter(method for method, _ in server.asked))
+    assert asked[0]["PUT"] <= 20 * 3 + 1  # a lease, a blob, a result
+    assert asked[0]["GET"] <= 20 * 2 + 1  # is there a result: in the plan, and again under the lease
+    assert asked[0]["DELETE"] == 20
+    assert asked[1] == Counter()  # nothing to do: nothing is asked
+    assert asked[2] == Counter(GET=40)  # a result and the score in it
+    assert asked[3] == Counter()
