@@ -108,10 +108,12 @@ def _check_protocol(protocol: str, url: str) -> None:
 def open_objects(url: str, timeout_s: float) -> Objects:
     """The objects at a URL that `check_url` let pass; nothing is asked of them yet."""
     protocol = check_url(url)
-    if protocol == "file":
-        path = url if url.startswith(("/", "~")) else url.partition("://")[2]
-        return Folder(Path(path).expanduser())
-    return FileSystem(url, protocol, timeout_s)
+    return Folder(folder_of(url)) if protocol == "file" else FileSystem(url, protocol, timeout_s)
+
+
+def folder_of(url: str) -> Path:
+    """The folder that a URL of the protocol "file" means."""
+    return Path(url if url.startswith(("/", "~")) else url.partition("://")[2]).expanduser()
 
 
 class Folder:

@@ -62,10 +62,14 @@ def open_store(spec: PipelineSpec) -> Store:
         raise ConfigError(
             f"cache.remote: '{spec.remote.url}' lives in one process, and workers are others. Set run.workers=0."
         )
+    from qpipe.objects import check_url, folder_of
     from qpipe.remote import Remote
     from qpipe.tier import TieredStore
 
-    return TieredStore(_cache_folder(spec), Remote(spec.remote))
+    folder = _cache_folder(spec)
+    if check_url(spec.remote.url) == "file" and folder_of(spec.remote.url).resolve() == folder.resolve():
+        raise ConfigError(f"cache.remote: '{spec.remote.url}' is the local cache itself. Name another folder.")
+    return TieredStore(folder, Remote(spec.remote))
 
 
 def _cache_folder(spec: PipelineSpec) -> Path:

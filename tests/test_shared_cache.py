@@ -202,6 +202,13 @@ def test_what_can_never_be_a_remote_is_refused_before_anything_runs(
     assert not (toy.folder / "outputs").exists()
 
 
+def test_the_local_cache_is_no_remote(tmp_path: Path) -> None:
+    (toy,) = machines(tmp_path, "a")
+    done = toy.run("run", f"cache.remote={toy.folder}/cache")
+    assert done.returncode == 2
+    assert "is the local cache itself" in done.stderr
+
+
 @pytest.mark.parametrize("option", ["remote_mode=sometimes", "remote_timeout_s=0", "remote_lease_s=-1"])
 def test_options_of_the_remote_are_checked(tmp_path: Path, option: str) -> None:
     (toy,) = machines(tmp_path, "a")
