@@ -113,7 +113,9 @@ def adaround(
     source = with_biases(model) if solver == "gram" and bias_correction else model
     layers, reasons = tunable_layers(source)
     if not layers and model.metadata.get("quantized_source"):
-        ctx.note("The model came quantized, and its weights stay on their grids: adaround leaves it as it is.")
+        ctx.note(
+            "The model came quantized, and its weights stay on their grids: adaround leaves it as it is."
+        )
         return model
     refuse_untunable(layers, reasons)
     gram = GramOptions(beam=beam, scale_search=scale_search, update_bias=bias_correction)

@@ -48,15 +48,18 @@ def with_choice(scheme: TensorScheme, choice: dict[str, Any], side: str) -> Tens
     )
 
 
-def refuse_granularity(given: Mapping[str, Any]) -> None:
-    """Errors: ValueError where the scheme's weights cannot have the granularity that replaces theirs."""
+def refuse_scheme(given: Mapping[str, Any]) -> None:
+    """Errors: InputError for a scheme that the target forbids, ValueError where the scheme's weights cannot have
+    the granularity that replaces theirs. That one is for baselines: it is not held against the target.
+    """
+    given["target"].check(given["scheme"])
     chosen(given["scheme"], None, given["weight_granularity"])
 
 
 @stage(
     version=1,
     config={"data": "calibration", "scheme": "${scheme}", "target": "${target}"},
-    check=refuse_granularity,
+    check=refuse_scheme,
 )
 def calibrate(
     model: Model,
@@ -81,6 +84,7 @@ def calibrate(
     from qpipe.model.placement import place
     from qpipe.model.run import thinned
 
+    target.check(scheme)
     placement = place(model, target, chosen(scheme, choice, weight_granularity))
     if not placement.weights and not placement.activations:
         raise InputError(f"The target '{target.name}' quantizes nothing in this model.")
@@ -93,4 +97,6 @@ def calibrate(
     if kept:
         why = "The model came quantized" if model.metadata.get("quantized_source") else "Tuned before"
         ctx.note(f"{why}, so their grid stays: {', '.join(kept)}.")
+    if target.bias != model.metadata.get("biases", "int32"):
+        model = model.with_metadata({"biases": target.bias})
     return model.with_encodings(encodings)

@@ -141,6 +141,7 @@ def load_model(
     path: Path | None = None,
     factory: Factory | None = None,
     weights: Path | None = None,
+    encodings: Path | None = None,
     ctx: Context = NULL,
 ) -> Model:
     """The model in an ONNX file (`path`), or the one that a Python function builds (`factory`), canonical.
@@ -149,7 +150,8 @@ def load_model(
     activations until `calibrate` makes new ones.
 
     `weights` (.safetensors, or a state dict saved by torch) replace a torch module's parameters. `data` give
-    the example where the factory returns none, and the name of a single input. Errors: InputError for a file
+    the example where the factory returns none, and the name of a single input. `encodings` is a file in AIMET's
+    format (0.6.1, 1.0.0 or 2.0.0), whose grids take the place of the model's own. Errors: InputError for a file
     or a module that cannot be taken, for weights that do not fit, and for an import that computes something
     else.
     """
@@ -178,6 +180,8 @@ def load_model(
             refuse(factory, error, first_difference(model, fed))
     for note in model.metadata.get("notes", []):
         ctx.note(note)
+    if encodings is not None:
+        model = model.with_encodings_file(encodings)
     if model.encodings:
         kept = sum(encoding.frozen for encoding in model.encodings.values())
         ctx.note(

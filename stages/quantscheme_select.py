@@ -72,7 +72,10 @@ def with_granularity(scheme: Scheme, granularity: Granularity | None) -> Scheme:
 
 
 def refuse_trials(given: Mapping[str, Any]) -> None:
-    """Errors: ValueError for a list without candidates, or a candidate that no tensor can have."""
+    """Errors: ValueError for a list without candidates, or a candidate that no tensor can have; InputError for a
+    scheme that the target forbids.
+    """
+    given["target"].check(given["scheme"])
     names = ("weight_observers", "activation_observers", "percentiles")
     for name in names:
         if not given[name]:

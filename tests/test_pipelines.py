@@ -35,7 +35,8 @@ def test_every_pipeline_plans(tmp_path: Path, pipeline: str, scheme: str) -> Non
 
 @pytest.mark.parametrize("scheme", options("scheme"))
 def test_every_scheme_plans(tmp_path: Path, scheme: str) -> None:
-    found = plan(tmp_path, "pipeline=ptq", f"scheme={scheme}", "scheme.weight.granularity=per_channel")
+    more = ["scheme.weight.granularity=per_channel"] if "block" not in scheme else []
+    found = plan(tmp_path, "pipeline=ptq", f"scheme={scheme}", *more)
     assert found.returncode == 0, found.stderr
 
 
@@ -45,9 +46,42 @@ def test_every_experiment_plans(tmp_path: Path, experiment: str) -> None:
     assert found.returncode == 0, found.stderr
 
 
-def test_every_target_composes(tmp_path: Path) -> None:
-    for target in options("target"):
-        assert plan(tmp_path, f"target={target}").returncode == 0
+SCHEMES = {
+    "onnxruntime_int16": "w8a16",
+    "amd_xint8": "xint8",
+    "tensorrt": "s8s8",
+    "weight_only_int4": "w4_block32",
+}
+
+
+@pytest.mark.parametrize("target", options("target"))
+def test_every_target_plans(tmp_path: Path, target: str) -> None:
+    found = plan(tmp_path, "pipeline=ptq", f"target={target}", f"scheme={SCHEMES.get(target, 'w8a8')}")
+    assert found.returncode == 0, found.stderr
+
+
+def test_a_forbidden_scheme_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    found = plan(tmp_path, "pipeline=ptq", "target=tensorrt")
+    assert found.returncode == 2
+    assert "signed codes" in found.stderr
+    assert "Use scheme=s8s8." in found.stderr
+
+
+def test_node_filters_are_swept_from_the_command_line(tmp_path: Path) -> None:
+    found = plan(tmp_path, "-m", "pipeline=ptq", "target.nodes.exclude=[],[type:Add],[between:..a,'scope:b']")
+    assert found.returncode == 0, found.stderr
+    assert len(re.findall(r"#\d calibrate ", found.stdout)) == 3
+    bad = plan(tmp_path, "pipeline=ptq", "target.nodes.only=[between:a]")
+    assert bad.returncode == 2
+    assert "must be between:first..last" in bad.stderr
+
+
+def test_node_filters_count_in_the_key() -> None:
+    from qpipe.hashing import digest
+    from qpipe.model.target import Nodes, Target
+
+    targets = [Target("t", nodes=nodes) for nodes in (Nodes(), Nodes(("a",)), Nodes((), ("a",)))]
+    assert len({digest("test", target) for target in targets}) == 3
 
 
 def test_a_rounding_can_be_swapped_from_the_command_line(tmp_path: Path) -> None:
@@ -75,7 +109,9 @@ def test_a_rounding_can_be_swapped_from_the_command_line(tmp_path: Path) -> None
 def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path: Path, overrides: list[str], words: str) -> None:
     environment = os.environ | {"QPIPE_CACHE_DIR": str(tmp_path / "cache")}
     command = [sys.executable, "-m", "qpipe", *overrides]
-    found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    found = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
     assert found.returncode == 2, found.stderr
     assert words in found.stderr
     assert len(found.stderr.strip().splitlines()) == 1, found.stderr

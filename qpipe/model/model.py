@@ -191,6 +191,14 @@ class Model:
             raise ValueError(f"the model has no value named {', '.join(map(repr, unknown))}.")
         return Model(self._ir, encodings, self._metadata)
 
+    def with_encodings_file(self, path: str | Path) -> Model:
+        """The model with exactly the grids of an AIMET encodings file (0.6.1, 1.0.0, 2.0.0), those of weights
+        frozen. Raises InputError for names that the graph lacks and grids that do not fit."""
+        from qpipe.model.encodings_reader import read_encodings
+
+        encodings = read_encodings(self, Path(path))
+        return Model(self._ir, encodings, {**self._metadata, "quantized_source": True})
+
     def with_metadata(self, entries: Mapping[str, Any]) -> Model:
         """The model with these entries of its metadata added or replaced; the values must be JSON."""
         return Model(self._ir, self._encodings, _json({**self._metadata, **entries}))

@@ -50,7 +50,7 @@ def place(model: Model, target: Target, scheme: Scheme) -> Placement:
     weights = {
         layer.weight: weight_scheme(layer, scheme.weight)
         for layer in reversed(model.layers())
-        if not (target.excludes(layer.name) or target.excludes(layer.weight))
+        if not (marks.left.has(model.graph.node(layer.name)) or layer.weight in marks.left.values)
         and layer.op_type in target.weights
         and marks.is_data(layer.input)
     }
@@ -91,8 +91,10 @@ class _Marks:
 
     def __init__(self, model: Model, target: Target) -> None:
         from qpipe.model.composite import find_composites
+        from qpipe.model.filters import left_in_float
 
         self.graph, self.target = model.graph, target
+        self.left = left_in_float(model.graph, target.nodes)
         self.data = data_values(model.graph)
         self.data_names = {str(value.name) for value in self.data}
         self.composites = find_composites(model.graph, self.data, target.composite)
@@ -113,11 +115,11 @@ class _Marks:
         """Marks every value that the target wants quantized, and joins those that share a grid."""
         inside = {node for composite in self.composites for node in composite.nodes}
         for composite in self.composites:
-            if not any(self.target.excludes(str(node.name)) for node in composite.nodes):
+            if not any(self.left.has(node) for node in composite.nodes):
                 self._mark([composite.root, composite.result])
         scores = self._scores()
         for node in self.graph:
-            if node in inside or node in scores or self.target.excludes(str(node.name)):
+            if node in inside or node in scores or self.left.has(node):
                 continue
             self._node(node)
 
@@ -128,7 +130,7 @@ class _Marks:
             members.setdefault(self._find(value), []).append(value)
         wanted = {self._find(value) for value in self.marked}
         groups = (
-            tuple(str(v.name) for v in values if not self.target.excludes(str(v.name)))
+            tuple(str(v.name) for v in values if v.name not in self.left.values)
             for leader, values in members.items()
             if leader in wanted
         )
@@ -179,7 +181,7 @@ class _Marks:
         if (
             following is not None
             and following.op_type in self.target.fused.get(op, ())
-            and not self.target.excludes(str(following.name))
+            and not self.left.has(following)
             and all(v is None or v.is_initializer() for v in following.inputs[1:])
         ):
             self.fused.add(following)

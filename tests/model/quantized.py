@@ -18,8 +18,20 @@ from qpipe.numerics.scheme import Scheme, TensorScheme
 from qpipe.param import coerce
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
-_FILE = Path(__file__).parents[2] / "conf" / "target" / "onnxruntime.yaml"
-ONNXRUNTIME: Target = coerce(yaml.safe_load(_FILE.read_text()), Target, "target")
+_CONF = Path(__file__).parents[2] / "conf"
+
+
+def shipped(kind: type[Any], group: str, name: str) -> Any:
+    """What `group=name` composes: a shipped target or scheme, upon the one that its defaults name."""
+    from omegaconf import OmegaConf
+
+    table = yaml.safe_load((_CONF / group / f"{name}.yaml").read_text())
+    base = [other for other in table.pop("defaults", []) if other != "_self_"]
+    merged = [yaml.safe_load((_CONF / group / f"{other}.yaml").read_text()) for other in base]
+    return coerce(OmegaConf.to_container(OmegaConf.merge(*merged, table)), kind, group)
+
+
+ONNXRUNTIME: Target = shipped(Target, "target", "onnxruntime")
 
 
 def scheme(
@@ -35,10 +47,14 @@ def scheme(
     return Scheme(weights, None if activation is None else TensorScheme(activation, signed, symmetric))
 
 
-def quantized(model: Model, arrays: Arrays, wanted: Scheme | None = None) -> Model:
+def quantized(
+    model: Model, arrays: Arrays, wanted: Scheme | None = None, target: Target = ONNXRUNTIME
+) -> Model:
     """`model` with minmax grids where the placement wants them."""
     wanted = wanted or scheme()
-    placement = place(model, ONNXRUNTIME, wanted)
+    placement = place(model, target, wanted)
+    if target.bias != "int32":
+        model = model.with_metadata({"biases": target.bias})
     encodings: dict[str, Encoding] = dict(placement.fixed)
     names = list(placement.activations)
     found = model.session(quantized=False, outputs=names).run(None, dict(arrays)) if names else []

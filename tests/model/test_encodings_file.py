@@ -12,7 +12,8 @@ import pytest
 from qpipe.errors import InputError
 from qpipe.model import Model
 from qpipe.model.encodings_file import encodings_document, write_encodings
-from qpipe.numerics.grid import Encoding
+from qpipe.model.encodings_reader import read_encodings
+from qpipe.numerics.grid import Encoding, same_grid
 from tests.model.nets import normal, parsed
 from tests.model.quantized import quantized, scheme
 from tests.model.test_qdq import X, cnn
@@ -123,3 +124,79 @@ def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
         write_encodings(quantized(cnn(), X), tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert json.loads((tmp_path / "a").read_text())["version"] == "1.0.0"
+
+
+VERSIONS = ("0.6.1", "1.0.0", "2.0.0")
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+def test_every_version_is_read_back(version: Any, granularity: Any, tmp_path: Path) -> None:
+    model = quantized(cnn(), X, scheme(4, 8, granularity))
+    write_encodings(model, tmp_path / "e.json", version)
+    found = cnn().with_encodings_file(tmp_path / "e.json")
+    assert set(found.encodings) == set(model.encodings)
+    for name, e in model.encodings.items():
+        assert same_grid(e, found.encodings[name]), name
+        assert found.encodings[name].frozen == (name in model.params)
+    np.testing.assert_array_equal(found.session().run(None, X)[0], model.session().run(None, X)[0])
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_signed_asymmetric_grids_hold_the_same_numbers(version: Any, tmp_path: Path) -> None:
+    model = quantized(cnn(), X, scheme(signed=True))
+    write_encodings(model, tmp_path / "e.json", version)
+    found = cnn().with_encodings_file(tmp_path / "e.json")
+    np.testing.assert_array_equal(found.session().run(None, X)[0], model.session().run(None, X)[0])
+
+
+@pytest.mark.parametrize("version", ["1.0.0", "2.0.0"])
+@pytest.mark.parametrize("op", ["MatMul(x, w)", "Gemm<transB=1>(x, w)"])
+def test_blocks_are_read_back(version: Any, op: str, tmp_path: Path) -> None:
+    text = f"n (float[N,8] x) => (float[N,6] y) {{ y = {op} }}"
+    net = Model.from_proto(parsed(text, w=normal(*((8, 6) if op.startswith("MatMul") else (6, 8)))))
+    model = quantized(net, {"x": normal(9, 8)}, scheme(4, 8, "per_block", 4))
+    write_encodings(model, tmp_path / "e.json", version)
+    found = read_encodings(net, tmp_path / "e.json")
+    assert all(same_grid(e, found[name]) for name, e in model.encodings.items())
+
+
+def written(tmp_path: Path, change: Any, version: Any = "1.0.0") -> Path:
+    """A file of the small network's grids that `change` has spoilt."""
+    document = encodings_document(quantized(cnn(), X), version)
+    change(document)
+    path = tmp_path / "e.json"
+    path.write_text(json.dumps(document))
+    return path
+
+
+BAD = {
+    "has encodings for 1 of 17 names that the model has not: 'w11'; did you mean 'w1'": lambda d: (
+        d["param_encodings"].__getitem__(4).update(name="w11")
+    ),
+    "its version is '0.5.0'; 0.6.1, 1.0.0, 2.0.0 are known": lambda d: d.update(version="0.5.0"),
+    "the encoding of 'w1' cannot be read: 7 scales fit no axis": lambda d: d["param_encodings"][4].update(
+        scale=[1.0] * 7, offset=[-128] * 7
+    ),
+    "enc_type LPBQ is not known": lambda d: d["param_encodings"][4].update(enc_type="LPBQ"),
+    "the encoding of 'a' cannot be read": lambda d: d["activation_encodings"][0].update(
+        name="a", scale=[0.0]
+    ),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_a_file_that_does_not_fit_is_one_sentence(message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError) as refused:
+        cnn().with_encodings_file(written(tmp_path, BAD[message]))
+    assert message in str(refused.value)
+
+
+def test_floats_are_passed_over_and_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path, lambda d: d["activation_encodings"][0].update(dtype="FLOAT", bw=16))
+    assert len(cnn().with_encodings_file(path).encodings) == len(quantized(cnn(), X).encodings) - 1
+    with pytest.raises(InputError, match="does not exist"):
+        cnn().with_encodings_file(tmp_path / "none.json")
+    (tmp_path / "text").write_text("no json")
+    with pytest.raises(InputError, match="is no encodings file"):
+        cnn().with_encodings_file(tmp_path / "text")

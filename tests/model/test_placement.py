@@ -10,6 +10,7 @@ import pytest
 
 from qpipe.model import Model
 from qpipe.model.placement import Placement, place
+from qpipe.model.target import Nodes
 from tests.model.nets import normal, parsed
 from tests.model.quantized import ONNXRUNTIME, scheme
 
@@ -203,7 +204,7 @@ def test_excluded_names_stay_in_float() -> None:
         )
     )
     first = str(model.graph[0].name)
-    without = place(model, replace(ONNXRUNTIME, exclude=(first,)), scheme())
+    without = place(model, replace(ONNXRUNTIME, nodes=Nodes((first,))), scheme())
     assert list(without.activations) == ["r", "y"]
     assert list(without.weights) == ["v"]
-    assert list(place(model, replace(ONNXRUNTIME, exclude=("v",)), scheme()).weights) == ["w"]
+    assert list(place(model, replace(ONNXRUNTIME, nodes=Nodes(("v",))), scheme()).weights) == ["w"]

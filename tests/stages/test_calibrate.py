@@ -9,6 +9,7 @@ import pytest
 from qpipe.stages.calibrate import calibrate
 
 from qpipe.errors import InputError
+from qpipe.model.target import Nodes
 from qpipe.numerics.grid import encoding_from_range, same_grid
 from qpipe.numerics.observers import HistogramObserver, weight_encoding
 from qpipe.numerics.scheme import Scheme, TensorScheme
@@ -155,4 +156,4 @@ def test_data_that_do_not_fit_are_refused(model, target):
 
 def test_a_target_that_quantizes_nothing_is_refused(model, data, target):
     with pytest.raises(InputError, match="The target 'none' quantizes nothing in this model"):
-        calibrate(model, data, scheme=SCHEME, target=replace(target, name="none", exclude=(".*",)))
+        calibrate(model, data, scheme=SCHEME, target=replace(target, name="none", nodes=Nodes((".*",))))

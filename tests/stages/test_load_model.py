@@ -211,3 +211,20 @@ def test_a_quantized_file_comes_in_with_its_grids_and_stays_as_it_is(tmp_path, n
     assert renewed.encodings["w"].bitwidth == 4
     assert float(renewed.encodings["x"].scale) == pytest.approx(2 * float(made.encodings["x"].scale))
     assert notes.notes[-1] == "The model came quantized, so their grid stays: w."
+
+
+def test_an_encodings_file_gives_a_float_model_its_grids(tmp_path, notes):
+    from qpipe.model.encodings_file import write_encodings
+    from tests.model.quantized import quantized
+
+    onnx_file(tmp_path / "net.onnx")
+    model = load_model(path=tmp_path / "net.onnx")
+    x = {model.inputs[0].name: np.random.default_rng(0).normal(size=(2, 3, 8, 8)).astype(np.float32)}
+    made = quantized(model, x)
+    write_encodings(made, tmp_path / "encodings.json", "2.0.0")
+    found = load_model(path=tmp_path / "net.onnx", encodings=tmp_path / "encodings.json", ctx=notes)
+    assert set(found.encodings) == set(made.encodings)
+    assert any("came quantized" in note for note in notes.notes)
+    (tmp_path / "encodings.json").write_text('{"version": "2.0.0", "encodings": [{"name": "z"}]}')
+    with pytest.raises(InputError, match="names that the model has not: 'z'"):
+        load_model(path=tmp_path / "net.onnx", encodings=tmp_path / "encodings.json")

@@ -1,0 +1,122 @@
+"""The part of a graph that a target's node filters leave to be quantized.
+
+    exclude: [type:Softmax, scope:head, between:x..a, 'conv[12]']        these stay in float
+    only:    [scope:encoder]                                             all others do
+
+A filter that matches nothing is a slip of the pen: it is refused, with the nearest name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from qpipe.errors import InputError
+from qpipe.model.naming import SCOPE
+from qpipe.model.target import Nodes, split
+
+
+@dataclass(frozen=True)
+class Left:
+    """What stays in float: nodes, and values by name."""
+
+    nodes: frozenset[ir.Node] = frozenset()
+    values: frozenset[str] = field(default_factory=frozenset)
+
+    def has(self, node: ir.Node | None) -> bool:
+        """Whether `node` stays in float."""
+        return node in self.nodes
+
+
+def left_in_float(graph: ir.Graph, nodes: Nodes) -> Left:
+    """The nodes and values of `graph` that `nodes` leaves in float. Raises InputError for a filter that matches
+    nothing."""
+    if not nodes.exclude and not nodes.only:
+        return Left()
+    names = {
+        str(v.name): v for v in ir.convenience.create_value_mapping(graph, include_subgraphs=False).values()
+    }
+    chosen: dict[str, tuple[set[ir.Node], set[str]]] = {}
+    for side in ("exclude", "only"):
+        found: tuple[set[ir.Node], set[str]] = (set(), set())
+        for text in getattr(nodes, side):
+            matched, values = _matched(graph, names, text, side)
+            found[0].update(matched)
+            found[1].update(values)
+        chosen[side] = found
+    left, out = chosen["exclude"]
+    if nodes.only:
+        wanted = chosen["only"][0] | {
+            reader for name in chosen["only"][1] for reader in names[name].consumers()
+            if names[name].is_initializer()
+        }  # fmt: skip
+        left = left | {node for node in graph if node not in wanted}
+    return Left(frozenset(left), frozenset(out))
+
+
+def _matched(
+    graph: ir.Graph, names: dict[str, ir.Value], text: str, side: str
+) -> tuple[list[ir.Node], list[str]]:
+    kind, pattern = split(text)
+    values: list[str] = []
+    if kind == "between":
+        first, last = pattern.split("..")
+        nodes = _between(names, first, last, f"target.nodes.{side}: {text!r}")
+        known: Iterable[str] = names
+    elif kind == "type":
+        nodes = [node for node in graph if node.op_type == pattern]
+        known = {node.op_type for node in graph}
+    elif kind == "scope":
+        scopes = {node: node.metadata_props.get(SCOPE, "") for node in graph}
+        nodes = [node for node, scope in scopes.items() if f"{scope}.".startswith(f"{pattern}.")]
+        known = {
+            ".".join(parts[:n])
+            for s in scopes.values()
+            for parts in [s.split(".")]
+            for n in range(1, len(parts) + 1)
+        }
+    else:
+        nodes = [node for node in graph if re.fullmatch(pattern, str(node.name))]
+        values = [name for name in names if re.fullmatch(pattern, name)]
+        known = {*names, *(str(node.name) for node in graph)}
+    if not nodes and not values:
+        raise InputError(
+            f"target.nodes.{side}: {text!r} matches nothing in the model{_nearest(pattern, known)}."
+        )
+    return nodes, values
+
+
+def _between(names: dict[str, ir.Value], first: str, last: str, said: str) -> list[ir.Node]:
+    """The nodes that follow from the value `first` and lead to the value `last`."""
+    for name in filter(None, (first, last)):
+        if name not in names:
+            raise InputError(f"{said} names no value of the model: '{name}'{_nearest(name, names)}.")
+    after = _reached([names[first]], forward=True) if first else None
+    before = _reached([names[last]], forward=False) if last else None
+    if after is None or before is None:
+        return [*(after or before or {})]
+    return [node for node in after if node in before]
+
+
+def _reached(values: list[ir.Value], forward: bool) -> dict[ir.Node, None]:
+    """The nodes that follow from `values`, or that they need."""
+    found: dict[ir.Node, None] = {}
+    while values:
+        value = values.pop()
+        producer = value.producer()
+        for node in value.consumers() if forward else ([producer] if producer is not None else []):
+            if node not in found:
+                found[node] = None
+                values += [v for v in (node.outputs if forward else node.inputs) if v is not None]
+    return found
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    if not set(known) - {""}:
+        return " (its nodes say no modules)"
+    close = difflib.get_close_matches(name, sorted(set(known) - {""}), 1, 0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""
