@@ -20,6 +20,9 @@ from qpipe.record import ingredients_of
 from qpipe.spec import FirstWithin
 from qpipe.store import Store
 
+NAMED = 6
+"""So many nodes are named in a sentence."""
+
 Wire = tuple[str, str | None]
 """What made an input: a node, and the key it had where that is known."""
 
@@ -251,6 +254,8 @@ def sentences(steps: Sequence[Step]) -> list[str]:
             found.append(f"because {'it ' if first.remark else ''}{what}{also}")
             continue
         way, port = _way(first.now.node, below)
+        if len(way) > NAMED:
+            way = [*way[: NAMED - 2], f"{len(way) - NAMED + 1} more", way[-1]]
         through = f" (by way of {' <- '.join(way)})" if way else ""
         said = what if first.remark else f"{_verb(first.now.state)} with {what}"
         found.append(f"because its input '{port}' changed{through}, because {first.now.node} {said}{also}")
@@ -259,7 +264,7 @@ def sentences(steps: Sequence[Step]) -> list[str]:
 
 def _names(steps: Sequence[Step]) -> str:
     names = [step.now.node for step in steps]
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 
 def _way(node: str, below: Mapping[str, tuple[str, str] | None]) -> tuple[list[str], str]:

@@ -27,6 +27,7 @@ from qpipe.sweep import Job, open_store, plan_jobs
 from qpipe.verify import Verified, cached_nodes, verify
 
 NAMED_ROOTS = 6
+LISTED_CHANGES = 60
 
 
 def why(jobs: Sequence[Job], name: str, against: str | None = None) -> int:
@@ -59,8 +60,10 @@ def why_lines(walk: Walk, name: str, then: Side, since: str) -> Iterator[str]:
     found = [row for step in steps for row in change_rows(step)]
     if found:
         yield ""
-        rows = [("node", "what changed", "was", "is"), *found]
+        rows = [("node", "what changed", "was", "is"), *found[:LISTED_CHANGES]]
         yield from (f"  {line}" for block in table(rows, 150, flexible=1) for line in block)
+        if len(found) > LISTED_CHANGES:
+            yield f"  and {len(found) - LISTED_CHANGES} more, of nodes farther up"
     yield ""
     yield from _key_lines(outcome, steps)
 

@@ -116,6 +116,15 @@ def test_two_runs_side_by_side(toy: Toy) -> None:
     assert re.search(r"b +ran .* +hit \(was", same.stdout)
 
 
+def test_a_long_way_is_cut_in_its_middle_and_the_table_ends(toy: Toy) -> None:
+    links = {f"n{i}": {"uses": "toy_add", "scores": f"n{i - 1}"} for i in range(1, 80)}
+    toy.pipeline({"n0": {"uses": "toy_number"}, **links})
+    toy.run("run", "run.workers=0")
+    said = toy.run("why", "n79", "stages.n0.value=2").stdout
+    assert "(by way of n78 <- n77 <- n76 <- n75 <- 73 more <- n1), because n0 runs with param value: 1.0 -> 2.0" in said
+    assert "and 20 more, of nodes farther up" in said
+
+
 def test_nobody_reads_to_the_end(toy: Toy) -> None:
     toy.pipeline({f"n{i}": {"uses": "toy_number", "value": i} for i in range(40)})
     command = [sys.executable, "-u", *toy.command("why", "n1")[1:]]
