@@ -62,13 +62,24 @@ def passing_over(folder: Path) -> Iterator[None]:
 
 
 def _let_go_of_files(prefix: str) -> None:
-    """Let go of every mapping of a file below `prefix` that nobody can write to: its pages are those of the file."""
+    """Let go of the mappings of files below `prefix` that were not written to: their pages are those of the file."""
     import ctypes
 
     with contextlib.suppress(OSError, AttributeError, ValueError):
-        system = ctypes.CDLL(None, use_errno=True)
-        for line in Path("/proc/self/maps").read_text(errors="surrogateescape").splitlines():
-            fields = line.split(maxsplit=5)
-            if len(fields) == 6 and fields[5].startswith(prefix) and fields[1].startswith("r--"):
-                start, end = (int(part, 16) for part in fields[0].split("-"))
-                system.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+        system = ctypes.CDLL(None)
+        for start, end in _clean_mappings(prefix):
+            system.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+
+
+def _clean_mappings(prefix: str) -> Iterator[tuple[int, int]]:
+    """Where this process has mapped files below `prefix`, and has no page of its own in the place of one of theirs."""
+    place: tuple[int, int] | None = None
+    for line in Path("/proc/self/smaps").read_text(errors="surrogateescape").splitlines():
+        fields = line.split(maxsplit=5)
+        if len(fields) == 6 and fields[5].startswith(prefix):
+            start, end = fields[0].split("-")
+            place = int(start, 16), int(end, 16)
+        elif place and fields[0] == "Anonymous:":
+            if fields[1] == "0":
+                yield place
+            place = None
