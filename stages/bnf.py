@@ -97,16 +97,29 @@ def pads_with_zeros(node: ir.Node) -> bool:
 
 
 def layer_before(value: ir.Value, layers: Mapping[str, Layer]) -> Layer | None:
-    """The layer that feeds `norm` alone, its channels on the axis that `norm` takes for them; None where
-    there is none.
+    """The layer whose output feeds `value` alone, directly or through what only reshapes, its channels on axis
+    1 of `value`; None where there is none.
     """
-    from qpipe.model.channels import dims
+    from qpipe.model.channels import Blocked, Channels, dims, passed
 
-    producer = value.producer()
-    if producer is None or len(value.uses()) != 1 or value.is_graph_output():
+    steps: list[ir.Node] = []
+    while True:
+        producer = value.producer()
+        if producer is None or len(value.uses()) != 1 or value.is_graph_output():
+            return None
+        if layer := layers.get(str(producer.name)):
+            break
+        if producer.op_type not in RESHAPES or producer.inputs[0] is None:
+            return None
+        steps.append(producer)
+        value = producer.inputs[0]
+    channels = Channels(len(dims(value)) - 1 if layer.op_type == "MatMul" else 1)
+    try:
+        for node in reversed(steps):
+            channels = passed(node, channels)
+    except Blocked:
         return None
-    layer = layers.get(str(producer.name))
-    return layer if layer and (layer.op_type != "MatMul" or len(dims(value)) == 2) else None
+    return layer if channels == Channels(1) else None
 
 
 def way_behind(norm: ir.Node, ends: Collection[ir.Node], shift: Vector) -> Way:
@@ -178,9 +191,12 @@ def fold(editor: Editor, norm: ir.Node, layers: dict[str, Layer]) -> tuple[str, 
     if layer := layer_before(data, layers):
         statistics = editor.metadata.setdefault("folded_statistics", {})
         statistics.pop(layer.output, None)  # of an earlier normalization, one of two in a row
-        statistics[name] = {"gamma": gamma.tolist(), "beta": beta.tolist()}
+        producer = data.producer()
+        direct = producer is not None and str(producer.name) in layers
+        output = name if direct else layer.output
+        statistics[output] = {"gamma": gamma.tolist(), "beta": beta.tolist()}
         del layers[layer.add or layer.name]
-        layer = replace(rewrite(editor, layer, fold_before, factor, shift), output=name)
+        layer = replace(rewrite(editor, layer, fold_before, factor, shift), output=output)
         layers[layer.add or layer.name] = layer
         data = norm.inputs[0]  # read again: a MatMul may have got its Add
         assert data is not None

@@ -74,6 +74,62 @@ def test_a_normalization_of_another_axis_than_the_features_is_not_folded_into_a_
     check_same(run, model, folded, image(2, 6, 4))
 
 
+BETWEEN = {
+    "Identity": ("t = Conv(x, w)  i = Identity(t)  u = {bn}(i)", ["Conv", "Relu"]),
+    "Dropout": ("t = Conv(x, w)  i = Dropout(t)  u = {bn}(i)", ["Conv", "Relu"]),
+    "Reshape": ("t = Conv(x, w)  i = Reshape(t, flat)  u = {bn}(i)", ["Conv", "Reshape", "Relu"]),
+    "Transpose": (
+        "q = Transpose<perm=[0,2,3,1]>(x)  t = MatMul(q, m6)  i = Transpose<perm=[0,3,1,2]>(t)  u = {bn}(i)",
+        ["Transpose", "MatMul", "Add", "Transpose", "Relu"],
+    ),
+    "channels mixed": (
+        "t = Conv(x, w)  i = Reshape(t, mixed)  u = {bn}(i)",
+        ["Conv", "Reshape", "Mul", "Add", "Relu"],
+    ),
+    "Pad": ("t = Conv(x, w)  i = Pad(t, pads)  u = {bn}(i)", ["Conv", "Pad", "Mul", "Add", "Relu"]),
+    "depthwise transposed": ("t = ConvTranspose<group=6>(x, k)  u = {bn}(t)", ["ConvTranspose", "Relu"]),
+    "a branch": ("t = Conv(x, w)  a = {bn}(t)  u = Add(a, t)", ["Conv", "Mul", "Add", "Add", "Relu"]),
+    "a shared weight": (
+        "t = Conv(x, w)  a = {bn}(t)  b2 = Relu(a)  c = Conv(b2, w)  u = {bn}(c)",
+        ["Conv", "Relu", "Conv", "Relu"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_what_lies_between_a_layer_and_its_normalization(network, run, name):
+    body, expected = BETWEEN[name]
+    extra = {
+        "w": (6, 6, 1, 1), "k": (6, 1, 3, 3), "flat": np.array([0, 6, -1]),
+        "m6": (6, 6), "mixed": np.array([-1, 6, 2]),
+        "pads": np.array([0, 0, 1, 1, 0, 0, 1, 1]),
+    }  # fmt: skip
+    text = body
+    while "{bn}(" in text:
+        before, _, after = text.partition("{bn}(")
+        value, _, rest = after.partition(")")
+        text = f"{before}{NORM.format(value)}{rest}"
+    model = network(
+        f"n (float[N,6,4,4] x) => (float y) {{ {text}  y = Relu(u) }}",
+        {**{k: v for k, v in extra.items() if f"{k})" in body}, **BN},
+    )
+    folded = bnf(model)
+    assert ops(folded) == expected
+    check_same(run, model, folded, image(2, 6, 4, 4))
+
+
+def test_a_matmul_with_a_bias_takes_the_normalization_behind_it(network, run):
+    model = network(
+        "n (float[N,4] x) => (float[N,6] y) { t = MatMul(x, w)  u = Add(t, c)  y = "
+        + NORM.format("u")
+        + " }",
+        {"w": (4, 6), "c": (6,), **BN},
+    )
+    folded = bnf(model)
+    assert ops(folded) == ["MatMul", "Add"]
+    check_same(run, model, folded, image(5, 4))
+
+
 @pytest.mark.parametrize(
     ("behind", "expected"),
     [

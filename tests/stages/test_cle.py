@@ -151,6 +151,29 @@ def test_what_lies_between_two_convolutions_keeps_its_function(network, run, bet
             {"w": uneven(8, 4, 3), "b": (8,), "k": (16, 1, 2), "v": (5, 16, 1)},
         ),
         (
+            """n (float[N,4,5,5,5] x) => (float y) {
+                s = Conv(x, w, b)  t = Relu(s)  y = Conv<strides=[1,2,1]>(t, v) }""",
+            {"w": uneven(8, 4, 2, 2, 2), "b": (8,), "v": (5, 8, 2, 1, 2)},
+        ),
+        (
+            """n (float[N,4,6,6] x) => (float y) {
+                s = Conv(x, w, b)  t = Relu(s)  d = ConvTranspose<group=8, strides=[2,2]>(t, k, c)
+                e = Relu(d)  y = Conv(e, v) }""",
+            {"w": uneven(8, 4, 3, 3), "b": (8,), "k": (8, 1, 2, 2), "c": (8,), "v": (5, 8, 1, 1)},
+        ),
+        (
+            """n (float[N,4,6,6] x) => (float y) {
+                s = ConvTranspose<group=4, strides=[2,2], output_padding=[1,0]>(x, w, b)  t = Relu(s)
+                y = Conv<group=2, dilations=[2,1]>(t, v) }""",
+            {"w": uneven(4, 1, 2, 2), "b": (4,), "v": (6, 2, 3, 3)},
+        ),
+        (
+            """n (float[N,4] x) => (float y) {
+                s = Gemm<transB=1>(x, w, b)  t = Dropout(s)  r = Reshape(t, shape)  a = Relu(r)
+                f = Flatten(a)  y = Gemm<transB=1>(f, v) }""",
+            {"w": uneven(8, 4), "b": (8,), "v": (5, 8), "shape": np.array([0, 8, 1])},
+        ),
+        (
             """n (float[N,4,6,6] x) => (float y) {
                 s = Conv(x, w, b)  r = Relu(s)  q = Transpose<perm=[0,2,3,1]>(r)  y = MatMul(q, v) }""",
             {"w": uneven(8, 4, 3, 3), "b": (8,), "v": (8, 5)},

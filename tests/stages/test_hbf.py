@@ -46,11 +46,26 @@ def test_the_constant_is_what_lies_three_deviations_below_the_mean():
         ("r = AveragePool<kernel_shape=[2,2], pads=[0,1,1,0]>(s)  t = Relu(r)", "y = Conv(t, v, c)"),
         ("t = Relu(s)", "p = GlobalAveragePool(t)  f = Flatten(p)  y = Gemm(f, k)"),
         ("t = Relu(s)", "f = Flatten(t)  y = Gemm<transB=1>(f, q, c)"),
+        ("i = Identity(s)  t = Relu(i)", "y = Conv<group=2>(t, g)"),
+        ("t = Relu(s)", "r = Reshape(t, flat)  y = Conv(r, o, c)"),
+        ("t = Relu(s)", "h = Transpose<perm=[0,2,3,1]>(t)  m = MatMul(h, k)  y = Add(m, c)"),
     ],
 )
 def test_above_the_constant_the_outputs_stay(network, run, between, second):
-    extra = {"k": (4, 3), "q": (3, 100), "bound": np.array([9, 2, 2.5, 1], np.float32).reshape(4, 1, 1)}
-    model = model_with(network, between, second, **{k: v for k, v in extra.items() if k in between + second})
+    extra = {
+        "k": (4, 3),
+        "q": (3, 100),
+        "g": (4, 2, 2, 2),
+        "o": (3, 4, 2),
+        "flat": np.array([0, 4, -1]),
+        "bound": np.array([9, 2, 2.5, 1], np.float32).reshape(4, 1, 1),
+    }
+    model = model_with(
+        network,
+        between,
+        second,
+        **{k: v for k, v in extra.items() if any(f"{k}{end}" in between + second for end in ",)")},
+    )
     folded = hbf(model)
     feeds = positive(3, 2, 5, 5)
     expected, found = run(model, feeds)[0], run(folded, feeds)[0]
