@@ -226,7 +226,10 @@ def digest_bytes(buffer: Buffer) -> str:
     view = memoryview(buffer)
     view = view.cast("B") if view.nbytes else memoryview(b"")  # an empty view of several axes cannot be cast
     if view.nbytes < _THREADED_SIZE:
-        return str(blake3(view).hexdigest())
+        found = str(blake3(view).hexdigest())
+        if view.nbytes >= mmap.PAGESIZE:
+            let_go(view)
+        return found
     hasher = blake3(max_threads=blake3.AUTO)
     for start in range(0, view.nbytes, _CHUNK):
         hasher.update(view[start : start + _CHUNK])

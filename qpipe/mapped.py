@@ -41,45 +41,51 @@ def let_go(buffer: Any) -> None:
 
 @contextlib.contextmanager
 def passing_over(folder: Path) -> Iterator[None]:
-    """While inside, let go again and again of the pages of the files in `folder`, whoever in this process mapped them.
+    """While inside, let go again and again of the pages of files in `folder` that a library mapped before.
 
-    For libraries that map a file themselves and look at each part once. Linux alone tells what is mapped; elsewhere
+    For onnxruntime, which maps a model's weights itself, private and writable, and looks at each once in a run. The
+    mappings are looked up once, here: they must stay until the end, which those of a session do while it lives. Others
+    may come and go meanwhile; an address that was theirs is never touched. Linux alone tells what is mapped; elsewhere
     this does nothing.
     """
+    places = _untouched_mappings(str(folder.resolve()) + os.sep)
     done = threading.Event()
 
     def watch() -> None:
         while not done.wait(_PASSING_S):
-            _let_go_of_files(str(folder.resolve()) + os.sep)
+            _let_go_of(places)
 
     thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
+    if places:
+        thread.start()
     try:
         yield
     finally:
         done.set()
-        thread.join()
+        if places:
+            thread.join()
 
 
-def _let_go_of_files(prefix: str) -> None:
-    """Let go of the mappings of files below `prefix` that were not written to: their pages are those of the file."""
+def _let_go_of(places: list[tuple[int, int]]) -> None:
     import ctypes
 
-    with contextlib.suppress(OSError, AttributeError, ValueError):
-        system = ctypes.CDLL(None)
-        for start, end in _clean_mappings(prefix):
-            system.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+    system = ctypes.CDLL(None)
+    for start, end in places:
+        system.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
-def _clean_mappings(prefix: str) -> Iterator[tuple[int, int]]:
-    """Where this process has mapped files below `prefix`, and has no page of its own in the place of one of theirs."""
+def _untouched_mappings(prefix: str) -> list[tuple[int, int]]:
+    """Where files below `prefix` are mapped private and writable, and nothing was written: the pages are the file's."""
+    found: list[tuple[int, int]] = []
     place: tuple[int, int] | None = None
-    for line in Path("/proc/self/smaps").read_text(errors="surrogateescape").splitlines():
-        fields = line.split(maxsplit=5)
-        if len(fields) == 6 and fields[5].startswith(prefix):
-            start, end = fields[0].split("-")
-            place = int(start, 16), int(end, 16)
-        elif place and fields[0] == "Anonymous:":
-            if fields[1] == "0":
-                yield place
-            place = None
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/smaps").read_text(errors="surrogateescape").splitlines():
+            fields = line.split(maxsplit=5)
+            if len(fields) == 6 and fields[5].startswith(prefix) and fields[1] == "rw-p":
+                start, end = fields[0].split("-")
+                place = int(start, 16), int(end, 16)
+            elif place and fields[0] == "Anonymous:":
+                if fields[1] == "0":
+                    found.append(place)
+                place = None
+    return found

@@ -14,6 +14,8 @@ from qpipe.errors import InputError
 from qpipe.mapped import let_go, passing_over
 
 if TYPE_CHECKING:
+    import onnxruntime
+
     from qpipe.model.model import Model
 
 Array = npt.NDArray[Any]
@@ -35,9 +37,8 @@ def verify_import(model: Model, source: str | Path | bytes, seed: int = 0, batch
     is the first node in the graph's order whose value differs: `{"node", "op_type", "value", "error"}`. A model
     in QDQ form is compared as it is in onnxruntime; in torch, the float model that it was made from."""
     inputs = random_inputs(model, seed, batch)
-    with contextlib.nullcontext() if isinstance(source, bytes) else passing_over(Path(source).parent):
-        wanted = _run_source(source, inputs)
-        found = model.session().run(None, inputs) if model.encodings else _run_lean(model, inputs)
+    wanted = _run_source(source, inputs)
+    found = model.session().run(None, inputs) if model.encodings else _run_lean(model, inputs, source)
     e1 = max(map(relative_error, wanted, found), default=0.0)
     floats = model.session(quantized=False).run(None, inputs) if model.encodings else wanted
     e2 = max(map(relative_error, floats, _run_torch(model, inputs)), default=0.0)
@@ -106,17 +107,25 @@ def _run_source(source: str | Path | bytes, inputs: Mapping[str, Array]) -> list
     try:
         session = onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
         feeds = {item.name: _as_type(inputs[item.name], item.type) for item in session.get_inputs()}
-        return [np.asarray(array) for array in session.run(None, feeds)]
+        return _run_in_passing(session, feeds, source)
     except Exception as error:  # onnxruntime's errors have no common type
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"onnxruntime cannot run the model as it is: {first}") from error
 
 
-def _run_lean(model: Model, inputs: Mapping[str, Array]) -> list[Array]:
+def _run_lean(model: Model, inputs: Mapping[str, Array], source: str | Path | bytes) -> list[Array]:
     from qpipe.model.session import make_session
 
     session = make_session(model, quantized=False, lean=True)
-    return [np.asarray(array) for array in session.run(None, dict(inputs))]
+    return _run_in_passing(session, dict(inputs), source)
+
+
+def _run_in_passing(
+    session: onnxruntime.InferenceSession, feeds: dict[str, Array], source: str | Path | bytes
+) -> list[Array]:
+    """What the session computes; the weights that it mapped from beside `source` do not stay in memory."""
+    with contextlib.nullcontext() if isinstance(source, bytes) else passing_over(Path(source).parent):
+        return [np.asarray(array) for array in session.run(None, feeds)]
 
 
 def _as_type(array: Array, declared: str) -> Array:
