@@ -174,7 +174,7 @@ def _ending(pool: Pool) -> Mapping[str, Any]:
     """The event with which the only action of `pool` ends."""
     while True:
         for _, event in pool.events(_WAIT_S):
-            if event["event"] != "progress":
+            if event["event"] in ("done", "failed"):
                 return event
 
 
