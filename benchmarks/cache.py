@@ -1,6 +1,6 @@
 """What caching costs: pipelines of 10 to 10,000 nodes that do next to nothing, run cold and again with nothing to do.
 
-    python benchmarks/cache.py [--sizes 10 100 1000 10000] [--rounds 3] [--limit 120] [--only qpipe doit …] [--json FILE]
+    python benchmarks/cache.py [--sizes 10 100 1000 10000] [--rounds 3] [--only qpipe doit …] [--json FILE]
 
 Two shapes: a chain (each node adds a number to the result of the one before) and a fan-out (each adds one to the result
 of the first). Each tool runs as its users run it, in a process of its own, the tools taking turns; figures are medians

@@ -3,7 +3,7 @@
     python benchmarks/large_decoder.py FOLDER [--gigabytes 4]
 
 writes FOLDER/decoder.onnx (and its data), calibration.npz and evaluation.npz. Blocks as Llama has them (RMSNorm,
-attention without positions, gated MLP), width 2048, float32, random but seeded; the tensors are written one after another,
+attention without positions, gated MLP), width 2048, float32, random but seeded; tensors are written one after another,
 so that making the file takes no memory.
 """
 
