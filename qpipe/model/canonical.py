@@ -83,6 +83,8 @@ def canonicalize(
     simplify(model, kept | grids.names)
     while read_weights(graph, grids):  # scales that had to be folded first
         simplify(model, kept | grids.names)
+    while rewrites.apply(graph, (unrolling.choose_between,)):  # only now it is known what cannot be decided
+        simplify(model, kept | grids.names)
     read_activations(graph, grids)
     notes += fold_weights(model)
     layer_forms.drop_made_up_biases(graph, kept | grids.names)

@@ -174,3 +174,49 @@ def _hand_over(graph: ir.Graph, node: ir.Node, values: Sequence[ir.Value | None]
                 graph.outputs[index] = kept.outputs[0]
         output.replace_all_uses_with(value)
     graph.remove(node, safe=True)
+
+
+def choose_between(graph: ir.Graph, node: ir.Node) -> bool:
+    """An If that the data decide is both of its branches and a Where for each output, provided that the
+    branches are small, cannot fail on any data, and give equal types and shapes."""
+    if node.op_type != "If" or node.domain:
+        return False
+    branches = [node.attributes[name].as_graph() for name in ("then_branch", "else_branch")]
+    if any(len(branch) > _SMALL or not _harmless(branch) for branch in branches):
+        return False
+    # Inference says what is the same in both branches: where their shapes differ it knows none.
+    if not all(
+        isinstance(o.type, ir.TensorType) and o.shape is not None and o.shape.is_static()
+        for o in node.outputs
+    ):
+        return False
+    results = [_inserted(graph, node, branch, []) for branch in branches]
+    condition = node.inputs[0]
+    chosen = [
+        _made(graph, node, ir.node("Where", [condition, a, b]), f"{node.name}_chosen")
+        for a, b in zip(*results, strict=True)
+    ]
+    _hand_over(graph, node, chosen)
+    return True
+
+
+_SMALL = 100
+_NEVER_FAIL = frozenset(
+    {"Abs", "Add", "Sub", "Mul", "Div", "Neg", "Sqrt", "Exp", "Log", "Pow", "Relu", "Sigmoid", "Tanh", "Erf"}
+    | {"Min", "Max", "Clip", "Where", "Equal", "Less", "Greater", "Not", "And", "Or", "Cast", "CastLike"}
+    | {"Identity", "Constant", "MatMul", "Gemm", "Conv", "Softmax", "ReduceSum", "ReduceMean", "LeakyRelu"}
+)
+"""Operators whose only demand is on shapes, which inference has checked: what is not chosen may run as well."""
+
+
+def _harmless(branch: ir.Graph) -> bool:
+    return all(
+        not node.domain
+        and node.op_type in _NEVER_FAIL
+        and (node.op_type != "Div" or _is_float(node))  # integers divided by 0 are an error
+        for node in branch
+    )
+
+
+def _is_float(node: ir.Node) -> bool:
+    return any(v is not None and v.dtype == ir.DataType.FLOAT for v in (*node.inputs, *node.outputs))

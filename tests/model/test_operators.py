@@ -1,9 +1,8 @@
-"""The operators against ONNX's own test cases, and those with many forms against onnxruntime."""
+"""The operators with many forms against onnxruntime; test_conformance.py holds all against ONNX's cases."""
 
 from __future__ import annotations
 
 import itertools
-import warnings
 from typing import Any
 
 import numpy as np
@@ -13,89 +12,9 @@ import onnxruntime
 import pytest
 import torch
 
-from qpipe.model.fx import build, supported_ops
+from qpipe.model.fx import build
 from qpipe.model.operators import OPERATORS
 from tests.model.nets import normal, parsed
-
-DECLINED = {
-    **dict.fromkeys(
-        ("test_batchnorm_example_training_mode", "test_batchnorm_epsilon_training_mode"),
-        "training mode: a model is quantized in eval mode",
-    ),
-    **dict.fromkeys(
-        (
-            "test_training_dropout",
-            "test_training_dropout_default",
-            "test_training_dropout_default_mask",
-            "test_training_dropout_mask",
-        ),
-        "training mode draws random numbers",
-    ),
-    **dict.fromkeys(
-        (
-            "test_resize_downsample_scales_linear_align_corners",
-            "test_resize_downsample_scales_cubic_align_corners",
-        ),
-        "the reference divides by a length that is no integer; torch and onnxruntime do not",
-    ),
-}
-TORCH_LACKS = ("uint16", "uint32", "uint64")
-"""torch holds these types, but has hardly any arithmetic for them."""
-KNOWN = {"bool", "float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8"}
-
-
-def cases() -> list[Any]:
-    """ONNX's node cases whose operators and types are supported."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from onnx.backend.test.loader import load_model_tests
-
-        found = load_model_tests(kind="node")
-    return [case for case in found if case.model is not None and _supported(case)]
-
-
-def _supported(case: Any) -> bool:
-    known = supported_ops()
-    nodes = case.model.graph.node
-    if not all((node.domain.removeprefix("ai.onnx"), node.op_type) in known for node in nodes):
-        return False
-    arrays = [array for inputs, outputs in case.data_sets for array in [*inputs, *outputs]]
-    return all(hasattr(array, "dtype") and str(array.dtype) in {*KNOWN, *TORCH_LACKS} for array in arrays)
-
-
-def _types(case: Any) -> set[str]:
-    values = [*case.model.graph.input, *case.model.graph.output, *case.model.graph.value_info]
-    return {onnx.helper.tensor_dtype_to_np_dtype(v.type.tensor_type.elem_type).name for v in values}
-
-
-def _check(case: Any) -> None:
-    graph = ir.from_proto(case.model).graph
-    for i, node in enumerate(graph):
-        node.name = node.name or f"node_{i}"
-    module = build(graph)
-    for inputs, outputs in case.data_sets:
-        with torch.no_grad():
-            found = module(*(torch.tensor(array) for array in inputs))
-        for a, b in zip(found if isinstance(found, tuple) else (found,), outputs, strict=True):
-            assert (str(a.numpy().dtype), a.shape) == (str(b.dtype), b.shape)
-            # Half precision accumulates otherwise than numpy does.
-            slack = 1e-3 if b.dtype == np.float16 else 0.0
-            np.testing.assert_allclose(a.numpy(), b, rtol=max(case.rtol, slack), atol=max(case.atol, slack))
-
-
-@pytest.mark.slow
-def test_onnx_node_cases() -> None:
-    passed, failed = 0, {}
-    for case in cases():
-        if case.name in DECLINED or _types(case) & set(TORCH_LACKS):
-            continue
-        try:
-            _check(case)
-            passed += 1
-        except Exception as error:
-            failed[case.name] = f"{type(error).__name__}: {str(error).strip()[:200]}"
-    assert failed == {}
-    assert passed > 1100
 
 
 def both(proto: onnx.ModelProto, *arrays: np.ndarray[Any, Any]) -> tuple[Any, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from qpipe.model.operators import (
     activation,
     conv,
+    detection,
     elementwise,
     index,
     matmul,
@@ -14,6 +15,7 @@ from qpipe.model.operators import (
     reduce,
     resize,
     shape,
+    signal,
     unsigned,
 )
 from qpipe.model.operators.registry import OPERATORS, Operator
@@ -23,6 +25,7 @@ __all__ = [
     "Operator",
     "activation",
     "conv",
+    "detection",
     "elementwise",
     "index",
     "matmul",
@@ -32,5 +35,6 @@ __all__ = [
     "reduce",
     "resize",
     "shape",
+    "signal",
     "unsigned",
 ]

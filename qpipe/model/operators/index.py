@@ -137,3 +137,21 @@ def reverse_sequence(x: Tensor, lengths: Tensor, *, batch_axis: int = 1, time_ax
     if batch_axis == 0:
         index = index.t()
     return x.gather(time_axis, index.reshape(index.shape + (1,) * (x.ndim - 2)).expand_as(x))
+
+
+@operator("Unique", many=True)
+def unique(x: Tensor, *, axis: int | None = None, sorted: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The different elements, or slices along `axis`; where each comes first, which one each element is, and
+    how many there are of each. In order of appearance unless `sorted`."""
+    dim = 0 if axis is None else axis
+    flat = x.reshape(-1) if axis is None else x
+    values, inverse, counts = torch.unique(
+        flat, sorted=True, return_inverse=True, return_counts=True, dim=dim
+    )
+    places = torch.arange(inverse.numel(), device=x.device)
+    first = torch.full_like(counts, inverse.numel()).scatter_reduce(0, inverse, places, "amin")
+    if not sorted:
+        order = first.argsort()
+        values, first, counts = values.index_select(dim, order), first[order], counts[order]
+        inverse = order.argsort()[inverse]
+    return values, first, inverse, counts

@@ -37,3 +37,6 @@ def gemm(
 def einsum(*tensors: Tensor, equation: str) -> Tensor:
     """The sum of products that `equation` describes."""
     return torch.einsum(equation, *tensors)
+
+
+operator("Det")(torch.linalg.det)

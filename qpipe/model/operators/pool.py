@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qpipe.model.operators.registry import operator
+from qpipe.model.operators.registry import Ints, ints, operator
 from qpipe.model.operators.window import Window, padded, window
 
 _MAX: dict[int, Callable[..., Tensor]] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
@@ -157,3 +157,61 @@ def global_max_pool(x: Tensor) -> Tensor:
 def global_lp_pool(x: Tensor, *, p: int = 2) -> Tensor:
     """The p-norm over all spatial dimensions, kept with size 1."""
     return (x.abs() ** p).sum(dim=tuple(range(2, x.ndim)), keepdim=True) ** (1.0 / p)
+
+
+@operator("MaxUnpool", numbers=(2,))
+def max_unpool(
+    x: Tensor,
+    indices: Tensor,
+    output_shape: Ints = None,
+    *,
+    kernel_shape: tuple[int, ...],
+    pads: tuple[int, ...] | None = None,
+    strides: tuple[int, ...] | None = None,
+) -> Tensor:
+    """x put back to where `indices` say it came from, zeros elsewhere; the inverse of MaxPool's two outputs.
+
+    A larger `output_shape` widens the result at its ends."""
+    rank = len(kernel_shape)
+    steps, given = strides or (1,) * rank, pads or (0,) * (2 * rank)
+    spatial = tuple(
+        (x.shape[2 + i] - 1) * steps[i] + kernel_shape[i] - given[i] - given[rank + i] for i in range(rank)
+    )
+    shape = (*x.shape[:2], *spatial)
+    flat = x.new_zeros(math.prod(shape)).scatter(0, indices.reshape(-1), x.reshape(-1))
+    result = flat.reshape(shape)
+    if output_shape is None:
+        return result
+    ends = tuple(wanted - size for wanted, size in zip(ints(output_shape)[2:], spatial, strict=True))
+    return padded(result, (0,) * rank, ends)
+
+
+@operator("Col2Im", numbers=(1, 2))
+def col2im(
+    x: Tensor,
+    image_shape: Ints,
+    block_shape: Ints,
+    *,
+    dilations: tuple[int, ...] | None = None,
+    pads: tuple[int, ...] | None = None,
+    strides: tuple[int, ...] | None = None,
+) -> Tensor:
+    """Blocks x (N, C prod(block), L) added up where they lie in an image: (N, C, image)."""
+    image, block = ints(image_shape), ints(block_shape)
+    place = window(image, block, strides, dilations, pads, "NOTSET")
+    wide = tuple(b + size + e for b, size, e in zip(place.begins, image, place.ends, strict=True))
+    flat = torch.zeros((1, 1), dtype=torch.int64, device=x.device)
+    for size, k, step, gap in zip(wide, block, place.strides, place.dilations, strict=True):
+        count = (size - (k - 1) * gap - 1) // step + 1
+        taps = torch.arange(k, device=x.device) * gap
+        starts = torch.arange(count, device=x.device) * step
+        along = taps[:, None] + starts
+        flat = (flat[:, None, :, None] * size + along[None, :, None, :]).reshape(flat.shape[0] * k, -1)
+    parts = x.reshape(x.shape[0], -1, flat.numel())
+    summed = parts.new_zeros((*parts.shape[:2], math.prod(wide)))
+    summed = summed.index_add(2, flat.reshape(-1), parts)
+    return padded(
+        summed.reshape(*parts.shape[:2], *wide),
+        tuple(-n for n in place.begins),
+        tuple(-n for n in place.ends),
+    )
