@@ -121,13 +121,17 @@ def collect(
     if not disk.is_folder(store.root.resolve()):
         return Removed()
     results, _ = read_results(store)  # the long part, while others go on
+    have = dict(store.blobs())
+    lacking = [key for key, entry in results.items() if not _is_here(entry, have)]
+    lost = {key for key in lacking if store.complete({"blobs": results[key].blobs})}  # of a remote cache's, none may be
     with alone(store.root) as in_use:
-        return _collect(store, results, in_use, older_than_s, grace_s, max_bytes, drop)
+        return _collect(store, results, lost, in_use, older_than_s, grace_s, max_bytes, drop)
 
 
 def _collect(
     store: Store,
     known: Mapping[str, Entry],
+    lost: Collection[str],
     in_use: InUse,
     older_than_s: float | None,
     grace_s: float | None,
@@ -137,7 +141,7 @@ def _collect(
     results, going = read_results(store, known)
     have = dict(store.blobs())
     kept = in_use.keys | pinned(store)
-    going += [key for key, entry in results.items() if not _is_complete(store, entry, have)]
+    going += [key for key, entry in results.items() if key in lost and not _is_here(entry, have)]
     going += [key for key in drop if key in results and key not in kept]
     if older_than_s is not None:
         going += [key for key in results if key not in kept and store.age_s(key) > older_than_s]
@@ -159,10 +163,8 @@ def _collect(
     return Removed(len(dict.fromkeys(going)), len(gone), freed, left)
 
 
-def _is_complete(store: Store, entry: Entry, have: Mapping[str, int]) -> bool:
-    if all(have.get(digest) == size for digest, size in entry.blobs.items()):
-        return True
-    return not store.complete({"blobs": entry.blobs})  # a store may have its blobs elsewhere, too
+def _is_here(entry: Entry, have: Mapping[str, int]) -> bool:
+    return all(have.get(digest) == size for digest, size in entry.blobs.items())
 
 
 def _least_recently_used(
