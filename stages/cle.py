@@ -20,6 +20,9 @@ from 96.3 % to 12.6 % at 8 bits. `headroom` limits how much further than the cha
 reach: 96.1 % again, and 90 % instead of 10 % with 4-bit weights. The reach comes from samples, else from
 folded statistics.
 
+`norms: true` also rescales channels between a LayerNormalization (or the Mul that ends an RMS norm) and the linear
+layers that read it, so that activations and weights share one range per channel.
+
 Assumes: BatchNormalization folded (bnf); every value between the layers is read once, every weight by one
 layer.
 Source: Nagel, van Baalen, Blankevoort, Welling, Data-Free Quantization Through Weight Equalization and Bias
@@ -172,15 +175,16 @@ def cle(
     headroom: Annotated[float, Range(ge=1)] = 8.0,
     max_scale: Annotated[float, Range(gt=1)] = 1000.0,
     relu6: Literal["exact", "replace_if_unused"] = "exact",
+    norms: bool = False,
     ctx: Context = NULL,
 ) -> Model:
     """The model with its channels' ranges equalized across layers; it computes the same, which is measured.
 
     At most `iterations` passes over all rows of layers, fewer once no scale moves by more than `tolerance`
     (of its logarithm); 1 is one pass. `data` say how far activations reach, and serve `replace_if_unused` and
-    the measurement (random inputs without). The scales' extent, the largest error and each layer left as it
-    was, with the reason, are in `metadata["cle"]`. Errors: InputError for a quantized model or missing data;
-    StageError where the outputs moved by more than 1e-3.
+    the measurement (random inputs without); `norms` lets normalizations take part. The scales' extent, the
+    largest error and each layer left as it was, with the reason, are in `metadata["cle"]`. Errors: InputError
+    for a quantized model or missing data; StageError where the outputs moved by more than 1e-3.
     """
     if model.metadata.get("quantized_source"):
         ctx.note("The model came quantized, and its weights stay on their grids: cle leaves it as it is.")
@@ -198,11 +202,16 @@ def cle(
     from qpipe.model.channels import grouped
     from qpipe.model.compare import outputs_error
     from qpipe.model.links import chains, find_links, rescale_bounds
+    from qpipe.model.norm_links import equalize_norms, find_norm_links, measured
     from qpipe.model.reach import expected_reach, measured_reach, unreached
 
     editor = model.edit()
     layers = {layer.name: layer for layer in model.layers()}
     links, refused = find_links(editor, layers)
+    behind, stay = find_norm_links(editor, layers) if norms else ([], {})
+    reached = measured(model, behind, data.arrays if data is not None else None)
+    moved = equalize_norms(editor, behind, layers, reached, max_scale)
+    refused |= stay
     peaks = {
         name: np.abs(grouped(editor.param(layer.weight), layer.groups, layer.channel_axis)).max(axis=3)
         for name, layer in layers.items()
@@ -224,12 +233,15 @@ def cle(
             if step.node.op_type in ("Clip", "Min", "Max"):
                 rescale_bounds(editor, step, totals[link.first], str(step.node.name) in free)
     result = editor.model()
-    error = outputs_error(model, result, data.arrays if data is not None else None) if links else 0.0
+    error = outputs_error(model, result, data.arrays if data is not None else None) if links or moved else 0.0
     if error > LARGEST_ERROR:
         raise StageError(
             f"cle changed the model's outputs by {error:.1e} (relative); that is not float rounding."
         )
-    ctx.note(f"equalized {len(links)} pairs of layers in {passes} passes; the outputs moved by {error:.1e}.")
+    also = f" and {len(moved)} normalizations" if moved else ""
+    ctx.note(
+        f"equalized {len(links)} pairs of layers{also} in {passes} passes; the outputs moved by {error:.1e}."
+    )
     if refused:
         ctx.note(
             f"left {len(refused)} layers as they were: {'; '.join(f'{k}: {v}' for k, v in refused.items())}."
@@ -242,6 +254,10 @@ def cle(
                 "largest": float(totals[name].max()),
             }
             for name, link in links.items()
+        },
+        "norms": {
+            name: {"smallest": float(scale.min()), "largest": float(scale.max())}
+            for name, scale in moved.items()
         },
         "passes": passes,
         "largest_relative_error": float(f"{error:.1e}"),

@@ -23,7 +23,7 @@ from qpipe.model.folding import fold_constants, fold_weights
 from qpipe.model.invariants import drop_unused_initializers, lift_constants, remove_dead_nodes, restore
 from qpipe.model.naming import assign_names
 from qpipe.model.opsets import to_canonical_opset
-from qpipe.model.qdq_nodes import standard_nodes
+from qpipe.model.qdq_nodes import scale_sources, standard_nodes
 from qpipe.model.qdq_reader import Grids, read_activations, read_weights, skip_clips
 from qpipe.model.refusals import check_supported, refuse_unfit
 from qpipe.model.shapes import infer_shapes
@@ -73,7 +73,8 @@ def canonicalize(
     graph, grids = model.graph, Grids()
     for value in [value for value in graph.inputs if value.is_initializer()]:
         graph.inputs.remove(value)
-    kept = frozenset(_float_parameters(graph) if parameters is None else parameters)
+    named = _float_parameters(graph) if parameters is None else parameters
+    kept = frozenset(named) - scale_sources(graph)
     lift_constants(graph)
     graph.sort()
     _name_dynamic_dimensions(graph)

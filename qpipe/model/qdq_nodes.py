@@ -57,6 +57,20 @@ def standard_nodes(model: ir.Model) -> None:
         del model.opset_imports[domain]
 
 
+def scale_sources(graph: ir.Graph) -> set[str]:
+    """The initializers from which scales and zero points follow: constants, whoever calls them parameters."""
+    stack = [value for node in graph if quantizes(node) or dequantizes(node) for value in node.inputs[1:]]
+    seen: set[ir.Value | None] = {None}
+    while stack:
+        value = stack.pop()
+        if value in seen or value is None:
+            continue
+        seen.add(value)
+        producer = value.producer()
+        stack += producer.inputs if producer is not None else ()
+    return {str(value.name) for value in seen if value is not None and value.is_initializer()}
+
+
 def grid(node: ir.Node, rank: int | None = None) -> Encoding:
     """The grid of `node`; `rank` is that of its tensor, None for an activation, which has one scale.
 

@@ -230,6 +230,10 @@ def test_torch_fx_quantization_exported_to_onnx(tmp_path: Path) -> None:
     step = float(model.encodings[model.outputs[0].name].scale)
     found = model.session().run(None, {"x": x.numpy()})[0]
     np.testing.assert_allclose(found, module(x).detach().numpy(), atol=2.01 * step)
+    direct = Model.from_torch(module, x)
+    assert len(direct.encodings) == len(model.encodings)
+    again = direct.session().run(None, {direct.inputs[0].name: x.numpy()})[0]
+    np.testing.assert_allclose(again, found, atol=1.01 * step)
 
 
 def test_a_value_rounded_for_one_reader_only_gets_an_identity() -> None:

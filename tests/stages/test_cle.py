@@ -347,3 +347,69 @@ def test_a_dead_channel_does_not_set_the_range_of_all_activations(network, run, 
     equalized = cle(model, data)
     assert reach(equalized) < 8
     check_same(run, model, equalized, feeds)
+
+
+NORMS = {
+    "three readers": (
+        """n (float[N,5,8] x) => (float y) {
+            l = LayerNormalization<axis=-1>(x, g, b)  q = MatMul(l, q_w)  k = MatMul(l, k_w)  v = MatMul(l, v_w)
+            s = Mul(q, k)  y = Add(s, v) }""",
+        {"g": uneven(8), "b": (8,), "q_w": (8, 6), "k_w": (8, 6), "v_w": (8, 6)},
+        1,
+    ),
+    "Gemm": (
+        """n (float[N,8] x) => (float y) {
+            l = LayerNormalization(x, g)  r = Gemm<transB=1>(l, w, c)  y = Relu(r) }""",
+        {"g": uneven(8), "w": (6, 8), "c": (6,)},
+        1,
+    ),
+    "the end of an RMS norm": (
+        """n (float[N,5,8] x) => (float y) {
+            p = Mul(x, x)  a = ReduceMean(p, last)  r = Sqrt(a)  d = Div(x, r)  l = Mul(g, d)
+            y = MatMul(l, w) }""",
+        {"g": uneven(8), "w": (8, 6), "last": np.array([-1])},
+        1,
+    ),
+    "read by an Add too": (
+        """n (float[N,5,8] x) => (float y) {
+            l = LayerNormalization(x, g, b)  m = MatMul(l, w)  y = Add(m, l) }""",
+        {"g": uneven(8), "b": (8,), "w": (8, 8)},
+        0,
+    ),
+    "a shared scale": (
+        """n (float[N,5,8] x) => (float y) {
+            l = LayerNormalization(x, g)  m = MatMul(l, w)  o = LayerNormalization(m, g)  y = MatMul(o, v) }""",
+        {"g": uneven(8), "w": (8, 8), "v": (8, 8)},
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize("wired", [False, True])
+@pytest.mark.parametrize("name", NORMS)
+def test_channels_move_from_a_normalization_into_the_linear_layers_behind_it(network, run, name, wired):
+    text, params, count = NORMS[name]
+    model = network(text, params)
+    feeds = image(*(4, *(int(size) for size in model.inputs[0].shape[1:])))
+    equalized = cle(model, Samples(feeds) if wired else None, norms=True)
+    report = equalized.metadata["cle"]
+    assert len(report["norms"]) == count, report
+    check_same(run, model, equalized, feeds)
+    if count:
+        assert np.ptp(np.log(np.abs(equalized.param("g")))) < np.ptp(np.log(np.abs(model.param("g"))))
+    elif name == "read by an Add too":
+        assert any("which is no linear layer" in why for why in report["refused"].values())
+    else:
+        assert any("'g' is shared" in why for why in report["refused"].values())
+    assert not cle(model).metadata["cle"]["norms"]
+
+
+def test_activations_and_weights_share_a_range_behind_a_normalization(network):
+    text, params, _ = NORMS["three readers"]
+    model = network(text, params)
+    feeds = image(16, 5, 8)
+    equalized = cle(model, Samples(feeds), norms=True)
+    values = equalized.session(outputs=["l"]).run(None, feeds)[0]
+    reach = np.abs(values).max(axis=(0, 1))
+    weights = np.max([np.abs(equalized.param(f"{n}_w")).max(axis=1) for n in "qkv"], axis=0)
+    assert np.ptp(np.log(reach / weights)) < 1e-4
