@@ -207,8 +207,8 @@ def _codes(ingredients: Mapping[str, Any]) -> list[str]:
 def failure(error: BaseException) -> dict[str, Any]:
     """An exception as JSON: the sentence for the person, the exit status, and the traceback for the record."""
     ours = isinstance(error, QpipeError)
-    lines = [line.strip() for line in str(error).strip().splitlines()]
-    said = " ".join(lines) if ours else (lines or [""])[0]
+    lines = [line.rstrip() for line in str(error).strip().splitlines()]
+    said = "\n".join(lines) if ours else (lines or [""])[0]  # ours may list many reasons, a line each
     text = "".join(traceback.format_exception(error))
     return {
         "event": "failed",

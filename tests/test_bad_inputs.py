@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -142,13 +143,56 @@ def test_a_truncated_onnx_file(bench: Bench) -> None:
     assert_nothing_left(bench)
 
 
-@pytest.mark.parametrize(("op", "domain"), [("Mystery", "my.domain"), ("Det", "")])
+@pytest.mark.parametrize(("op", "domain"), [("Mystery", "my.domain"), ("Bernoulli", "")])
 def test_an_unsupported_operator_is_named_with_its_node(bench: Bench, op: str, domain: str) -> None:
     net(bench.model, extra=op, domain=domain)
     run = bench.run()
     assert run.returncode == 2, message(run)
     assert "odd_one" in message(run)
     assert op in message(run)
+    assert_nothing_left(bench)
+
+
+MANY_PROBLEMS = """<ir_version: 10, opset_import: ["": 21, "my.domain": 1]>
+net (float[batch,3,8,8] image, string[batch] title, float8e4m3fn[4] code, int64 count) => (float[batch,3] logits) {
+    [pool] pooled = GlobalAveragePool(image)
+    [flatten] last = Flatten(pooled)
+    [mystery] odd = my.domain.Mystery(last)
+    [noise] noisy = RandomNormalLike(odd)
+    [narrow] small = Cast<to=22>(noisy)
+    [words] parts = StringNormalizer(title)
+    [list] items = SequenceConstruct(small, small)
+    [loop] logits = Loop(count, , last) <body = step (int64 i, bool c, float[batch,3] a)
+        => (bool d, float[batch,3] b) { d = Identity(c)  b = Relu(a) }>
+}"""
+
+
+MANY_REASONS = """\
+- input 'title': it holds strings; text is not supported. Process it before the model.
+- input 'code': it holds float8e4m3fn, which torch cannot compute with. Give the model in float32.
+- node 'mystery' (op Mystery, domain my.domain): operators of the domain 'my.domain' are not known. \
+Write it in standard operators, or add its definition to the model as a function.
+- node 'noise' (op RandomNormalLike, domain ai.onnx): it draws random numbers. Export the model in eval mode.
+- node 'narrow' (op Cast, domain ai.onnx): it holds int4, which torch cannot compute with. Give the model in float32.
+- node 'words' (op StringNormalizer, domain ai.onnx): text is not supported. Process it before the model.
+- node 'list' (op SequenceConstruct, domain ai.onnx): sequences, maps and optionals are not supported. \
+Give tensors of their own to the model.
+- node 'loop' (op Loop, domain ai.onnx): how often it runs depends on the data. \
+Export the model with fixed sizes, or the loop unrolled.""".splitlines()
+
+
+def test_a_model_with_many_problems_is_told_all_of_them_at_once(bench: Bench) -> None:
+    onnx.save(onnx.parser.parse_model(MANY_PROBLEMS), bench.model)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    run = bench.run()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert run.returncode == 2
+    told = message(run)
+    problems = [line.strip() for line in told.splitlines() if line.startswith("          - ")]
+    assert problems == MANY_REASONS
+    assert "The model has 8 parts that cannot be taken:" in told
+    # Processor time, since other tests may be at work: of the run and of the worker that reads the model.
+    assert after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime < 10
     assert_nothing_left(bench)
 
 

@@ -91,8 +91,7 @@ def _nodes(model: ir.Model) -> Iterator[ir.Node]:
 
 
 def _clause(node: ir.Node, reason: str) -> str:
-    name = node.name or next((output.name for output in node.outputs if output.name), "")
-    return f"node {name!r} (op {node.op_type}, domain {node.domain or 'ai.onnx'}): {reason}"
+    return f"node {_name(node)!r} (op {node.op_type}, domain {node.domain or 'ai.onnx'}): {reason}"
 
 
 def _quantized(model: ir.Model) -> Iterator[str]:
@@ -101,10 +100,14 @@ def _quantized(model: ir.Model) -> Iterator[str]:
     if nodes:
         count = "1 node" if len(nodes) == 1 else f"{len(nodes)} nodes"
         yield (
-            f"the model is quantized in operator form: {count} such as {nodes[0].name!r} ({nodes[0].op_type}) on "
+            f"the model is quantized in operator form: {count} such as {_name(nodes[0])!r} ({nodes[0].op_type}) on "
             "integer codes. Give its QDQ form (in onnxruntime quant_format=QuantFormat.QDQ), or the float model "
             "that it was made from"
         )
+
+
+def _name(node: ir.Node) -> str:
+    return node.name or next((output.name for output in node.outputs if output.name), "")
 
 
 def _values(graph: ir.Graph, types: frozenset[ir.DataType]) -> Iterator[str]:

@@ -183,3 +183,134 @@ def test_every_operator_is_documented() -> None:
     ours = {name: op.function for name, op in OPERATORS.items() if op.function.__module__.startswith("qpipe")}
     assert len(ours) > 90
     assert [name for name, function in ours.items() if not function.__doc__] == []
+
+
+@pytest.mark.parametrize("centred", [0, 1])
+@pytest.mark.parametrize("least", [0.0, 0.5])
+def test_non_max_suppression(centred: int, least: float) -> None:
+    boxes = np.abs(normal(2, 12, 4)) if centred else normal(2, 12, 4)
+    proto = parsed(
+        "n (float[2,12,4] boxes, float[2,3,12] scores) => (int64[K,3] y) { y = NonMaxSuppression"
+        f"<center_point_box={centred}>(boxes, scores, most, iou, least) }}",
+        most=np.int64(5),
+        iou=np.float32(0.3),
+        least=np.float32(least),
+    )
+    ours, theirs = both(proto, boxes, normal(2, 3, 12, seed=1))
+    assert len(ours) > 4
+    assert np.array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("mode", ["avg", "max"])
+@pytest.mark.parametrize("corner", ["half_pixel", "output_half_pixel"])
+@pytest.mark.parametrize("ratio", [0, 2])
+def test_roi_align(mode: str, corner: str, ratio: int) -> None:
+    proto = parsed(
+        "n (float[2,3,9,8] x, float[4,4] rois) => (float y) { y = RoiAlign<"
+        f'mode="{mode}", coordinate_transformation_mode="{corner}", sampling_ratio={ratio}, '
+        "output_height=3, output_width=2, spatial_scale=0.5>(x, rois, which) }",
+        which=np.array([0, 1, 1, 0], np.int64),
+    )
+    rois = np.array([[0, 0, 9, 12], [3, 2, 15, 17], [-4, -3, 8, 9], [5, 5, 6, 6]], np.float32)
+    assert_same(proto, normal(2, 3, 9, 8), rois)
+
+
+@pytest.mark.parametrize("onesided", [0, 1])
+def test_short_time_spectra(onesided: int) -> None:
+    proto = parsed(
+        f"n (float[2,40,1] x) => (float y) {{ y = STFT<onesided={onesided}>(x, step, window) }}",
+        step=np.int64(6),
+        window=np.abs(normal(16)),
+    )
+    assert_same(proto, normal(2, 40, 1), tolerance=1e-4)
+
+
+def test_blocks_are_added_up_where_they_lie() -> None:
+    proto = parsed(
+        "n (float[2,12,L] x) => (float y) { "
+        "y = Col2Im<pads=[1,0,0,1], strides=[2,1], dilations=[1,2]>(x, image, block) }",
+        image=np.array([7, 6], np.int64),
+        block=np.array([2, 3], np.int64),
+    )
+    assert_same(proto, normal(2, 12, 4 * 3))
+
+
+def test_a_deformable_convolution_without_offsets_is_a_convolution() -> None:
+    w, b = normal(4, 2, 3, 3), normal(4, seed=1)
+    form = "group=2, pads=[1,1,1,1], strides=[2,1], dilations=[1,1]"
+    plain = parsed(f"n (float[2,4,7,6] x) => (float y) {{ y = Conv<{form}>(x, w, b) }}", w=w, b=b)
+    moved = parsed(
+        "n (float[2,4,7,6] x, float[2,36,4,6] o) => (float y) { "
+        f"y = DeformConv<{form}, offset_group=2>(x, w, o, b) }}",
+        w=w,
+        b=b,
+    )
+    x = normal(2, 4, 7, 6, seed=2)
+    theirs = both(plain, x)[1]
+    graph = ir.from_proto(moved).graph
+    graph[0].name = "conv"
+    zeros = torch.zeros(2, 36, 4, 6)
+    assert np.allclose(build(graph)(torch.tensor(x), zeros).detach(), theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["", "<sorted=0>", "<axis=0>", "<axis=1, sorted=0>"])
+def test_unique_elements(form: str) -> None:
+    proto = parsed(
+        f"n (float[5,4] x) => (float y, int64 i, int64 j, int64 k) {{ y, i, j, k = Unique{form}(x) }}"
+    )
+    x = np.random.default_rng(0).integers(0, 2, (5, 4)).astype(np.float32)
+    graph = ir.from_proto(proto).graph
+    graph[0].name = "unique"
+    theirs = onnxruntime.InferenceSession(proto.SerializeToString()).run(None, {"x": x})
+    for a, b in zip(build(graph)(torch.tensor(x)), theirs, strict=True):
+        assert np.array_equal(a.numpy(), b)
+
+
+@pytest.mark.parametrize("length", [None, 6, 11])
+def test_the_inverse_transform_has_the_gradient_of_torch_s(length: int | None) -> None:
+    from qpipe.model.operators.signal import dft
+
+    x = torch.randn(3, 8, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda v: dft(v, length, 1, inverse=1), (x,))
+    wanted = torch.view_as_real(torch.fft.ifft(torch.view_as_complex(x), length, 1))
+    assert torch.allclose(dft(x, length, 1, inverse=1), wanted)
+
+
+UNSIGNED = [
+    "Add",
+    "Sub",
+    "Mul",
+    "Div",
+    "Mod",
+    "Min",
+    "Max",
+    "Less",
+    "Greater",
+    "LessOrEqual",
+    "GreaterOrEqual",
+]
+
+
+@pytest.mark.parametrize("op", UNSIGNED)
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.uint64])
+def test_unsigned_numbers_of_every_size(op: str, dtype: type[np.unsignedinteger[Any]]) -> None:
+    kind = np.dtype(dtype).name
+    proto = parsed(f"n ({kind}[N] a, {kind}[N] b) => (y) {{ y = {op}(a, b) }}")
+    rng = np.random.default_rng(0)
+    most = np.iinfo(dtype).max
+    a = rng.integers(0, most, 400, dtype=dtype, endpoint=True)
+    b = np.maximum(
+        rng.integers(0, most, 400, dtype=dtype, endpoint=True) >> dtype(rng.integers(0, 9)), dtype(1)
+    )
+    a[:3], b[:3] = (most, most, 0), (1, most, most)
+    graph = ir.from_proto(proto).graph
+    graph[0].name = "n"
+    with np.errstate(over="ignore"):
+        wanted = {
+            "Add": a + b, "Sub": a - b, "Mul": a * b, "Div": a // b, "Mod": a % b,
+            "Min": np.minimum(a, b), "Max": np.maximum(a, b), "Less": a < b, "Greater": a > b,
+            "LessOrEqual": a <= b, "GreaterOrEqual": a >= b,
+        }[op]  # fmt: skip
+    found = build(graph)(torch.tensor(a), torch.tensor(b)).numpy()
+    assert found.dtype == wanted.dtype
+    assert np.array_equal(found, wanted)
