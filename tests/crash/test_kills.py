@@ -122,9 +122,10 @@ def test_a_run_killed_again_and_again_ends(lab: Lab, crash_report: Counter[str])
         trials.prepare()
         lab.calls()
         done = Counter[str]()
-        for _ in range(8):
+        for attempt in range(12):
             child = trials.begin()
-            time.sleep(rng.uniform(0.5, 0.9) * trials.duration_s)
+            longer = 1 + 0.2 * attempt  # lest a busy machine does not get beyond the start
+            time.sleep(rng.uniform(0.5, 0.9) * trials.duration_s * longer)
             struck(child, crash_report)
             assert half_written(lab.cache) == []
             done.update(lab.calls())
@@ -211,7 +212,7 @@ def test_the_whole_command_is_killed(lab: Lab, crash_report: Counter[str]) -> No
         assert outputs(lab.record()) == right
         verify = lab.words("cache", "verify")
         assert verify.wait() == 0, verify.text()
-        assert " 0 damaged, 0 results incomplete" in verify.text()
+        assert "all whole" in verify.text()
         crash_report["survived"] += 1
 
 
