@@ -1,16 +1,21 @@
-"""What caching costs: pipelines of 10 to 10,000 nodes that do next to nothing, run cold and again with nothing to do.
+"""What caching costs: pipelines of 10 to 10,000 nodes that do next to nothing, cold and again with nothing to do.
 
-    python benchmarks/cache.py [--sizes 10 100 1000 10000] [--rounds 3] [--only qpipe doit …] [--json FILE]
+    python benchmarks/cache.py [--sizes 10 100 1000 10000] [--rounds 3] [--limit 120] [--only qpipe doit …]
+                               [--peers FOLDER] [--json FILE]
 
 Two shapes: a chain (each node adds a number to the result of the one before) and a fan-out (each adds one to the result
 of the first). Each tool runs as its users run it, in a process of its own, the tools taking turns; figures are medians
-of CPU seconds, user and system, start-up and children included. `bare` is a Hydra app that composes the same config as
-qpipe and does nothing: what qpipe takes beyond it is its own. qpipe runs its actions in its own process
-(`run.workers=0`), as joblib and doit do; DVC and Snakemake start a process for each.
+of CPU seconds, user and system, start-up and children included. `cold, a node` is a cold run less a no-op run.
 
-The peers are joblib.Memory, doit, DVC and Snakemake: `pip install doit joblib dvc snakemake`, into this environment
-or into another that `--peers FOLDER` names (its `bin`). Who is not installed, or takes longer than `--limit` seconds
-for one run, is skipped from that size on, and the table says so. On a laptop with all peers: about half an hour.
+`bare` is a Hydra app that composes the same config as qpipe and does nothing: `beyond bare` is what qpipe's no-op run
+takes more, or less, since qpipe lets Hydra compose once and by libyaml. `bare-quick` is that app composing as qpipe
+does: `own` is what qpipe takes beyond it, its reading, hashing, looking up and reporting. qpipe runs its actions in its
+own process (`run.workers=0`), as joblib and doit do; DVC and Snakemake start a process for each.
+
+The peers are joblib.Memory, doit, DVC and Snakemake: `pip install doit joblib dvc snakemake`, into this environment or
+into another, whose `bin` is named by `--peers`. Who is not installed, or takes longer than `--limit` seconds for one
+run, is skipped from that size on, and the table says so. TMPDIR says where the pipelines and caches lie: on a disk that
+others write to at the same time, flushing costs several times as much. With all peers it takes about half an hour.
 """
 
 from __future__ import annotations
@@ -119,7 +124,20 @@ def write_qpipe(folder: Path, shape: str, nodes: int, _: Path) -> Tool:
 def write_bare(folder: Path, shape: str, nodes: int, _: Path) -> Tool:
     from cached_run import write_bare_app
 
-    return Tool("bare", [*write_bare_app(folder), *_overrides(folder / "own", shape, nodes)], folder, ("outputs",))
+    return Tool(
+        "bare", [*write_bare_app(folder), *_overrides(folder / "own", shape, nodes)], folder, ("outputs",)
+    )
+
+
+def write_bare_quick(folder: Path, shape: str, nodes: int, programs: Path) -> Tool:
+    """The bare app, composing as qpipe does."""
+    bare = write_bare(folder, shape, nodes, programs)
+    app = Path(bare.command[1])
+    quick = (
+        "import gc\ngc.disable()\nfrom qpipe.compose import quick_hydra\nwith quick_hydra():\n    main()\n"
+    )
+    app.write_text(app.read_text().replace("\nmain()\n", "\n" + quick))
+    return Tool("bare-quick", bare.command, folder, bare.memory)
 
 
 def _write_stages(folder: Path) -> None:
@@ -166,19 +184,22 @@ def write_dvc(folder: Path, shape: str, nodes: int, programs: Path) -> Tool:
     (folder / "dvc.yaml").write_text(json.dumps({"stages": stages}, indent=1))
     quiet = {"DVC_NO_ANALYTICS": "1"}
     subprocess.run([program, "init", "--no-scm", "-q"], cwd=folder, check=True, env=os.environ | quiet)
-    return Tool("dvc", [program, "repro", "-q"], folder, ("*.txt", "dvc.lock", ".dvc/cache", ".dvc/tmp"), quiet)
+    return Tool(
+        "dvc", [program, "repro", "-q"], folder, ("*.txt", "dvc.lock", ".dvc/cache", ".dvc/tmp"), quiet
+    )
 
 
 def write_snakemake(folder: Path, shape: str, nodes: int, programs: Path) -> Tool:
     goal = f'"n{nodes - 1}.txt"' if shape == "chain" else 'expand("n{i}.txt", i=range(nodes))'
     source = "int(wildcards.i) - 1" if shape == "chain" else "0"
     (folder / "Snakefile").write_text(SNAKEFILE.format(nodes=nodes, goal=goal, source=source))
-    command = [_program(programs, "snakemake"), "--cores", "1", "--quiet", "all"]
+    command = [_program(programs, "snakemake"), "--cores", "1", "--quiet", "rules", "progress"]
     return Tool("snakemake", command, folder, ("*.txt", ".snakemake"))
 
 
 WRITERS: dict[str, Callable[[Path, str, int, Path], Tool]] = {
     "bare": write_bare,
+    "bare-quick": write_bare_quick,
     "qpipe": write_qpipe,
     "joblib": write_joblib,
     "doit": write_doit,
@@ -235,7 +256,7 @@ def run(tool: Tool, limit_s: float) -> Cost:
         if status:
             said.seek(0)
             words = said.read().decode(errors="replace").strip().splitlines() or [""]
-            raise RuntimeError(f"failed ({status}): {words[-1][:120]}")
+            raise RuntimeError(f"failed ({status}): {words[-1][:100]}")
     return Cost(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, wall_s)
 
 
@@ -277,20 +298,24 @@ def rows_of(shape: str, nodes: int, found: dict[str, dict[str, Any]]) -> list[di
     return rows
 
 
-def shown(row: dict[str, Any], bare: dict[str, Any] | None) -> str:
+def shown(row: dict[str, Any], references: dict[str, dict[str, Any]]) -> str:
     """One line of the table."""
     start = f"{row['shape']:8} {row['nodes']:>6}  {row['tool']:10}"
     if "skipped" in row:
         return f"{start}  skipped: {row['skipped']}"
-    line = f"{start}{row['noop_cpu_s']:>9.2f} s{row['cold_cpu_s']:>10.2f} s"
-    if bare is None or row["tool"] != "qpipe" or "noop_cpu_s" not in bare:
-        return line
-    beyond = row["noop_cpu_s"] - bare["noop_cpu_s"]
-    each_ms = 1000 * (row["cold_cpu_s"] - bare["noop_cpu_s"]) / row["nodes"]
-    return f"{line}{beyond:>+12.2f} s{each_ms:>10.2f} ms"
+    each_ms = 1000 * (row["cold_cpu_s"] - row["noop_cpu_s"]) / row["nodes"]
+    line = f"{start}{row['noop_cpu_s']:>9.2f} s{row['cold_cpu_s']:>10.2f} s{each_ms:>13.2f} ms"
+    if row["tool"] == "qpipe":
+        for name in ("bare", "bare-quick"):
+            if "noop_cpu_s" in (reference := references.get(name, {})):
+                line += f"{row['noop_cpu_s'] - reference['noop_cpu_s']:>+11.2f} s"
+    return line
 
 
-HEAD = f"{'shape':8} {'nodes':>6}  {'tool':10}{'no-op':>11}{'cold':>12}{'no-op beyond':>14}{'cold a node':>13}"
+HEAD = (
+    f"{'shape':8} {'nodes':>6}  {'tool':10}{'no-op':>11}{'cold':>12}{'cold, a node':>16}"
+    f"{'beyond bare':>13}{'own':>13}"
+)
 
 
 def compare(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
@@ -316,7 +341,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]
                 if "skipped" in row and (row["tool"], shape) not in given_up:
                     known = row["skipped"].startswith("not installed")
                     given_up[row["tool"], shape] = row["skipped"] + ("" if known else f", at {nodes:,} nodes")
-                print(shown(row, next((one for one in new if one["tool"] == "bare"), None)), flush=True)
+                print(shown(row, {one["tool"]: one for one in new}), flush=True)
             rows += new
             shutil.rmtree(folder)
             folder.mkdir()
@@ -324,13 +349,17 @@ def compare(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sizes", type=int, nargs="+", default=[10, 100, 1000, 10_000])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=SHAPES)
     parser.add_argument("--only", nargs="+", choices=list(WRITERS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--limit", type=float, default=120.0, help="seconds for one run of one tool")
-    parser.add_argument("--peers", type=Path, default=Path(sys.executable).parent, help="bin of their environment")
+    parser.add_argument(
+        "--peers", type=Path, default=Path(sys.executable).parent, help="bin of their environment"
+    )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -338,7 +367,11 @@ def main() -> None:
         folder.mkdir()
         rows = compare(arguments, folder)
     if arguments.json:
-        facts = {"python": platform.python_version(), "platform": platform.platform(), "cores": os.cpu_count()}
+        facts = {
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "cores": os.cpu_count(),
+        }
         arguments.json.write_text(json.dumps({**facts, "rounds": arguments.rounds, "rows": rows}, indent=1))
 
 
