@@ -11,6 +11,7 @@ from qpipe.stages.calibrate import calibrate
 from qpipe.stages.nearest import nearest
 
 from qpipe.errors import InputError
+from qpipe.model.target import Nodes
 from qpipe.numerics.grid import quantize_dequantize
 from qpipe.numerics.scheme import Scheme, TensorScheme
 from qpipe.stage import Context, Samples
@@ -252,7 +253,7 @@ def test_layers_that_are_not_tuned_are_named_with_their_reason(network, target):
     model = network(text, {"w": (8, 8), "v": (8, 8), "u": (8, 8), "s": (8, 8)})
     data = Samples({"x": correlated(0, 40, 8).arrays["x"], "z": np.ones((40, 8), np.float32)})
     names = {layer.output: layer.name for layer in model.layers()}
-    calibrated = calibrate(model, data, scheme=W4, target=replace(target, exclude=("u",)))
+    calibrated = calibrate(model, data, scheme=W4, target=replace(target, nodes=Nodes(exclude=("u",))))
     encodings = {**calibrated.encodings, "v": replace(calibrated.encodings["v"], frozen=True)}
     ctx = Resuming()
     tuned = adaround(calibrated.with_encodings(encodings), data, ctx=ctx)
