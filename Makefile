@@ -1,16 +1,20 @@
-# `make demo`: set up, then quantize the built-in model. `make test`: set up, then run the tests.
+# `make demo`: set up, then quantize the built-in model. `make test`: set up, then run the tests; `make test-slow`: those
+# that take longer, such as whole networks and processes killed by the hundred.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test lint types setup clean
+.PHONY: demo test test-slow lint types setup clean
 
 demo: $(VENV)/.installed
 	$(BIN)/qpipe
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
