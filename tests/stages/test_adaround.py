@@ -210,6 +210,25 @@ def test_a_killed_run_goes_on_at_the_layer_where_it_was(net, target, options):
     assert ctx.new == 4
 
 
+@pytest.mark.parametrize("options", [{}, {**FAST, "iterations": 50}])
+def test_another_bitwidth_of_one_layer_solves_that_layer_and_those_behind_it(net, target, options):
+    data = correlated(0, 40, 3, 6, 6)
+    calibrated = calibrate(net, data, scheme=W4A8, target=target)
+    finer = calibrate(
+        net, data, scheme=Scheme(replace(W4A8.weight, bitwidth=6), W4A8.activation), target=target
+    )
+    ctx = Resuming()
+    adaround(calibrated, data, **options, ctx=ctx)
+    weights = [layer.weight for layer in calibrated.layers()]
+    assert ctx.new == len(weights) == 3
+    for place, weight in enumerate(weights):
+        ctx.new = 0
+        mixed = {**calibrated.encodings, weight: finer.encodings[weight]}
+        tuned = adaround(calibrated.with_encodings(mixed), data, **options, ctx=ctx)
+        assert tuned.encodings[weight].bitwidth == 6
+        assert ctx.new == len(weights) - place
+
+
 def test_progress_names_the_layers_and_ends_at_all_of_them(net, target):
     data = correlated(0, 20, 3, 6, 6)
     ctx = Resuming()
