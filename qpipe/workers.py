@@ -232,11 +232,16 @@ def serve(store: Store, threads: int, fd: int) -> None:
 
 
 def _listen(connection: socket.socket, requests: queue.Queue[Request]) -> None:
-    """Queue requests; when the owner is gone, end this process at once, in the middle of whatever it does."""
-    with connection.makefile("rb") as lines:
-        for line in lines:
-            requests.put(json.loads(line))
-    os._exit(1)
+    """Queue requests; when the owner is gone, end this process at once, in the middle of whatever it does.
+
+    An owner that was killed before it read all that was sent to it leaves not an end but a reset, an OSError.
+    """
+    try:
+        with connection.makefile("rb") as lines:
+            for line in lines:
+                requests.put(json.loads(line))
+    finally:
+        os._exit(1)
 
 
 if __name__ == "__main__":

@@ -80,19 +80,25 @@ class Trials:
 
 
 def gone(survivors: Callable[[], list[int]], where: str) -> None:
-    """Every process ends within two seconds of its owner."""
-    deadline = time.monotonic() + 2
+    """Every process ends soon after its owner; one that was just begun has to start first, on a busy machine too."""
+    deadline = time.monotonic() + 10
     while left := survivors():
         assert time.monotonic() < deadline, f"{where}: processes {left} live on"
         time.sleep(0.01)
 
 
-def struck(child: Child, counts: Counter[str]) -> None:
-    """Kill a run and count it."""
+def struck(child: Child, counts: Counter[str]) -> bool:
+    """Kill a run and count it; whether it had not ended before."""
     child.kill()
     child.wait()
+    landed = child.status == -signal.SIGKILL
     counts["tried"] += 1
-    counts["ended before the kill"] += child.status != -signal.SIGKILL
+    counts["ended before the kill"] += not landed
+    return landed
+
+
+KILLS = 40
+"""That land, of each of four seeded series; the other tests of this file bring it to more than 200."""
 
 
 @pytest.mark.slow
@@ -104,13 +110,14 @@ def test_a_run_killed_at_any_moment_goes_on(
     warm = pipeline(factor=2.0) if state == "warm" else None
     trials = Trials(lab, crash_report, pipeline(), warm, workers=0)
     rng = random.Random(f"{state} {seed}")
-    for i in range(36):
+    landed = 0
+    while landed < KILLS:
         trials.prepare()
         moment = trials.moment(rng)
         child = trials.begin()
         time.sleep(moment)
-        struck(child, crash_report)
-        trials.check(f"{state} {seed}, trial {i}, killed after {moment:.4f} s")
+        landed += struck(child, crash_report)
+        trials.check(f"{state} {seed}, kill {landed}, after {moment:.4f} s")
 
 
 @pytest.mark.slow
