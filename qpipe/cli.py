@@ -13,8 +13,8 @@ import gc
 import os
 import secrets
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import hydra
@@ -200,7 +200,8 @@ def _compose(many: Many, command: str, rest: list[str]) -> int:
     def task(config: DictConfig) -> None:
         folder = Path(HydraConfig.get().runtime.output_dir)
         overrides = tuple(HydraConfig.get().overrides.task)
-        status.append(_carry_out(many, lambda: [make_job(config, folder, overrides)], [folder]))
+        left = [folder] if command == "run" else []
+        status.append(_carry_out(many, lambda: [make_job(config, folder, overrides)], left))
 
     def sweep(configs: Sequence[tuple[DictConfig, Path, tuple[str, ...]]]) -> None:
         label = "#{} " if len(configs) > 1 else ""
@@ -208,22 +209,35 @@ def _compose(many: Many, command: str, rest: list[str]) -> int:
         def build() -> list[Job]:
             return [make_job(*config, label.format(i)) for i, config in enumerate(configs)]
 
-        status.append(_carry_out(many, build, [folder for _, folder, _ in configs]))
+        left = [folder for _, folder, _ in configs] if command == "run" else []
+        status.append(_carry_out(many, build, left))
 
     task.qpipe_sweep = sweep  # type: ignore[attr-defined]  # the launcher finds it here
-    quiet = (
-        []
-        if command == "run"
-        else ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra.sweep.dir=.", "hydra.sweep.subdir=."]
-    )
-    sys.argv = [sys.argv[0], *rest, *quiet]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us, not as Hydra's traceback
     try:
-        with quick_hydra():
+        with quick_hydra(), _leaving_nothing(command) as quiet:
+            sys.argv = [sys.argv[0], *rest, *quiet]
             hydra.main(version_base="1.3", config_path="pkg://qpipe.conf", config_name="config")(task)()
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(one_line(error)) from error
     return max(status, default=0)
+
+
+@contextmanager
+def _leaving_nothing(command: str) -> Iterator[list[str]]:
+    """The overrides with which Hydra leaves no file: only a run has a folder, and a sweep writes multirun.yaml."""
+    if command == "run":
+        yield []
+        return
+    from tempfile import TemporaryDirectory
+
+    with TemporaryDirectory(prefix="qpipe-") as folder:
+        yield [
+            "hydra.run.dir=.",
+            "hydra.output_subdir=null",
+            f"hydra.sweep.dir='{folder}'",
+            "hydra.sweep.subdir=.",
+        ]
 
 
 def one_line(error: BaseException) -> str:
