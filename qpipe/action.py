@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from qpipe.artifact import Artifact, Statistics, load, save
+from qpipe.cache.store import Store
 from qpipe.catalog import catalog
 from qpipe.errors import ChangedError, DamagedError, QpipeError
 from qpipe.hashing import digest
@@ -29,7 +30,6 @@ from qpipe.loaded import differing
 from qpipe.param import coerce
 from qpipe.plan import Action
 from qpipe.stage import Context
-from qpipe.store import Store
 
 _HELD = 1 << 28  # bytes; about what torch and onnxruntime take themselves
 Emit = Callable[[dict[str, Any]], None]

@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from qpipe.artifact import references
-from qpipe.cleanup import Entry, collect, read_results
+from qpipe.cache.cleanup import Entry, collect, read_results
+from qpipe.cache.pins import pin, pinned, pins, unpin
+from qpipe.cache.store import Store
 from qpipe.errors import CacheError, ConfigError, DamagedError
 from qpipe.hashing import is_digest
 from qpipe.history import rebuild
 from qpipe.param import listed, nearest
-from qpipe.pins import pin, pinned, pins, unpin
 from qpipe.record import RECORD
 from qpipe.report.table import table
-from qpipe.store import Store
 from qpipe.sweep import Job, open_local_store, plan_jobs
 
 _SHORT = 16  # characters of a key that are shown
@@ -146,7 +146,7 @@ def _gc(jobs: Sequence[Job], store: Store, words: Sequence[str]) -> int:
 
 
 def _verify(jobs: Sequence[Job], store: Store, words: Sequence[str]) -> int:
-    from qpipe.audit import verify
+    from qpipe.cache.audit import verify
 
     found = verify(store)
     for problem in found.problems:
@@ -187,7 +187,7 @@ def _unpin(jobs: Sequence[Job], store: Store, words: Sequence[str]) -> int:
 
 
 def _export(jobs: Sequence[Job], store: Store, words: Sequence[str]) -> int:
-    from qpipe.archive import export
+    from qpipe.cache.archive import export
 
     with store.using():
         with store.looking():
@@ -204,7 +204,7 @@ def _export(jobs: Sequence[Job], store: Store, words: Sequence[str]) -> int:
 
 
 def _import(jobs: Sequence[Job], store: Store, words: Sequence[str]) -> int:
-    from qpipe.archive import import_archive
+    from qpipe.cache.archive import import_archive
 
     found = import_archive(store, Path(words[0]))
     if found.results:

@@ -24,42 +24,8 @@ from qpipe.errors import ConfigError
 from qpipe.hashing import Memo, digest, digest_file, file_identity
 from qpipe.syntax import EVERY, Analysis, Import, analyse
 
-ENGINE = frozenset(
-    {
-        "errors",
-        "hashing",
-        "syntax",
-        "code",
-        "loaded",
-        "artifact",
-        "index",
-        "lock",
-        "store",
-        "cleanup",
-        "param",
-        "stage",
-        "catalog",
-    }
-    | {
-        "spec",
-        "graph",
-        "changes",
-        "history",
-        "plan",
-        "estimate",
-        "explain",
-        "action",
-        "workers",
-        "executor",
-        "sweep",
-        "cli",
-        "compose",
-        "report",
-        "hydra_plugins",
-        "conf",
-    }
-)
-"""The modules of qpipe that are no part of a formula."""
+FORMULA = frozenset({"", "demo", "mapped", "model", "numerics", "stages"})
+"""The parts of qpipe that results are made by; the others decide when a formula runs, never what it gives."""
 
 _FORM = 1  # the version of the normal form, and so of what a memo holds
 _DISTRIBUTIONS = {"PIL": "pillow", "cv2": "opencv-python", "sklearn": "scikit-learn", "yaml": "PyYAML"}
@@ -218,7 +184,7 @@ class _Module:
     def party(self, own: set[str]) -> str:
         """ "first", "library", "stdlib" or "engine"."""
         top, _, rest = self.name.partition(".")
-        if top == "qpipe" and rest.partition(".")[0] in ENGINE:
+        if top == "qpipe" and rest.partition(".")[0] not in FORMULA:
             return "engine"
         if top in own or (self.file is None and not self.builtin):
             return "first"

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qpipe.cache.store import Store
 from qpipe.catalog import catalog, plain
 from qpipe.errors import ConfigError
 from qpipe.estimate import Estimate, estimate
@@ -22,7 +23,6 @@ from qpipe.report.text import duration, plural
 from qpipe.runs import LAST, find_record, read_record
 from qpipe.spec import FirstWithin
 from qpipe.stage import REQUIRED
-from qpipe.store import Store
 from qpipe.sweep import NOT_CACHED, Job, open_store, plan_jobs, refusal, run_jobs
 
 

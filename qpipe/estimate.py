@@ -10,11 +10,11 @@ import dataclasses
 import heapq
 from collections.abc import Iterable, Mapping, Sequence
 
+from qpipe.cache.store import Store
 from qpipe.hashing import digest
 from qpipe.history import expected_s
 from qpipe.plan import Outcome, Walk
 from qpipe.spec import FirstWithin
-from qpipe.store import Store
 
 
 @dataclasses.dataclass(frozen=True)

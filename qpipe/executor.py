@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from qpipe.action import as_result, failure, request
+from qpipe.cache.store import Store
 from qpipe.catalog import catalog
 from qpipe.errors import CacheError, ChangedError, DamagedError, InputError, QpipeError
 from qpipe.graph import Graph
 from qpipe.history import remember
 from qpipe.plan import Action, State, Walk, fits
 from qpipe.spec import RunSpec
-from qpipe.store import Store
 from qpipe.workers import Event, InProcess, Pool, Processes
 
 _POLL_S = 0.1

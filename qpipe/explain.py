@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any, Protocol
 
+from qpipe.cache.store import Store
 from qpipe.changes import Change, changes
 from qpipe.history import previous_key
 from qpipe.plan import Walk
 from qpipe.record import ingredients_of
 from qpipe.spec import FirstWithin
-from qpipe.store import Store
 
 NAMED = 6
 """So many nodes are named in a sentence."""

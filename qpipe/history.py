@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from qpipe.cache.store import Store
 from qpipe.hashing import is_digest
-from qpipe.store import Store
 
 _HISTORY = "history"
 _DURATION = "duration"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qpipe.artifact import FORMAT, Artifact, Scores, load
+from qpipe.cache.store import Store
 from qpipe.changes import differences, digests_in, listing
 from qpipe.code import CodeIndex
 from qpipe.companions import content
@@ -24,7 +25,6 @@ from qpipe.history import expected_s, previous_result
 from qpipe.param import is_factory, listed
 from qpipe.spec import FirstWithin, NodeSpec
 from qpipe.stage import Stage
-from qpipe.store import Store
 
 State = Literal["hit", "ran", "failed", "skipped", "not_needed", "run", "wait"]
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from qpipe.artifact import Artifact, load
+from qpipe.cache.store import Store
 from qpipe.graph import Source
 from qpipe.plan import Outcome, Walk
 from qpipe.spec import FirstWithin
-from qpipe.store import Store
 
 SCHEMA = 2
 RECORD = "record.json"

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from qpipe.cache.cleanup import parse_size
 from qpipe.catalog import MISSING, RESERVED, catalog
-from qpipe.cleanup import parse_size
 from qpipe.errors import ConfigError, InputError
 from qpipe.param import coerce, listed, nearest
 from qpipe.stage import REQUIRED, Stage
 
 if TYPE_CHECKING:
-    from qpipe.remote import RemoteOptions
+    from qpipe.cache.remote import RemoteOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,7 +221,7 @@ def _remote(cache: Mapping[str, Any]) -> RemoteOptions | None:
     """Where the shared cache is; None where there is none, or it is off."""
     if cache.get("remote") is None or cache.get("remote_mode") == "off":
         return None
-    from qpipe.remote import RemoteOptions
+    from qpipe.cache.remote import RemoteOptions
 
     names = {"url": "remote", "mode": "remote_mode", "timeout_s": "remote_timeout_s", "lease_s": "remote_lease_s"}
     values = {field: cache[name] for field, name in names.items() if cache.get(name) is not None}

@@ -14,7 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from qpipe.cleanup import collect
+from qpipe.cache.cleanup import collect
+from qpipe.cache.store import Store
 from qpipe.errors import CacheError, ConfigError, DamagedError, InputError
 from qpipe.estimate import misses
 from qpipe.executor import View, execute, exit_code, forget, open_pool
@@ -22,7 +23,6 @@ from qpipe.graph import build_graph
 from qpipe.plan import Keyring, Outcome, Walk
 from qpipe.record import RunInfo, build_record, json_text, write_config, write_files, write_record
 from qpipe.spec import PipelineSpec, RunSpec
-from qpipe.store import Store
 
 GOAL_MISSED = 3
 NOT_CACHED = 4
@@ -62,9 +62,9 @@ def open_store(spec: PipelineSpec) -> Store:
         raise ConfigError(
             f"cache.remote: '{spec.remote.url}' lives in one process, and workers are others. Set run.workers=0."
         )
-    from qpipe.objects import check_url, folder_of
-    from qpipe.remote import Remote
-    from qpipe.tier import TieredStore
+    from qpipe.cache.objects import check_url, folder_of
+    from qpipe.cache.remote import Remote
+    from qpipe.cache.tier import TieredStore
 
     folder = _cache_folder(spec)
     if check_url(spec.remote.url) == "file" and folder_of(spec.remote.url).resolve() == folder.resolve():

@@ -21,12 +21,12 @@ from typing import Any
 
 from qpipe.action import request, surroundings
 from qpipe.artifact import Artifact, load, references
+from qpipe.cache.store import Store
 from qpipe.differing import first_difference
 from qpipe.errors import QpipeError
 from qpipe.executor import open_pool
 from qpipe.plan import Action, Walk
 from qpipe.spec import NodeSpec, RunSpec
-from qpipe.store import Store
 from qpipe.workers import Pool
 
 _PREFIX = "verify-"

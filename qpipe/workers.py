@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from qpipe.action import Request, failure, perform, set_threads
-from qpipe.store import Store
+from qpipe.cache.store import Store
 
 Event = dict[str, Any]
 _CHUNK = 1 << 16
@@ -205,7 +205,7 @@ def _cause(status: int) -> str:
 def _open(address: dict[str, Any]) -> Store:
     if address.get("remote") is None:
         return Store(Path(address["root"]))
-    from qpipe.tier import open_address
+    from qpipe.cache.tier import open_address
 
     return open_address(address)
 

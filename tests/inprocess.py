@@ -8,9 +8,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from qpipe.cache.store import Store
 from qpipe.plan import Walk
 from qpipe.spec import read_spec
-from qpipe.store import Store
 from qpipe.sweep import Job, plan_jobs, run_jobs
 
 

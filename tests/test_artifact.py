@@ -23,10 +23,10 @@ from qpipe.artifact import (
     references,
     save,
 )
+from qpipe.cache.store import Store
 from qpipe.errors import DamagedError, InputError
 from qpipe.hashing import digest_bytes
 from qpipe.numerics.grid import Encoding, same_grid
-from qpipe.store import Store
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_bfloat16_survives_in_a_process_that_has_not_heard_of_it(store: Store) -
     ml_dtypes = pytest.importorskip("ml_dtypes")
     artifact = save(Statistics({"x": np.arange(3).astype(ml_dtypes.bfloat16)}, {}), store)
     program = (
-        "from qpipe.store import Store; from qpipe.artifact import Artifact, load; import sys, pathlib\n"
+        "from qpipe.cache.store import Store; from qpipe.artifact import Artifact, load; import sys, pathlib\n"
         "x = load(Artifact('Statistics', sys.argv[2], 0), Store(pathlib.Path(sys.argv[1]))).arrays['x']\n"
         "assert x.dtype.name == 'bfloat16' and x.astype(float).tolist() == [0, 1, 2]"
     )
@@ -294,7 +294,7 @@ def test_encodings_come_back_bit_for_bit(store: Store) -> None:
 
 def test_scores_are_saved_and_loaded_without_numpy(tmp_path: Path) -> None:
     program = (
-        "import sys, pathlib; import qpipe.artifact as a; from qpipe.store import Store\n"
+        "import sys, pathlib; import qpipe.artifact as a; from qpipe.cache.store import Store\n"
         "store = Store(pathlib.Path(sys.argv[1])); a.load(a.save(a.Scores({'score': 1.0}), store), store)\n"
         "assert not {'numpy', 'torch', 'onnx', 'onnxruntime', 'diskcache'} & set(sys.modules)"
     )

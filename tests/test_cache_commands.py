@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
+from qpipe.cache.cleanup import collect
+from qpipe.cache.store import Store
 from qpipe.cache_commands import COMMANDS, cache_command
-from qpipe.cleanup import collect
 from qpipe.completion import complete
 from qpipe.errors import CacheError, ConfigError
-from qpipe.store import Store
 from qpipe.sweep import Job
 from tests.inprocess import carry_out, job, keys
 from tests.toy import Toy

@@ -19,10 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qpipe.artifact import Artifact
+from qpipe.cache.store import Store
 from qpipe.hashing import _digest_any, digest
 from qpipe.plan import Action, Keyring, decide
 from qpipe.spec import NodeSpec
-from qpipe.store import Store
 
 INGREDIENTS: dict[str, Any] = {
     "format": 1,

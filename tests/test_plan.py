@@ -10,10 +10,10 @@ from omegaconf import OmegaConf
 
 from qpipe.action import artifact_json
 from qpipe.artifact import FORMAT, Artifact, Scores, canonical_json, save
+from qpipe.cache.store import Store
 from qpipe.graph import build_graph
 from qpipe.plan import Action, Keyring, Walk, differences
 from qpipe.spec import read_spec
-from qpipe.store import Store
 from tests.toy import Toy
 
 

@@ -13,14 +13,14 @@ from xml.etree import ElementTree
 import pytest
 from omegaconf import OmegaConf
 
+from qpipe.cache.index import Index
+from qpipe.cache.store import Store
 from qpipe.executor import urgency
 from qpipe.graph import build_graph
-from qpipe.index import Index
 from qpipe.plan import Keyring, Walk
 from qpipe.report.html import SHOWN, render
 from qpipe.report.terminal import LISTED
 from qpipe.spec import read_spec
-from qpipe.store import Store
 from tests.toy import Toy
 
 NODES = 1000

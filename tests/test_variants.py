@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from qpipe.artifact import Files, Samples, load, save
+from qpipe.cache.store import Store
 from qpipe.hashing import digest_bytes
 from qpipe.mapped import let_go, mapping_behind
-from qpipe.store import Store
 
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "variants.py"
 
@@ -86,7 +86,7 @@ def test_a_value_that_is_passed_on_is_neither_hashed_nor_written_again(
         hashed.append(memoryview(buffer).nbytes)
         return digest_bytes(buffer)
 
-    monkeypatch.setattr("qpipe.store.digest_bytes", count)
+    monkeypatch.setattr("qpipe.cache.store.digest_bytes", count)
     written: list[object] = []
     monkeypatch.setattr(Store, "write", lambda *arguments: written.append(arguments))
     assert save(loaded, store) == artifact

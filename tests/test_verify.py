@@ -141,7 +141,7 @@ def test_another_machine_is_told(noisy: Toy) -> None:
 
 
 def seal(key: str, result: dict[str, Any]) -> str:
-    from qpipe.store import _seal
+    from qpipe.cache.store import _seal
 
     return _seal(key, result)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from qpipe.store import Store
+from qpipe.cache.store import Store
 from tests.crash.test_kills import pipeline
 from tests.trust.lab import Lab, blobs, flip, half_written, incomplete, outputs, overwrite
 

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qpipe.cache.store import Store
 from qpipe.hashing import digest_file, is_digest
-from qpipe.store import Store
 from tests.toy import Toy
 from tests.trust.nursery import MARK, Child, Nursery, marked
 

@@ -148,7 +148,7 @@ def _serve() -> None:
 def _warm_up() -> None:
     import importlib
 
-    for name in ("cli", "commands", "sweep", "executor", "cleanup", "code", "report.terminal", "report.html"):
+    for name in ("cli", "commands", "sweep", "executor", "cache.cleanup", "code", "report.terminal", "report.html"):
         importlib.import_module(f"qpipe.{name}")
     for name in ("filelock", "networkx", "numpy", "safetensors.numpy", "yaml", "platformdirs"):
         importlib.import_module(name)

@@ -25,8 +25,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from qpipe.cleanup import collect
-from qpipe.store import Store
+from qpipe.cache.cleanup import collect
+from qpipe.cache.store import Store
 from tests.trust.lab import Lab, blobs, flip
 from tests.trust.nursery import Nursery
 

@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
+from qpipe.cache.objects import Objects, check_url, open_objects
 from qpipe.errors import CacheError
 from qpipe.hashing import digest_bytes
-from qpipe.objects import Objects, check_url, open_objects
 
 T = TypeVar("T")
 Mode = Literal["write", "read", "off"]

@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from qpipe.artifact import canonical_json
-from qpipe.audit import contradiction
+from qpipe.cache.audit import contradiction
+from qpipe.cache.store import RESULT_LIMIT, Store, sealed, unsealed
 from qpipe.errors import CacheError, DamagedError, InputError
-from qpipe.store import RESULT_LIMIT, Store, sealed, unsealed
 
 FORMAT = 1
 _MANIFEST = "qpipe-cache.json"

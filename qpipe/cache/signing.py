@@ -18,9 +18,9 @@ from typing import Any
 from blake3 import blake3
 
 from qpipe.artifact import canonical_json
+from qpipe.cache.store import sealed, unsealed
 from qpipe.errors import ConfigError
 from qpipe.hashing import digest
-from qpipe.store import sealed, unsealed
 
 Json = Any
 VARIABLE = "QPIPE_CACHE_SECRET"

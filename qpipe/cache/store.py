@@ -3,11 +3,11 @@
     blobs/<2>/<digest>        immutable, read-only, named by the BLAKE3 of their content (`b3sum` agrees)
     actions/<2>/<key>.json    the result of an action: its outputs, the blobs they consist of, its provenance
     locks/<2>/<key>.lock      held by the process that computes an action; the kernel frees it when that dies
-    running/                  what live processes rely on, so that no cleanup takes it (qpipe.usage)
-    pins/<name>.json          results that no cleanup takes until they are unpinned (qpipe.cleanup)
+    running/                  what live processes rely on, so that no cleanup takes it (qpipe.cache.usage)
+    pins/<name>.json          results that no cleanup takes until they are unpinned (qpipe.cache.cleanup)
     tmp/                      files being written: locked by their writer, renamed when whole
     damaged/                  what was not what its name says, kept for a look until the next gc
-    index/                    what can be rebuilt (qpipe.index)
+    index/                    what can be rebuilt (qpipe.cache.index)
 
 What is read is verified; what is missing, damaged or made up is a miss, never an error of the run. What is
 written is there whole or not at all, whoever is killed meanwhile: written beside, flushed, moved, the move flushed;
@@ -31,18 +31,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qpipe import disk
 from qpipe.artifact import KINDS, canonical_json, references
+from qpipe.cache import disk
+from qpipe.cache.lock import Lock
+from qpipe.cache.usage import Usage
 from qpipe.errors import CacheError, DamagedError
 from qpipe.hashing import digest_bytes, digest_chunks, is_digest
-from qpipe.lock import Lock
 from qpipe.mapped import mapping_behind
-from qpipe.usage import Usage
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-    from qpipe.index import Index
+    from qpipe.cache.index import Index
 
 Json = Any
 _LOG = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class Store:
     @cached_property
     def index(self) -> Index:
         """What can be rebuilt; diskcache is imported with the first use."""
-        from qpipe.index import Index
+        from qpipe.cache.index import Index
 
         folder = self.root / "index"
         if not self.readonly and _is_strange_index(folder):
@@ -120,7 +120,7 @@ class Store:
             self._usage.close()
             self._usage = None
 
-    # what a store with a remote behind it does more (qpipe.tier)
+    # what a store with a remote behind it does more (qpipe.cache.tier)
 
     is_far = False
     """Whether looking something up has meant asking another machine, so that `expect` is worth its while."""

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 
 from qpipe.artifact import Artifact, Samples, Scores, load, save
+from qpipe.cache.store import Store
 from qpipe.errors import CacheError, DamagedError
 from qpipe.hashing import digest, digest_bytes
-from qpipe.store import Store
 
 KEY = digest("key")
 
@@ -134,7 +134,7 @@ def test_a_blob_is_verified_once_in_a_process(store: Store, monkeypatch: pytest.
     def refuse(*arguments: object) -> str:
         raise AssertionError("hashed again")
 
-    monkeypatch.setattr("qpipe.store.digest_bytes", refuse)
+    monkeypatch.setattr("qpipe.cache.store.digest_bytes", refuse)
     assert store.open(name) == b"x" * 1000
 
 
@@ -204,7 +204,7 @@ def _tampered(change: Any) -> Any:
     def apply(content: bytes) -> bytes:
         record = json.loads(content)
         change(record["result"])
-        from qpipe.store import _seal
+        from qpipe.cache.store import _seal
 
         record["seal"] = _seal(KEY, record["result"])  # whoever tampers can seal as well
         return json.dumps(record).encode()
@@ -263,7 +263,7 @@ def test_a_result_under_another_key_is_a_miss(store: Store) -> None:
 
 def test_a_result_of_absurd_size_is_not_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     store.publish(KEY, result_of(save(Scores({"score": 1.0}), store)))
-    monkeypatch.setattr("qpipe.store.RESULT_LIMIT", 10)
+    monkeypatch.setattr("qpipe.cache.store.RESULT_LIMIT", 10)
     assert store.result(KEY) is None
 
 
@@ -271,7 +271,7 @@ def test_a_result_of_absurd_size_is_not_read(store: Store, monkeypatch: pytest.M
 
 _WRITER = """
 import sys, random, pathlib, os
-from qpipe.store import Store
+from qpipe.cache.store import Store
 from qpipe.artifact import Files, save
 from qpipe.hashing import digest
 store, start = Store(pathlib.Path(sys.argv[1])), int(sys.argv[2])
@@ -330,7 +330,7 @@ def test_what_a_killed_writer_left_unfinished_is_removed_by_the_next(store: Stor
 def test_two_processes_that_publish_one_key_agree_on_one_result(store: Store) -> None:
     program = """
 import sys, pathlib, json
-from qpipe.store import Store
+from qpipe.cache.store import Store
 from qpipe.artifact import Scores, save
 store = Store(pathlib.Path(sys.argv[1]))
 artifact = save(Scores({"score": float(sys.argv[2])}), store)
@@ -359,7 +359,7 @@ print(json.dumps([store.publish(key, {"outputs": {"output": output}}) for key in
 def test_a_lock_is_held_by_one_and_freed_by_its_holders_death(store: Store) -> None:
     program = """
 import sys, pathlib, time
-from qpipe.store import Store
+from qpipe.cache.store import Store
 lock = Store(pathlib.Path(sys.argv[1])).lock(sys.argv[2])
 lock.acquire(); print("held", flush=True); time.sleep(60)
 """
@@ -466,7 +466,7 @@ def test_a_read_only_store_reads_and_never_writes(store: Store) -> None:
 def test_processes_that_make_the_same_folders_at_once_do_not_get_in_each_others_way(tmp_path: Path) -> None:
     program = """
 import sys, pathlib
-from qpipe.store import Store
+from qpipe.cache.store import Store
 for i in range(150):
     sys.stdin.readline()
     Store(pathlib.Path(sys.argv[1]) / str(i)).put(sys.argv[2].encode())

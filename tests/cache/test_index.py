@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from qpipe.index import Index
+from qpipe.cache.index import Index
 
 
 @pytest.fixture
@@ -195,7 +195,7 @@ def test_a_database_locked_only_while_it_is_written_loses_nothing_else(folder: P
 def test_many_processes_may_write_at_once(folder: Path) -> None:
     program = """
 import sys, pathlib
-from qpipe.index import Index
+from qpipe.cache.index import Index
 index = Index(pathlib.Path(sys.argv[1]))
 for i in range(200):
     index.set(sys.argv[2], str(i), i)
@@ -212,7 +212,7 @@ index.close()
 def test_a_killed_writer_leaves_a_database_that_opens(folder: Path) -> None:
     program = """
 import sys, pathlib
-from qpipe.index import Index
+from qpipe.cache.index import Index
 print("ready", flush=True)
 while True:
     index = Index(pathlib.Path(sys.argv[1]))

@@ -8,7 +8,7 @@ the blob; `doubt` notes it, and what made the blob is planned anew, as a miss.
     remote: blobs/<2>/<digest>   actions/<2>/<key>.json {"result", "seal", "signature"}   leases/<2>/<key>.json
 
 Blobs are immutable and results written once, unless what stands there is no result. All that arrives is verified before
-it counts: a blob against its size as it comes and its digest, a result as qpipe.signing says.
+it counts: a blob against its size as it comes and its digest, a result as qpipe.cache.signing says.
 
 Only the process that decides what counts, the executor's, writes to the remote. Workers read, and say which sub-results
 they published; `share` sends these.
@@ -26,17 +26,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from qpipe import disk
 from qpipe.artifact import references
+from qpipe.cache import disk
+from qpipe.cache.lease import Leases
+from qpipe.cache.lock import Lock
+from qpipe.cache.promises import Promises
+from qpipe.cache.remote import LieError, Remote, RemoteError, RemoteOptions
+from qpipe.cache.signing import open_signer, write_envelope
+from qpipe.cache.store import Store, sealed
+from qpipe.cache.uploads import Upload, Uploads, blob_name
 from qpipe.errors import DamagedError
 from qpipe.hashing import digest_bytes
-from qpipe.lease import Leases
-from qpipe.lock import Lock
-from qpipe.promises import Promises
-from qpipe.remote import LieError, Remote, RemoteError, RemoteOptions
-from qpipe.signing import open_signer, write_envelope
-from qpipe.store import Store, sealed
-from qpipe.uploads import Upload, Uploads, blob_name
 
 Json = Any
 _LOG = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from qpipe.disk import StrangeFileError, open_regular
+from qpipe.cache.disk import StrangeFileError, open_regular
 from qpipe.errors import ConfigError
 
 CHUNK = 1 << 20  # bytes that are asked for, or sent, at a time
@@ -205,7 +205,7 @@ class FileSystem:
 
         system, root = url_to_fs(self._url, **self._options())
         if self._protocol in ("s3", "s3a"):
-            system.retries = 1  # how often, and until when, is decided in one place: qpipe.remote
+            system.retries = 1  # how often, and until when, is decided in one place: qpipe.cache.remote
             system.connect()
         self._system, self._root = system, root.rstrip("/")
 

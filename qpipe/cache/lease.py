@@ -21,8 +21,8 @@ import threading
 import time
 from pathlib import Path
 
+from qpipe.cache.remote import LieError, Remote, RemoteError
 from qpipe.hashing import digest
-from qpipe.remote import LieError, Remote, RemoteError
 
 _LIMIT = 4096  # bytes; a larger lease is not one of ours
 _SETTLE_S = 0.3  # after a take-over, for another waiter's to arrive

@@ -1,8 +1,9 @@
 """What may go from a store: results that are unreadable, too old or beyond its size; and blobs that no result needs.
 
-Safe beside running processes: what one of them found, put or published stays until it ends (qpipe.usage says how), and
-so does what is pinned. Results go in the order of their last use, a hit or a publication; a blob goes with the last
-result that needs it. Results go before their blobs, so that a cleanup that is killed leaves no result without blobs.
+Safe beside running processes: what one of them found, put or published stays until it ends (qpipe.cache.usage says
+how), and so does what is pinned. Results go in the order of their last use, a hit or a publication; a blob goes with
+the last result that needs it. Results go before their blobs, so that a cleanup that is killed leaves no result without
+blobs.
 
 Where the file system has no locks, nobody can say who lives: blobs that were put within the last hour then stay.
 """
@@ -17,11 +18,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qpipe import disk
+from qpipe.cache import disk
+from qpipe.cache.pins import pinned
+from qpipe.cache.store import Store
+from qpipe.cache.usage import InUse, alone
 from qpipe.errors import CacheError, ConfigError
-from qpipe.pins import pinned
-from qpipe.store import Store
-from qpipe.usage import InUse, alone
 
 GRACE_S = 3600.0
 """Without locks: longer than it takes from the first blob of an output to the publication of its result."""

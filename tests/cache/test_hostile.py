@@ -23,12 +23,12 @@ import onnx
 import pytest
 
 from qpipe.artifact import Artifact, Samples, canonical_json, load, save
-from qpipe.audit import verify
+from qpipe.cache.audit import verify
+from qpipe.cache.cleanup import collect
+from qpipe.cache.store import Store, sealed
 from qpipe.cache_commands import COMMANDS, cache_command
-from qpipe.cleanup import collect
 from qpipe.errors import DamagedError
 from qpipe.hashing import digest_bytes
-from qpipe.store import Store, sealed
 from qpipe.sweep import Job
 from tests.inprocess import carry_out, job, keys
 from tests.toy import Toy

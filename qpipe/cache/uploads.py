@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
+from qpipe.cache.remote import Remote, RemoteError
 from qpipe.errors import CacheError
-from qpipe.remote import Remote, RemoteError
 
 _LOG = logging.getLogger(__name__)
 _THREADS = 8

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qpipe import disk
 from qpipe.artifact import references, root_kind
+from qpipe.cache import disk
+from qpipe.cache.store import Store
 from qpipe.errors import CacheError, DamagedError
 from qpipe.hashing import is_digest
-from qpipe.store import Store
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The lock of an action, in this process; tests/test_store.py and tests/crash hold it across processes."""
+"""The lock of an action, in this process; tests/cache/test_store.py and tests/crash hold it across processes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import filelock
 import pytest
 
-from qpipe.lock import Lock
+from qpipe.cache.lock import Lock
 
 
 @pytest.fixture

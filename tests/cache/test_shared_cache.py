@@ -133,14 +133,14 @@ def test_a_machine_that_has_nothing_hits_everything_and_loads_nothing_heavy(
     assert done.returncode == 0, done.stderr
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     unwanted = LIBRARIES if shared.startswith("file:") else LIBRARIES[:4]
-    assert "qpipe.tier" in loaded
+    assert "qpipe.cache.tier" in loaded
     assert not loaded & set(unwanted)
     assert second.calls() == []
     assert list((second.folder / "outputs").rglob("five/score.txt"))
     without = second.run("run")
     loaded = {line.rpartition("|")[2].strip() for line in without.stderr.splitlines()}
-    assert "qpipe.store" in loaded
-    assert not loaded & {*LIBRARIES, "qpipe.tier", "qpipe.remote"}
+    assert "qpipe.cache.store" in loaded
+    assert not loaded & {*LIBRARIES, "qpipe.cache.tier", "qpipe.cache.remote"}
 
 
 def test_read_mode_takes_and_gives_nothing(tmp_path: Path) -> None:

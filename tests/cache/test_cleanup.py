@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from qpipe.artifact import Artifact, Samples, Scores, load, save
-from qpipe.cleanup import Removed, collect
+from qpipe.cache.cleanup import Removed, collect
+from qpipe.cache.store import Store
 from qpipe.errors import CacheError
 from qpipe.hashing import digest
-from qpipe.store import Store
 
 
 @pytest.fixture

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 
 from qpipe.artifact import Artifact, Samples, Scores, load, save
+from qpipe.cache.remote import Remote, RemoteOptions
+from qpipe.cache.signing import VARIABLE
+from qpipe.cache.store import Store, sealed
+from qpipe.cache.tier import TieredStore, open_address
 from qpipe.errors import ConfigError, DamagedError
 from qpipe.hashing import digest
-from qpipe.remote import Remote, RemoteOptions
-from qpipe.signing import VARIABLE
-from qpipe.store import Store, sealed
-from qpipe.tier import TieredStore, open_address
 from tests.s3_server import Server
 
 INGREDIENTS: dict[str, Any] = {

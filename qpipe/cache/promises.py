@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from qpipe.remote import LieError, Remote, RemoteError
-from qpipe.signing import Signer, UnsignedError, read_envelope
-from qpipe.store import Store
-from qpipe.uploads import result_name
+from qpipe.cache.remote import LieError, Remote, RemoteError
+from qpipe.cache.signing import Signer, UnsignedError, read_envelope
+from qpipe.cache.store import Store
+from qpipe.cache.uploads import result_name
 
 Json = Any
 _LOG = logging.getLogger(__name__)

@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from qpipe.disk import is_file, is_folder, make_folder, open_regular, set_aside
+from qpipe.cache.disk import is_file, is_folder, make_folder, open_regular, set_aside
 from qpipe.errors import CacheError
 from qpipe.hashing import is_digest
 

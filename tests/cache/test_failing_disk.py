@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from qpipe.artifact import Artifact, Samples, load, save
-from qpipe.audit import verify
+from qpipe.cache.audit import verify
+from qpipe.cache.store import Store
 from qpipe.errors import CacheError
 from qpipe.hashing import digest
-from qpipe.store import Store
 
 KEY = digest("key")
 CALLS = ("open", "write", "fchmod", "fsync", "replace", "link", "mkdir", "utime")

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from qpipe.cache.lease import Leases
+from qpipe.cache.remote import Remote, RemoteOptions
 from qpipe.hashing import digest
-from qpipe.lease import Leases
-from qpipe.remote import Remote, RemoteOptions
 
 KEY = digest("key")
 LEASE_S = 0.8
