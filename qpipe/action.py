@@ -21,12 +21,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from qpipe import loaded
 from qpipe.artifact import Artifact, Statistics, load, save
 from qpipe.cache.store import Store
 from qpipe.catalog import catalog
 from qpipe.errors import ChangedError, DamagedError, QpipeError
 from qpipe.hashing import digest
-from qpipe.loaded import differing
 from qpipe.param import coerce
 from qpipe.plan import Action
 from qpipe.stage import Context
@@ -72,6 +72,8 @@ class ActionContext(Context):
         self._store = store
         self._emit = emit
         self._last = 0.0
+        self._functions: dict[str, Any] = {}
+        self._loaded = loaded.count()
 
     def progress(self, done: int, total: int, what: str = "") -> None:
         now = time.monotonic()
@@ -83,7 +85,12 @@ class ActionContext(Context):
         self.notes.append(sentence)
 
     def memo(self, name: str, fn: Callable[..., Any], *inputs: Any) -> Any:
-        key = digest("memo", self._code, name, list(inputs))
+        key = digest("memo", self._code, name, _names(fn), list(inputs))
+        code = getattr(fn, "__code__", None)
+        if self._functions.setdefault(key, code) is not code:
+            raise ValueError(
+                f"ctx.memo: two functions share the name '{name}' and the inputs. Name them apart."
+            )
         self.parts.add(key)
         check_code(self._request, self._store)
         found = self._store.result(key)
@@ -98,16 +105,34 @@ class ActionContext(Context):
         value = fn(*inputs)
         check_code(self._request, self._store)  # a function may import what it needs when it runs
         artifact = save(_to_remember(value), self._store)
-        self._store.publish(
-            key,
-            {
-                "outputs": {"result": artifact_json(artifact)},
-                "ingredients": {**self._code, "memo": name},
-                "provenance": {"duration_s": time.perf_counter() - started},
-            },
-        )
-        self._emit({"event": "published", "key": key})
-        return value
+        if not self.found_on_the_way():
+            self._store.publish(
+                key,
+                {
+                    "outputs": {"result": artifact_json(artifact)},
+                    "ingredients": {**self._code, "memo": name},
+                    "provenance": {"duration_s": time.perf_counter() - started},
+                },
+            )
+            self._emit({"event": "published", "key": key})
+        return _remembered(load(artifact, self._store))  # as it comes the next time
+
+    def found_on_the_way(self) -> dict[str, str]:
+        """{name: digest} of the first-party modules that were loaded since this action began and that its key does not
+        hold: their names came from a param, a variable of the environment, a file."""
+        since = loaded.loaded_since(self._loaded, self._store.index.memo("code"))
+        if not since:
+            return {}
+        known = [_expected(self._request, code) for code in _codes(self._request["ingredients"])]
+        if not all(known):  # a listing that is too long to be kept
+            return {}
+        return {name: made for name, made in since.items() if not any(name in names for names in known)}
+
+
+def _names(fn: Callable[..., Any]) -> str:
+    """What a function is called where it was written."""
+    fn = getattr(fn, "func", fn)  # what functools.partial holds
+    return f"{getattr(fn, '__module__', '')}:{getattr(fn, '__qualname__', '')}"
 
 
 def _to_remember(value: Any) -> Statistics:
@@ -157,6 +182,7 @@ def _perform(request: Request, store: Store, emit: Emit, threads: int) -> dict[s
     with _measured() as figures:
         outputs = stage.unpack(stage.function(**arguments))
     check_code(request, store)
+    also = context.found_on_the_way()
     saved = {name: artifact_json(save(value, store)) for name, value in outputs.items()}
     for name, kind in stage.outputs.items():
         if saved[name]["kind"] != kind:
@@ -167,6 +193,7 @@ def _perform(request: Request, store: Store, emit: Emit, threads: int) -> dict[s
         "outputs": saved,
         "notes": context.notes,
         "parts": sorted(context.parts),
+        **({"also": also} if also else {}),
         "ingredients": request["ingredients"],
         "provenance": {
             **figures,
@@ -181,17 +208,19 @@ def _perform(request: Request, store: Store, emit: Emit, threads: int) -> dict[s
 
 def check_code(request: Request, store: Store) -> None:
     """Hold the modules that run here against the key. ChangedError where they are others than were planned with."""
-    listings = request.get("provenance", {}).get("listings", {})
     for code in _codes(request["ingredients"]):
-        expected = {
-            name: digits
-            for digits, name in (line.split("  ", 1) for line in listings.get(code, "").splitlines())
-        }
-        if changed := differing(code, expected, store.index.memo("code")):
+        expected = _expected(request, code)
+        if changed := loaded.differing(code, expected, store.index.memo("code")):
             raise ChangedError(
                 f"the code that ran is not what was planned with: {', '.join(changed)} was edited meanwhile, or "
                 f"another file of that name comes first on the path. The result is not kept; run again."
             )
+
+
+def _expected(request: Request, code: str) -> dict[str, str]:
+    """{module: first digits of its digest} of a code digest; {} where no listing of it is kept."""
+    text = request.get("provenance", {}).get("listings", {}).get(code, "")
+    return {name: digits for digits, name in (line.split("  ", 1) for line in text.splitlines())}
 
 
 def _codes(ingredients: Mapping[str, Any]) -> list[str]:

@@ -35,7 +35,7 @@ class Catalog(Mapping[str, Stage]):
             for module in pkgutil.iter_modules(package.__path__)
             if not module.name.startswith("_")
         }
-        plug_ins = {point.name: point.value for point in entry_points(group=GROUP)}
+        plug_ins = _plug_ins()
         clash = sorted(set(built_in) & set(plug_ins))
         if clash:
             raise ConfigError(
@@ -53,7 +53,7 @@ class Catalog(Mapping[str, Stage]):
                 raise ConfigError(
                     f"stages: '{name}' has a param called one of {RESERVED}, which the language uses."
                 )
-            self._loaded[name] = dataclasses.replace(found, name=name)
+            self._loaded[name] = dataclasses.replace(found, name=name, address=f"{module}:{attribute}")
         return self._loaded[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -68,6 +68,18 @@ class Catalog(Mapping[str, Stage]):
             known = [*self, *FORMS]
             raise ConfigError(f"{address}: no stage '{name}'.{nearest(name, known)} Stages: {listed(known)}.")
         return self[name]
+
+
+def _plug_ins() -> dict[str, str]:
+    """Name -> `module:attribute` of the entry points. ConfigError where two packages bring one name."""
+    found: dict[str, str] = {}
+    for point in entry_points(group=GROUP):
+        if found.setdefault(point.name, point.value) != point.value:
+            raise ConfigError(
+                f"stages: two plug-ins bring '{point.name}', {found[point.name]} and {point.value}. "
+                "Uninstall one of them, or rename its entry point."
+            )
+    return found
 
 
 def _load(name: str, module: str, attribute: str) -> Stage:

@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import SOURCE_SUFFIXES, ModuleSpec, PathFinder
@@ -27,9 +27,11 @@ from qpipe.syntax import EVERY, Analysis, Import, analyse
 FORMULA = frozenset({"", "demo", "mapped", "model", "numerics", "stages"})
 """The parts of qpipe that results are made by; the others decide when a formula runs, never what it gives."""
 
-_FORM = 1  # the version of the normal form, and so of what a memo holds
+_FORM = 1  # the version of the normal form
+_READING = 2  # the version of what a memo holds of a source: its digest, and the imports found in it
 _DISTRIBUTIONS = {"PIL": "pillow", "cv2": "opencv-python", "sklearn": "scikit-learn", "yaml": "PyYAML"}
 """Import names that are no distribution names, so common that the search of all packages is spared."""
+_NONE = "-"  # remembered of a package that belongs to no distribution
 _BUILD = re.compile(r"\+(cpu|cu\d+|rocm[\d.]+|xpu)$")  # the device a build is for; no key holds the device
 
 
@@ -42,17 +44,26 @@ class CodeIndex:
         self._analyses: dict[str, Analysis] = {}
         self._reached: dict[tuple[str, Path | None, bool], _Reach] = {}
 
-    def digest(self, module_name: str) -> str:
-        """The code digest of a module. ConfigError where it cannot be found, read or parsed."""
-        return digest("code", _FORM, self._reach(module_name).modules)
+    def digest(self, *module_names: str) -> str:
+        """The code digest of modules. ConfigError where one cannot be found, read or parsed."""
+        return digest("code", _FORM, self._reach_all(module_names).modules)
 
-    def modules(self, module_name: str) -> dict[str, str]:
-        """Full name -> digest, of every module that the code digest of `module_name` covers."""
-        return dict(self._reach(module_name).modules)
+    def modules(self, *module_names: str) -> dict[str, str]:
+        """Full name -> digest, of every module that the code digest of `module_names` covers."""
+        return dict(self._reach_all(module_names).modules)
 
-    def libraries(self, module_name: str) -> dict[str, str]:
-        """Distribution name -> version, of the packages of others that the module's code imports."""
-        return self._versions(self._reach(module_name))
+    def libraries(self, *module_names: str) -> dict[str, str]:
+        """Distribution name -> version, of the packages of others that the modules' code imports."""
+        return self._versions(self._reach_all(module_names))
+
+    def module(self, name: str, search_path: Path) -> str | None:
+        """The digest of one module by itself, looked for in `search_path` first; None where it cannot be found or
+        read."""
+        try:
+            found = self._finders.setdefault(search_path, _Finder(search_path)).find(name)
+            return self._analysis(found.file).digest if found is not None and found.file else None
+        except ConfigError:
+            return None
 
     def digest_factory(self, factory: str, search_path: Path) -> str:
         """The digest of a user's "module:function": the module's code, and the versions it builds on.
@@ -71,6 +82,13 @@ class CodeIndex:
         reach = self._reach(factory.partition(":")[0], search_path, own=False)
         versions = self._versions(reach)
         return {**reach.modules, **{f"library {name}": found for name, found in versions.items()}}
+
+    def _reach_all(self, roots: Sequence[str]) -> _Reach:
+        found = [self._reach(root) for root in roots]
+        return _Reach(
+            {name: code for reach in found for name, code in reach.modules.items()},
+            {name: place for reach in found for name, place in reach.libraries.items()},
+        )
 
     def _reach(self, root: str, search_path: Path | None = None, own: bool = True) -> _Reach:
         """What `root` reaches; with `own`, its own package counts as first-party wherever it lies."""
@@ -91,8 +109,10 @@ class CodeIndex:
             for module in finder.chain(pending.pop()):
                 top = module.name.partition(".")[0]
                 party = module.party(own)
-                if party == "library":
+                if party == "library" and self._distributions(top, module.location()):
                     reach.libraries[top] = module.location()
+                elif party == "library":
+                    party = "first"  # no version says when it changes: a copy, a link
                 if party != "first":
                     break
                 if module.file is None or module.name in reach.modules or module.name == "qpipe":
@@ -105,16 +125,21 @@ class CodeIndex:
         return reach
 
     def _versions(self, reach: _Reach) -> dict[str, str]:
-        """Distribution name -> version; a package that belongs to no distribution is "unversioned"."""
-        found: dict[str, str] = {}
-        for top, location in sorted(reach.libraries.items()):
-            key = f"{_FORM}|distributions|{top}|{location}|{os.stat(location).st_mtime_ns}"
-            names = self._memo.get(key)
-            if not isinstance(names, list):
-                names = _distributions(top)
-                self._memo.set(key, names)
-            found |= {name: _version(name) for name in names} or {top: "unversioned"}
-        return found
+        """Distribution name -> version."""
+        return {
+            name: _version(name)
+            for top, location in sorted(reach.libraries.items())
+            for name in self._distributions(top, location)
+        }
+
+    def _distributions(self, top: str, location: str) -> list[str]:
+        """The distributions that a top-level import name, found in the folder `location`, may come from."""
+        key = f"{_FORM}|distributions|{top}|{location}|{os.stat(location).st_mtime_ns}"
+        names = self._memo.get(key)
+        if not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
+            names = _distributions(top) or [_NONE]
+            self._memo.set(key, names)
+        return [name for name in names if name != _NONE]
 
     def _analysis(self, file: str) -> Analysis:
         found = self._analyses.get(file)
@@ -134,7 +159,7 @@ class CodeIndex:
 
 def remembered_analysis(file: str, identity: str | None, read: Callable[[], bytes], memo: Memo) -> Analysis:
     """The analysis of the source that `read` gives; from `memo` where `identity` stands for that content."""
-    key = f"{_FORM}|{identity}"
+    key = f"{_FORM}|{_READING}|{identity}"
     known = _from_json(memo.get(key)) if identity else None
     if known is not None:
         return known
@@ -256,10 +281,20 @@ class _Finder:
 def _spec(name: str, folders: list[str] | None) -> ModuleSpec | None:
     for finder in sys.meta_path:
         find = getattr(finder, "find_spec", None)
-        spec: ModuleSpec | None = find(name, folders) if find else None
+        try:
+            spec: ModuleSpec | None = find(name, folders) if find else None
+        except KeyError:  # a namespace inside a namespace asks for its parent, which is not imported here
+            return _namespace(name, folders or [])
         if spec is not None:
             return spec
     return None
+
+
+def _namespace(name: str, folders: list[str]) -> ModuleSpec:
+    spec = ModuleSpec(name, None, is_package=True)
+    found = (os.path.join(folder, name.rpartition(".")[2]) for folder in folders)
+    spec.submodule_search_locations = [folder for folder in found if os.path.isdir(folder)]
+    return spec
 
 
 def _module(name: str, spec: ModuleSpec | None) -> _Module | None:
@@ -280,6 +315,8 @@ def _targets(module: _Module, imports: tuple[Import, ...], finder: _Finder) -> I
             continue
         parts = package[: len(package) + 1 - item.level] if item.level else []
         base = ".".join([*parts, item.module] if item.module else parts)
+        if not item.level and not base:
+            base = module.name if module.folders else ""
         if not base:
             continue
         yield base
@@ -317,13 +354,21 @@ def _distributions(top: str) -> list[str]:
 
 
 @cache
-def _version(distribution: str) -> str:
-    from importlib.metadata import PackageNotFoundError, version
+def _version(name: str) -> str:
+    """The version; of what was installed from a folder or file of this machine, where a version says little, with a
+    digest of its files."""
+    from importlib.metadata import PackageNotFoundError, distribution
 
     try:
-        return _BUILD.sub("", version(distribution))
+        found = distribution(name)
     except PackageNotFoundError:
         return "unversioned"
+    version = _BUILD.sub("", found.version)
+    if '"file:' not in (found.read_text("direct_url.json") or ""):
+        return version
+    rows = (line.split(",") for line in (found.read_text("RECORD") or "").splitlines())
+    files = [row for row in rows if ".dist-info/" not in row[0] and not row[0].startswith("..") and any(row[1:])]
+    return f"{version} {digest('files', sorted(files))[:16]}"
 
 
 def _to_json(analysis: Analysis) -> Any:

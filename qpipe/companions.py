@@ -33,9 +33,10 @@ def content(path: Path, memo: Memo | None = None) -> tuple[str, dict[str, str | 
         contents = tree_contents(path, memo)
         return digest("tree", contents), contents
     own = digest_file(path, memo)
-    if path.suffix != ".onnx" or not path.is_file():
+    if not path.is_file() or not _may_be_onnx(path):
         return own, {path.name: own}
-    files = {name: path.parent / name for name in _remembered_locations(path, memo)}
+    folder = path.resolve().parent  # as the reader: what a link names lies beside the file, not beside the link
+    files = {name: folder / name for name in _remembered_locations(path, memo)}
     if not files:
         return own, {path.name: own}
     beside = {name: digest_file(file, memo) if file.is_file() else None for name, file in files.items()}
@@ -47,10 +48,17 @@ def locations(path: Path) -> list[str]:
     if not path.stat().st_size:
         return []
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        found = (_text(content, match.end()) for match in _LOCATION.finditer(content))
-        return sorted(
-            {name for name in found if name and not Path(name).is_absolute() and ".." not in Path(name).parts}
-        )
+        found = {_text(content, match.end()) for match in _LOCATION.finditer(content)}
+    folder = path.resolve().parent
+    return sorted(name for name in found if name and (folder / name).resolve().is_relative_to(folder))
+
+
+def _may_be_onnx(path: Path) -> bool:
+    """By its name, or by its first byte: writers of protobuf begin with field 1, the IR version."""
+    if path.suffix == ".onnx":
+        return True
+    with open(path, "rb") as file:
+        return file.read(1) == b"\x08"
 
 
 def _remembered_locations(path: Path, memo: Memo | None) -> list[str]:

@@ -67,6 +67,16 @@ def differing(code: str, expected: Mapping[str, str], memo: Memo) -> list[str]:
     return found
 
 
+def count() -> int:
+    """How many first-party modules were loaded so far."""
+    return len(_sources)
+
+
+def loaded_since(count: int, memo: Memo) -> dict[str, str]:
+    """{name: digest} of the first-party modules that were loaded when `count` others were."""
+    return {name: _digest(name, memo) for name in list(_sources)[count:]}
+
+
 def _digest(name: str, memo: Memo) -> str:
     found = _digests.get(name)
     if found is None:

@@ -60,6 +60,15 @@ def is_factory(hint: Any) -> bool:
     )
 
 
+def is_ambiguous(hint: Any) -> bool:
+    """Whether `hint` takes text as text and as a path: no telling which, and a path counts by its content."""
+    if get_origin(hint) in (Union, types.UnionType):
+        plain = {get_args(part)[0] if get_origin(part) is Annotated else part for part in get_args(hint)}
+        if {str, Path} <= plain:
+            return True
+    return any(is_ambiguous(argument) for argument in get_args(hint) if argument is not hint)
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """` Did you mean 'x'?` for the allowed name nearest to `name`, or nothing."""
     close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
@@ -124,7 +133,7 @@ def _scalar(value: Any, hint: Any, address: str) -> Any:
     converters: dict[Any, tuple[tuple[type, ...], Callable[[Any], Any]]] = {
         bool: ((bool,), bool),
         int: ((int,), int),
-        float: ((int, float), float),
+        float: ((int, float), lambda number: float(number) + 0.0),  # -0.0 is 0.0, as in a digest
         str: ((str,), str),
         Path: ((str, Path), Path),
         type(None): ((type(None),), lambda _: None),

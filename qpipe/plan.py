@@ -41,6 +41,7 @@ class Action:
     inputs: Mapping[str, tuple[Artifact, ...]]
     reasons: tuple[str, ...]
     always: bool = False
+    """What stands under the key does not count, and is replaced."""
     expected_s: float | None = None
     stamps: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """For each param that holds paths, `Keyring.stamp` of what lies there, taken after it was read for the key."""
@@ -89,6 +90,14 @@ class Keyring:
             },
         }
 
+    def stale(self, result: Mapping[str, Any]) -> list[str]:
+        """The modules that a result names beside its key, since they were loaded by names made as it ran, and that are
+        something else by now."""
+        also = result.get("also", {})
+        if not isinstance(also, Mapping):
+            return ["?"]
+        return [name for name, made in also.items() if self._code.module(name, self._search_path) != made]
+
     def stamps(self, node: NodeSpec) -> dict[str, str]:
         """Param -> what tells whether the files that it names are written to from now on."""
         found = {name: list(_paths_in(value)) for name, value in node.params.items()}
@@ -130,15 +139,15 @@ class Keyring:
     def _of_stage(self, node: NodeSpec) -> dict[str, Any]:
         stage = node.stage
         if stage.name not in self._stages:
-            code = self._code.digest(stage.module)
-            self._parts[code] = self._code.modules(stage.module)
+            code = self._code.digest(*stage.modules)
+            self._parts[code] = self._code.modules(*stage.modules)
             self._stages[stage.name] = {
                 "format": FORMAT,
                 "stage": stage.name,
                 "version": stage.version,
-                "function": f"{stage.module}:{stage.function.__qualname__}",
+                "function": stage.origin,
                 "code": code,
-                "libraries": self._code.libraries(stage.module),
+                "libraries": self._code.libraries(*stage.modules),
             }
         return self._stages[stage.name]
 
@@ -198,16 +207,19 @@ def decide(
     key = digest("action", ingredients)
     result = None if node.stage.always else store.result(key)
     missing: list[str] = []
+    stale: list[str] = []
     strange = result is not None and not fits(result, node.stage)
     if result is not None and not strange:
-        missing = store.complete(result)
-        if not missing:
+        missing, stale = store.complete(result), keyring.stale(result)
+        if not missing and not stale:
             return dataclasses.replace(hit(key, result), ingredients=ingredients)
     previous = previous_result(store, node.stage.name, node.name)
     if node.stage.always:
         reasons: tuple[str, ...] = ("reads the outside world every time",)
     elif strange:
         reasons = ("what the cache holds under its key was made by no such stage",)
+    elif stale:
+        reasons = (f"code changed: module {listed(stale)}, which it loaded by a name made as it ran",)
     elif missing:
         reasons = (f"cached result lost {len(missing)} of its blobs",)
     else:
@@ -221,7 +233,7 @@ def decide(
         node.written,
         inputs,
         reasons or ("result evicted",),
-        node.stage.always,
+        node.stage.always or bool(stale),
         expected,
         keyring.stamps(node),
     )

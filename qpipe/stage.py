@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar, Union, get_args, get_origin
 
 from qpipe.artifact import Encodings, Files, Samples, Scores, Statistics
-from qpipe.param import Factory, Range
+from qpipe.param import Factory, Range, is_ambiguous
 
 __all__ = [
     "NULL",
@@ -59,8 +59,9 @@ class Context:
     def memo(self, name: str, fn: Callable[..., Any], *inputs: Any) -> Any:
         """`fn(*inputs)`, from the cache where the same stage code has seen the same inputs.
 
-        `inputs` are numpy arrays, bytes or JSON values and must say everything that the result depends on. The
-        result is a dict of arrays, or a JSON value.
+        `inputs` are numpy arrays, bytes or JSON values and must say everything that the result depends on: of
+        `fn`, only where it was written counts, not what it holds on to. It changes none of its inputs. The result is a
+        dict of arrays and JSON values, or a JSON value; it comes as it is read back, arrays read-only, tuples as lists.
         """
         return fn(*inputs)
 
@@ -111,7 +112,8 @@ class Param:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A technique: its name, what it takes and what it returns. `config` is what its schema pre-fills."""
+    """A technique: its name, what it takes and what it returns. `config` is what its schema pre-fills, `address` the
+    `module:attribute` under which the catalog found it."""
 
     name: str
     version: int
@@ -123,10 +125,24 @@ class Stage:
     always: bool
     takes_context: bool
     check: Check | None = None
+    address: str = ""
 
     @property
     def module(self) -> str:
         return self.function.__module__
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Where its function was written and, where that is another one, the module that hands it out: what a decorator
+        of a third module makes of a function says that it comes from where the function was written."""
+        return tuple(dict.fromkeys((self.module, self.address.partition(":")[0] or self.module)))
+
+    @property
+    def origin(self) -> str:
+        """What names the function in a key: where it was written and, where it is handed out under another name,
+        that name too."""
+        written = f"{self.module}:{self.function.__qualname__}"
+        return written if self.address in ("", written) else f"{self.address} = {written}"
 
     @property
     def summary(self) -> str:
@@ -179,6 +195,11 @@ def describe_function(
             takes_context = True
         elif port := _port(name, hints[name]):
             ports[name] = port
+        elif is_ambiguous(hints[name]):
+            raise TypeError(
+                f"stage {function.__name__}: '{name}' takes text and paths, so nothing tells whether the file counts. "
+                "Make it a Path, or two params"
+            )
         else:
             params[name] = Param(name, hints[name], parameter.default)
     unknown = set(config) - set(ports) - set(params)

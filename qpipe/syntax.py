@@ -19,16 +19,21 @@ from qpipe.errors import ConfigError
 from qpipe.hashing import digest
 
 _UNCOUNTED_FIELDS = frozenset({"type_comment", "type_ignores", "kind", "ctx"})
-_IMPORTERS = frozenset({"import_module", "__import__"})
+_IMPORTERS = frozenset({"import_module", "__import__", "resolve_name", "run_module", "locate", "attach"})
+"""What imports by name: importlib, builtins, pkgutil, runpy, pydoc, lazy_loader."""
 _LISTERS = frozenset({"iter_modules", "walk_packages"})
 _DOTTED = re.compile(r"(\.*)([^\W\d]\w*(?:\.[^\W\d]\w*)*)")
+_PREFIX = re.compile(r"(\.*)((?:[^\W\d]\w*\.)*)(?:\W.*)?", re.DOTALL)
 EVERY = "**"
 """Stands among the names of an Import for every submodule there is."""
 
 
 @dataclass(frozen=True)
 class Import:
-    """An import as written: `from ..a import b` is level 2, module "a", names ("b",)."""
+    """An import as written: `from ..a import b` is level 2, module "a", names ("b",).
+
+    Level 0 without a module stands for the package itself whose `__init__` says so: its submodules `names`.
+    """
 
     level: int
     module: str
@@ -122,24 +127,58 @@ def _joined(parts: Sequence[ast.expr]) -> list[ast.expr]:
 def _imports(tree: ast.AST) -> Iterator[Import]:
     """Every import in the tree; where names are computed, every string that could be one, too."""
     strings: list[str] = []
+    literal: set[int] = set()  # the importers that are called with a name in plain sight
     computed = False
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (Import(0, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield Import(node.level, node.module or "", tuple(alias.name for alias in node.names))
+            computed = computed or any(alias.name in _IMPORTERS and alias.asname for alias in node.names)
         elif isinstance(node, ast.Constant) and type(node.value) is str:
             strings.append(node.value)
         elif isinstance(node, ast.Call) and _name(node.func) in _IMPORTERS:
-            literal = bool(node.args) and isinstance(node.args[0], ast.Constant)
-            computed = computed or not literal
-            if literal:
-                yield from _named(node.args[0].value, (0,))  # type: ignore[attr-defined]  # a Constant
+            if node.args and isinstance(node.args[0], ast.Constant):
+                literal.add(id(node.func))
+                yield from _imported_by(node, node.args[0].value)
         elif isinstance(node, ast.Call) and _name(node.func) in _LISTERS:
             yield Import(1, "", (EVERY,))
+        elif isinstance(node, ast.Name | ast.Attribute) and _name(node) in _IMPORTERS:
+            computed = computed or id(node) not in literal
+        elif isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign) and _is_all(node):
+            yield Import(0, "", tuple(text for text in _texts(node) if text.isidentifier()))
     if computed:
         for text in strings:
             yield from _named(text, (0, 1))
+            yield from _below(text)
+
+
+def _imported_by(call: ast.Call, name: object) -> Iterator[Import]:
+    """What `import_module(name, package)`, `__import__(name, fromlist=…)` and their like may mean."""
+    others = [text for text in _texts(call) if text != name]
+    for item in _named(str(name).partition(":")[0], (0,)):
+        yield Import(item.level, item.module, tuple(text for text in others if text.isidentifier()))
+        if item.level == 1:
+            for package in others:
+                yield from _named(f"{package}.{item.module}", (0,))
+
+
+def _below(text: str) -> Iterator[Import]:
+    """`text` as the beginning of names: "package.", "package.%s", "package.{}", "." stand for every module there."""
+    match = _PREFIX.fullmatch(text)
+    if match and (dots := match[1]) + (module := match[2]):
+        yield from (Import(level, module[:-1], (EVERY,)) for level in ([len(dots)] if dots else [0, 1]))
+
+
+def _is_all(node: ast.Assign | ast.AugAssign | ast.AnnAssign) -> bool:
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+    return any(_name(target) == "__all__" for target in targets)
+
+
+def _texts(tree: ast.AST) -> list[str]:
+    return [
+        node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and type(node.value) is str
+    ]
 
 
 def _name(function: ast.expr) -> str:

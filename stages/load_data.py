@@ -175,6 +175,8 @@ def source_of(given: Mapping[str, Any]) -> str:
         raise InputError(
             f"load_data takes one of path, images and factory, got {' and '.join(sources) or 'none'}."
         )
+    if given["reads"] and given["factory"] is None:
+        raise InputError(f"`reads` goes with `factory`; `{sources[0]}` counts by its content anyway.")
     if given["labels"] is not None and given["images"] is None:
         raise InputError(f"`labels` goes with `images`; with `{sources[0]}` they are the array named labels.")
     return str(given[sources[0]])
@@ -192,6 +194,7 @@ def load_data(
     images: Path | None = None,
     labels: Path | None = None,
     factory: Factory | None = None,
+    reads: tuple[Path, ...] = (),
     split: str = "calibration",
     limit: Annotated[int, Range(ge=1)] | None = None,
     input_name: str = "image",
@@ -207,6 +210,7 @@ def load_data(
 ) -> Samples:
     """Samples from one source: `path` (npz), `images` (a folder, with `labels`) or `factory` (with `split`).
 
+    `reads` names the files and folders that the factory opens by itself, so that their content counts.
     `limit` keeps that many samples, evenly spread (of a factory's batches: the first ones). `input_name`
     names the model input that images go to; `size`, `fit`, `crop`, `mode`, `scale`, `mean`, `std` and
     `layout` say how they are prepared. Errors: InputError, one line, for a source

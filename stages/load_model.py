@@ -130,6 +130,8 @@ def refuse_sources(given: Mapping[str, Any]) -> None:
         raise InputError(
             f"load_model takes either path or factory, got {'both' if path else 'none of them'}."
         )
+    if path is not None and given["reads"]:
+        raise InputError("`reads` goes with `factory`; an ONNX file counts by its content anyway.")
     if path is not None and given["weights"] is not None:
         raise InputError("`weights` go with `factory`; an ONNX file holds its own.")
 
@@ -140,6 +142,7 @@ def load_model(
     *,
     path: Path | None = None,
     factory: Factory | None = None,
+    reads: tuple[Path, ...] = (),
     weights: Path | None = None,
     encodings: Path | None = None,
     ctx: Context = NULL,
@@ -149,6 +152,7 @@ def load_model(
     A file in QDQ form gives the float model with its grids: those of weights stay in every later stage, those of
     activations until `calibrate` makes new ones.
 
+    `reads` names the files and folders that the factory opens by itself, so that their content counts.
     `weights` (.safetensors, or a state dict saved by torch) replace a torch module's parameters. `data` give
     the example where the factory returns none, and the name of a single input. `encodings` is a file in AIMET's
     format (0.6.1, 1.0.0 or 2.0.0), whose grids take the place of the model's own. Errors: InputError for a file

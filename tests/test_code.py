@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from qpipe.code import FORMULA, CodeIndex
+from qpipe.code import FORMULA, CodeIndex, _version
 from qpipe.errors import ConfigError
 
 Write = Callable[[dict[str, str]], None]
@@ -67,6 +67,18 @@ def test_a_reformatted_module_is_the_same_and_a_changed_one_is_not(write: Write)
         "import importlib\nit = importlib.import_module('zq_lib.deep.formula')",
         "import importlib\nNAMES = ['zq_lib.deep.formula']\nit = importlib.import_module(NAMES[0])",
         "import zq_lib.listed",
+        "from zq_lib.starred import *",
+        "from importlib import import_module as load\nit = load('zq_lib.deep.formula')",
+        "import importlib\ndef g(n):\n    return importlib.import_module(f'zq_lib.deep.{n}')",
+        "import importlib\ndef g(n):\n    return importlib.import_module('zq_lib.deep.' + n)",
+        "import importlib\ndef g(n):\n    return importlib.import_module('zq_lib.deep.%s' % n)",
+        "import importlib\nit = importlib.import_module('.formula', package='zq_lib.deep')",
+        "import importlib\nit = [*map(importlib.import_module, ['zq_lib.deep.formula'])]",
+        "import pkgutil\nit = pkgutil.resolve_name('zq_lib.deep.formula:f')",
+        "it = __import__('zq_lib.deep', fromlist=['formula'])",
+        "import zq_lib.lazy\nit = zq_lib.lazy.entry",
+        "import zq_lib.attached\nit = zq_lib.attached.entry",
+        "import zq_space.inner.entry",
     ],
 )
 def test_a_change_in_any_module_it_reaches_changes_the_digest(write: Write, statement: str) -> None:
@@ -77,6 +89,15 @@ def test_a_change_in_any_module_it_reaches_changes_the_digest(write: Write, stat
             "zq_lib/through.py": "from .deep import formula",
             "zq_lib/listed/__init__.py": "import pkgutil\nNAMES = [*pkgutil.iter_modules(__path__)]",
             "zq_lib/listed/entry.py": "from ..deep import formula",
+            "zq_lib/starred/__init__.py": "__all__ = ['entry']",
+            "zq_lib/starred/entry.py": "from ..deep import formula",
+            "zq_lib/lazy/__init__.py": "import importlib\ndef __getattr__(name):\n"
+            "    return importlib.import_module('.' + name, __name__)",
+            "zq_lib/lazy/entry.py": "from ..deep import formula",
+            "zq_lib/attached/__init__.py": "import lazy_loader\n"
+            "__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submodules=['entry'])",
+            "zq_lib/attached/entry.py": "from ..deep import formula",
+            "zq_space/inner/entry.py": "from zq_lib.deep import formula",
             "zq_lib/deep/__init__.py": "",
             "zq_lib/deep/formula.py": "from ..constants import ONE\ndef f(): return ONE",
             "zq_lib/constants.py": "ONE = 1",
@@ -155,10 +176,52 @@ def test_an_installed_plug_in_counts_by_its_code(write: Write, tmp_path: Path, m
         "site-packages/zq_plug/stage.py": "from .math import f\nimport zq_neighbour",
         "site-packages/zq_plug/math.py": "f = 1",
         "site-packages/zq_neighbour.py": "x = 1",
+        "site-packages/zq_neighbour-2.0.dist-info/METADATA": "Name: zq_neighbour\nVersion: 2.0",
     }
     write(files)
     assert reached("zq_plug.stage") == {"zq_plug", "zq_plug.stage", "zq_plug.math"}
-    assert CodeIndex(Notes()).libraries("zq_plug.stage") == {"zq_neighbour": "unversioned"}
+    assert CodeIndex(Notes()).libraries("zq_plug.stage") == {"zq_neighbour": "2.0"}
+
+
+def test_what_no_version_tells_counts_by_its_code(write: Write, tmp_path: Path, monkeypatch: Any) -> None:
+    """A package copied or linked into an install folder belongs to no distribution."""
+    monkeypatch.syspath_prepend(tmp_path / "site-packages")
+    write({"zq_user.py": "import zq_copied, zq_linked", "site-packages/zq_copied.py": "x = 1"})
+    write({"dev/zq_linked/__init__.py": "x = 1"})
+    (tmp_path / "site-packages" / "zq_linked").symlink_to(tmp_path / "dev" / "zq_linked")
+    first = code("zq_user")
+    write({"site-packages/zq_copied.py": "x = 2"})
+    second = code("zq_user")
+    write({"dev/zq_linked/__init__.py": "x = 2"})
+    assert len({first, second, code("zq_user")}) == 3
+
+
+def test_a_package_installed_from_a_folder_counts_by_its_files(
+    write: Write, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """`pip install .` again, after an edit and without a new version."""
+    monkeypatch.syspath_prepend(tmp_path / "site-packages")
+    info = "site-packages/zq_mine-1.0.dist-info/"
+    write({
+        "zq_user.py": "import zq_mine",
+        "site-packages/zq_mine.py": "",
+        info + "METADATA": "Name: zq_mine\nVersion: 1.0",
+        info + "direct_url.json": '{"url": "file:///home/me/mine", "dir_info": {}}',
+        info + "RECORD": "zq_mine.py,sha256=aaa,1\nzq_mine-1.0.dist-info/direct_url.json,sha256=x,1\n",
+    })  # fmt: skip
+    versions = []
+    for record in ("zq_mine.py,sha256=aaa,1\nzq_mine-1.0.dist-info/direct_url.json,sha256=y,1\n",
+                   "zq_mine.py,sha256=bbb,1\n"):  # fmt: skip
+        _version.cache_clear()
+        versions.append(CodeIndex(Notes()).libraries("zq_user")["zq_mine"])
+        write({info + "RECORD": record})
+    _version.cache_clear()
+    versions.append(CodeIndex(Notes()).libraries("zq_user")["zq_mine"])
+    assert versions[0] == versions[1] != versions[2]
+    assert all(version.startswith("1.0 ") for version in versions)
+    write({info + "direct_url.json": '{"url": "https://example.org/mine-1.0.whl"}'})
+    _version.cache_clear()
+    assert CodeIndex(Notes()).libraries("zq_user") == {"zq_mine": "1.0"}
 
 
 def test_a_folder_that_pip_installs_into_is_no_folder_of_the_users(write: Write, tmp_path: Path) -> None:

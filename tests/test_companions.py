@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from qpipe.companions import digest_with_companions, locations
 from qpipe.hashing import digest_tree
+from qpipe.model import Model
 
 
 def write(folder: Path, external: bool, name: str = "weights.bin") -> Path:
@@ -56,3 +58,33 @@ def test_a_location_outside_the_folder_is_not_followed(tmp_path: Path) -> None:
     path = tmp_path / "net.onnx"
     path.write_bytes(b"\x0a\x08location\x12\x09../secret" + b"\x0a\x08location\x12\x04/etc")
     assert locations(path) == []
+
+
+@pytest.mark.parametrize("way", ["link", "suffix", "detour"])
+def test_companions_are_those_that_the_reader_opens(tmp_path: Path, way: str) -> None:
+    """Through a link to the file, under another suffix, by a name that goes down and up again."""
+    folder = tmp_path / "there"
+    folder.mkdir()
+    path = write(folder, external=True)
+    (data,) = (folder / name for name in locations(path))
+    if way == "link":
+        given = tmp_path / "net.onnx"
+        given.symlink_to(path)
+    elif way == "suffix":
+        given = path.rename(folder / "net.bin")
+    else:
+        (folder / "a").mkdir()
+        proto = onnx.load(path, load_external_data=False)
+        for tensor in proto.graph.initializer:
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = f"a/../{entry.value}"
+        given = folder / "other.onnx"
+        given.write_bytes(proto.SerializeToString())
+    before = digest_with_companions(given)
+    first = {name: array.copy() for name, array in Model.load(given).params.items()}
+    content = bytearray(data.read_bytes())
+    content[0] ^= 1
+    data.write_bytes(content)
+    assert any((first[name] != array).any() for name, array in Model.load(given).params.items())
+    assert digest_with_companions(given) != before

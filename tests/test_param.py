@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -86,3 +87,7 @@ def test_a_factory_is_found_inside_a_union() -> None:
     assert is_factory(Factory | None)
     assert is_factory(Literal["top1"] | Factory)
     assert not is_factory(str | None)
+
+
+def test_negative_zero_arrives_as_the_zero_that_its_key_says() -> None:
+    assert math.copysign(1.0, coerce(-0.0, float, "x")) == 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import pytest
@@ -89,3 +90,13 @@ def test_a_return_type_that_is_no_kind_is_refused() -> None:
 
 def test_the_seed_of_a_context_depends_on_names_alone() -> None:
     assert Context().seed("conv1") == Context().seed("conv1") != Context().seed("conv2")
+
+
+def test_a_param_that_is_text_or_a_path_is_refused() -> None:
+    """Nothing would tell whether the file's content counts."""
+
+    def either(*, source: str | Path = "x") -> Scores:
+        return Scores({})
+
+    with pytest.raises(TypeError, match="'source' takes text and paths"):
+        stage(version=1)(either)
