@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from qpipe.model.target import Target
-from qpipe.numerics.scheme import Granularity, Scheme, TensorScheme
+from qpipe.numerics.scheme import Granularity, Scheme, with_observers
 from qpipe.stage import NULL, Context, Range, Samples, Scores, stage
 
 if TYPE_CHECKING:
@@ -28,24 +28,11 @@ if TYPE_CHECKING:
 
 def chosen(scheme: Scheme, choice: Scores | None, granularity: Granularity | None) -> Scheme:
     """The scheme with the observers of `choice` and the granularity of weights, where they are given."""
-    weight, activation = scheme.weight, scheme.activation
     if granularity is not None:
-        block_size = weight.block_size if granularity == "per_block" else 0
-        weight = replace(weight, granularity=granularity, block_size=block_size)
-    if choice is not None:
-        weight = with_choice(weight, choice.values, "weight")
-        activation = activation and with_choice(activation, choice.values, "activation")
-    return replace(scheme, weight=weight, activation=activation)
-
-
-def with_choice(scheme: TensorScheme, choice: dict[str, Any], side: str) -> TensorScheme:
-    """`scheme` with the observer, and its percentile, that `choice` names for `side` (weight, …)."""
-    observer = choice.get(f"{side}_observer")
-    if observer is None:
-        return scheme
-    return replace(
-        scheme, observer=observer, percentile=choice.get(f"{side}_percentile") or scheme.percentile
-    )
+        block_size = scheme.weight.block_size if granularity == "per_block" else 0
+        weight = replace(scheme.weight, granularity=granularity, block_size=block_size)
+        scheme = replace(scheme, weight=weight)
+    return scheme if choice is None else with_observers(scheme, choice.values)
 
 
 def refuse_scheme(given: Mapping[str, Any]) -> None:

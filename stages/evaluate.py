@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from qpipe.errors import InputError, StageError
 from qpipe.param import load_factory
 from qpipe.stage import NULL, Context, Factory, Range, Samples, Scores, stage
 
@@ -40,43 +39,6 @@ def spread(data: Samples, limit: int | None) -> Samples:
     return data if limit is None else Samples(thinned(data.arrays, limit), labels)
 
 
-def score_labels(metric: str, outputs: Outputs, data: Samples) -> float:
-    """top1 or top5 of the first output. Errors: InputError where the labels do not fit."""
-    from qpipe.numerics.metrics import METRICS
-
-    assert data.labels is not None
-    logits = next(iter(outputs.values()))
-    return METRICS[metric](logits, data.labels)
-
-
-def score_against(metric: str, outputs: Outputs, reference: Outputs) -> float:
-    """sqnr_db, cosine or -mse of the outputs against the float ones; with several outputs, their mean."""
-    from qpipe.numerics.metrics import METRICS
-
-    scores = [METRICS[metric](outputs[name], reference[name]) for name in reference]
-    return sum(scores) / len(scores)
-
-
-def score_by_function(name: str, outputs: Outputs, data: Samples) -> float:
-    """What the user's function returns. Errors: StageError, one line with its name, where it fails."""
-    import numpy as np
-
-    function = load_factory(name)
-    given = next(iter(outputs.values())) if len(outputs) == 1 else dict(outputs)
-    try:
-        returned = function(given, data.labels)
-    except Exception as error:  # the function is the user's: whatever it raises is theirs to read
-        raise StageError(f"The metric {name} raised {type(error).__name__}: {error}") from error
-    value = np.asarray(returned)
-    if value.size != 1 or value.dtype.kind not in "fiub":
-        found = f"an array of shape {value.shape}" if value.ndim else repr(returned)
-        raise StageError(f"The metric {name} returned {found}; it has to return one number.")
-    score = float(value.item())
-    if not np.isfinite(score):
-        raise StageError(f"The metric {name} returned {score}; a score has to be finite.")
-    return score
-
-
 @stage(version=1, config={"data": "evaluation", "metric": "${goal.metric}"})
 def evaluate(
     model: Model,
@@ -98,17 +60,10 @@ def evaluate(
     where a metric of the user's fails.
     """
     from qpipe.model.run import run
-    from qpipe.numerics.metrics import LABELLED
+    from qpipe.numerics.metrics import LABELLED, refuse_missing, score_by_function, score_outputs
 
     data = spread(data, limit)
     own = metric not in get_args(Metric)
-    if metric in LABELLED and data.labels is None:
-        raise InputError(
-            f"The metric '{metric}' needs labels, and the data have none. Give them as 'labels', or take a "
-            "metric without: sqnr_db, cosine, mse."
-        )
-    if not own and metric not in LABELLED and float_model is None:
-        raise InputError(f"The metric '{metric}' compares with the float model: wire `float_model` to it.")
 
     def outputs_of(scored: Model, simulated: bool) -> Outputs:
         return run(
@@ -116,12 +71,15 @@ def evaluate(
             device=ctx.device, progress=lambda done, total: ctx.progress(done, total, "samples"),
         )  # fmt: skip
 
+    compared = not own and metric not in LABELLED and float_model is not None
+    reference = outputs_of(float_model, False) if compared and float_model is not None else None
+    if not own:
+        refuse_missing(metric, data.labels, reference)
     outputs = outputs_of(model, quantized)
-    if own:
-        score = score_by_function(metric, outputs, data)
-    elif float_model is None or metric in LABELLED:
-        score = score_labels(metric, outputs, data)
-    else:
-        score = score_against(metric, outputs, outputs_of(float_model, False))
+    score = (
+        score_by_function(load_factory(metric), metric, outputs, data.labels)
+        if own
+        else score_outputs(metric, outputs, data.labels, reference)
+    )
     said = {"metric": metric, "n": len(data), "backend": backend, "quantized": quantized}
     return Scores({"score": score, **said})

@@ -40,32 +40,41 @@ def left_in_float(graph: ir.Graph, nodes: Nodes) -> Left:
     names = {
         str(v.name): v for v in ir.convenience.create_value_mapping(graph, include_subgraphs=False).values()
     }
-    chosen: dict[str, tuple[set[ir.Node], set[str]]] = {}
-    for side in ("exclude", "only"):
-        found: tuple[set[ir.Node], set[str]] = (set(), set())
-        for text in getattr(nodes, side):
-            matched, values = _matched(graph, names, text, side)
-            found[0].update(matched)
-            found[1].update(values)
-        chosen[side] = found
-    left, out = chosen["exclude"]
+    left, out = matched(graph, nodes.exclude, "target.nodes.exclude")
     if nodes.only:
-        wanted = chosen["only"][0] | {
-            reader for name in chosen["only"][1] for reader in names[name].consumers()
-            if names[name].is_initializer()
-        }  # fmt: skip
+        chosen, by_name = matched(graph, nodes.only, "target.nodes.only")
+        wanted = chosen | {
+            reader for name in by_name for reader in names[name].consumers() if names[name].is_initializer()
+        }
         left = left | {node for node in graph if node not in wanted}
     return Left(frozenset(left), frozenset(out))
 
 
+def matched(graph: ir.Graph, filters: Iterable[str], address: str) -> tuple[set[ir.Node], set[str]]:
+    """The nodes that `filters` match, and the names of the values that are matched by theirs.
+
+    Raises InputError, with the filter's `address`, for one that matches nothing.
+    """
+    names = {
+        str(v.name): v for v in ir.convenience.create_value_mapping(graph, include_subgraphs=False).values()
+    }
+    nodes: set[ir.Node] = set()
+    values: set[str] = set()
+    for text in filters:
+        found, by_name = _matched(graph, names, text, address)
+        nodes.update(found)
+        values.update(by_name)
+    return nodes, values
+
+
 def _matched(
-    graph: ir.Graph, names: dict[str, ir.Value], text: str, side: str
+    graph: ir.Graph, names: dict[str, ir.Value], text: str, address: str
 ) -> tuple[list[ir.Node], list[str]]:
     kind, pattern = split(text)
     values: list[str] = []
     if kind == "between":
         first, last = pattern.split("..")
-        nodes = _between(names, first, last, f"target.nodes.{side}: {text!r}")
+        nodes = _between(names, first, last, f"{address}: {text!r}")
         known: Iterable[str] = names
     elif kind == "type":
         nodes = [node for node in graph if node.op_type == pattern]
@@ -80,12 +89,12 @@ def _matched(
             for n in range(1, len(parts) + 1)
         }
     else:
-        nodes = [node for node in graph if re.fullmatch(pattern, str(node.name))]
+        nodes = [node for node in graph if kind == "name" and re.fullmatch(pattern, str(node.name))]
         values = [name for name in names if re.fullmatch(pattern, name)]
         known = {*names, *(str(node.name) for node in graph)}
     if not nodes and not values:
         raise InputError(
-            f"target.nodes.{side}: {text!r} matches nothing in the model{_nearest(pattern, known)}."
+            f"{address}: {text!r} matches nothing in the model{_nearest(pattern, known)}."
         )
     return nodes, values
 

@@ -9,10 +9,11 @@ something is added to them, since a mask of minus infinity would take the whole 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from qpipe.model.overrides import Overridden
 from qpipe.numerics.scheme import Scheme, TensorScheme, code_bounds
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ class Placement:
     - `weights`: initializer -> its scheme, and the axis of the channels (per_channel) or of the blocks
       (per_block; a weight that cannot be cut into whole blocks is per_channel instead);
     - `activations`: value -> its scheme, for those whose range has to be observed, in the graph's order;
-    - `shared`: groups of these that must have one grid;
+    - `grids`: all activations that get one, in groups that must have the same;
+    - `shared`: the groups among `activations` of more than one value;
     - `follows`: value -> the value of its group whose range alone counts: what a Min or a Relu cuts off
       needs no code;
     - `fixed`: value -> the grid that the target prescribes; no value is both here and in `activations`.
@@ -39,16 +41,21 @@ class Placement:
 
     weights: dict[str, tuple[TensorScheme, int]] = field(default_factory=dict)
     activations: dict[str, TensorScheme] = field(default_factory=dict)
-    shared: tuple[tuple[str, ...], ...] = ()
+    grids: tuple[tuple[str, ...], ...] = ()
     follows: dict[str, str] = field(default_factory=dict)
     fixed: dict[str, Encoding] = field(default_factory=dict)
+
+    @property
+    def shared(self) -> tuple[tuple[str, ...], ...]:
+        return tuple(group for group in self.grids if len(group) > 1 and group[0] not in self.fixed)
 
 
 def place(model: Model, target: Target, scheme: Scheme) -> Placement:
     """The quantizers that `target` wants in `model`, with the grids of `scheme`."""
     marks = _Marks(model, target)
+    schemes = Overridden(model, scheme)
     weights = {
-        layer.weight: weight_scheme(layer, scheme.weight)
+        layer.weight: weight_scheme(layer, schemes.weight(layer.weight))
         for layer in reversed(model.layers())
         if not (marks.left.has(model.graph.node(layer.name)) or layer.weight in marks.left.values)
         and layer.op_type in target.weights
@@ -59,12 +66,11 @@ def place(model: Model, target: Target, scheme: Scheme) -> Placement:
         return Placement(ordered)
     marks.place()
     groups = marks.groups()
-    fixed = marks.fixed(scheme.activation, groups)
-    activations = {name: scheme.activation for group in groups for name in group if name not in fixed}
-    in_order = {name: activations[name] for name in marks.names if name in activations}
-    shared = tuple(group for group in groups if len(group) > 1 and group[0] not in fixed)
+    grids = {name: each for group in groups if (each := schemes.activation(group)) for name in group}
+    fixed = marks.fixed(grids, groups)
+    in_order = {name: grids[name] for name in marks.names if name in grids and name not in fixed}
     follows = {name: last for name, last in marks.follows(groups).items() if name not in fixed}
-    return Placement(ordered, in_order, shared, follows, fixed)
+    return Placement(ordered, in_order, groups, follows, fixed)
 
 
 def weight_scheme(layer: Layer, scheme: TensorScheme) -> tuple[TensorScheme, int]:
@@ -136,19 +142,16 @@ class _Marks:
         )
         return tuple(group for group in groups if group)
 
-    def fixed(self, scheme: TensorScheme, groups: Iterable[tuple[str, ...]]) -> dict[str, Encoding]:
+    def fixed(
+        self, schemes: Mapping[str, TensorScheme], groups: Iterable[tuple[str, ...]]
+    ) -> dict[str, Encoding]:
         """The outputs of Softmax, and what shares their grid: scale 2^-bitwidth, zero point qmin."""
-        if not self.target.softmax or not self.softmax:
+        if not self.target.softmax:
             return {}
-        import numpy as np
-
-        from qpipe.numerics.grid import Encoding
-
-        qmin, _ = code_bounds(scheme.bitwidth, scheme.signed)
-        step = np.asarray(2.0**-scheme.bitwidth, np.float32)
-        encoding = Encoding(scheme.bitwidth, scheme.signed, False, step, np.asarray(qmin, np.int32))
         names = {str(value.name) for value in self.softmax}
-        return {name: encoding for group in groups if names & set(group) for name in group}
+        return {
+            name: _unit_grid(schemes[name]) for group in groups if names & set(group) for name in group
+        }
 
     def _node(self, node: ir.Node) -> None:
         from qpipe.model.composite import data_inputs
@@ -243,6 +246,17 @@ class _Marks:
         """All activations in the graph's order."""
         produced = (output for node in self.graph for output in node.outputs)
         return [value for value in [*self.graph.inputs, *produced] if value in self.data]
+
+
+def _unit_grid(scheme: TensorScheme) -> Encoding:
+    """The grid over [0, 1) that an integer Softmax assumes."""
+    import numpy as np
+
+    from qpipe.numerics.grid import Encoding
+
+    qmin, _ = code_bounds(scheme.bitwidth, scheme.signed)
+    step = np.asarray(2.0**-scheme.bitwidth, np.float32)
+    return Encoding(scheme.bitwidth, scheme.signed, False, step, np.asarray(qmin, np.int32))
 
 
 def data_values(graph: ir.Graph) -> set[ir.Value]:

@@ -8,13 +8,14 @@ Light on purpose: dataclasses of plain JSON types, so that a YAML mapping (`conf
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
 from qpipe.errors import InputError
 from qpipe.numerics.scheme import Granularity, Scheme, TensorScheme
 
-KINDS = ("name", "type", "scope", "between")
+KINDS = ("name", "value", "type", "scope", "between")
 """What a node filter can go by: `kind:text`; without a kind the text is a regular expression of names."""
 
 
@@ -35,6 +36,7 @@ class Nodes:
     """Which part of a model is quantized: `exclude` stays in float; with `only`, all else does.
 
     - `name:conv[12]` or `conv[12]`: a regular expression for whole names of nodes and values;
+    - `value:conv1_w`: the same for values alone, which are activations and weights;
     - `type:Softmax`: an operator;
     - `scope:encoder.layer.0`: the nodes of a torch module and those below it;
     - `between:a..b`: the nodes that follow from value `a` and that value `b` needs; one side may be empty.
@@ -47,22 +49,25 @@ class Nodes:
 
     def __post_init__(self) -> None:
         for side in ("exclude", "only"):
-            for text in getattr(self, side):
-                kind, pattern = split(text)
-                if kind == "between" and pattern.count("..") != 1:
-                    raise ValueError(
-                        f"nodes.{side}: {text!r} must be between:first..last, with names of values."
-                    )
-                try:
-                    re.compile(pattern if kind == "name" else "")
-                except re.error as error:
-                    raise ValueError(f"nodes.{side}: {text!r} is no regular expression: {error}.") from error
+            check_filters(getattr(self, side), f"nodes.{side}")
 
 
 def split(text: str) -> tuple[str, str]:
     """The kind of a node filter, and the rest of it; `name` where none is said."""
     kind, colon, rest = text.partition(":")
     return (kind, rest) if colon and kind in KINDS else ("name", text)
+
+
+def check_filters(filters: Iterable[str], address: str) -> None:
+    """Raises ValueError, with the `address`, for a node filter that cannot be read."""
+    for text in filters:
+        kind, pattern = split(text)
+        if kind == "between" and pattern.count("..") != 1:
+            raise ValueError(f"{address}: {text!r} must be between:first..last, with names of values.")
+        try:
+            re.compile(pattern if kind in ("name", "value") else "")
+        except re.error as error:
+            raise ValueError(f"{address}: {text!r} is no regular expression: {error}.") from error
 
 
 @dataclass(frozen=True)
@@ -135,7 +140,11 @@ class Target:
             raise ValueError(f"{', '.join(both)} cannot stand in both quantize and share.")
 
     def check(self, scheme: Scheme) -> None:
-        """Raises InputError, with the way out, for a scheme that this engine does not take."""
+        """Raises InputError, with the way out, for a scheme that this engine does not take, and ValueError for an
+        override whose filters cannot be read."""
+        for index, override in enumerate(scheme.overrides):
+            check_filters(override.nodes, f"scheme.overrides[{index}].nodes")
+            self.check(scheme.overridden(override))
         clause = None
         if scheme.activation is None and self.activations == "required":
             clause = "takes quantized activations, and the scheme{} has none"

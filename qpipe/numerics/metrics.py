@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qpipe.errors import InputError
+from qpipe.errors import InputError, StageError
 
 Array = npt.NDArray[Any]
 
@@ -107,6 +107,49 @@ METRICS: Mapping[str, Callable[[Array, Array], float]] = {
 
 LABELLED = frozenset({"top1", "top5"})
 """The metrics that need labels; the others compare with the float model's outputs."""
+
+
+def score_outputs(
+    metric: str, outputs: Mapping[str, Array], labels: Array | None, reference: Mapping[str, Array] | None
+) -> float:
+    """The metric of a model's outputs by name: of the first one against the labels, or the mean over all against the
+    reference's. Raises InputError where what the metric needs is missing or does not fit."""
+    refuse_missing(metric, labels, reference)
+    if labels is not None and metric in LABELLED:
+        return METRICS[metric](next(iter(outputs.values())), labels)
+    scores = [METRICS[metric](outputs[name], values) for name, values in (reference or {}).items()]
+    return sum(scores) / len(scores)
+
+
+def refuse_missing(metric: str, labels: Array | None, reference: Mapping[str, Array] | None) -> None:
+    """Raises InputError where the metric needs labels or a reference that are not there."""
+    if metric in LABELLED and labels is None:
+        raise InputError(
+            f"The metric '{metric}' needs labels, and the data have none. Give them as 'labels', or take a "
+            "metric without: sqnr_db, cosine, mse."
+        )
+    if metric not in LABELLED and reference is None:
+        raise InputError(f"The metric '{metric}' compares with the float model: wire `float_model` to it.")
+
+
+def score_by_function(
+    function: Callable[..., Any], name: str, outputs: Mapping[str, Array], labels: Array | None
+) -> float:
+    """What a user's function of (outputs, labels) returns. Raises StageError, one line with its `name`, where it fails
+    or returns no finite number."""
+    given = next(iter(outputs.values())) if len(outputs) == 1 else dict(outputs)
+    try:
+        returned = function(given, labels)
+    except Exception as error:  # the function is the user's: whatever it raises is theirs to read
+        raise StageError(f"The metric {name} raised {type(error).__name__}: {error}") from error
+    value = np.asarray(returned)
+    if value.size != 1 or value.dtype.kind not in "fiub":
+        found = f"an array of shape {value.shape}" if value.ndim else repr(returned)
+        raise StageError(f"The metric {name} returned {found}; it has to return one number.")
+    score = float(value.item())
+    if not np.isfinite(score):
+        raise StageError(f"The metric {name} returned {score}; a score has to be finite.")
+    return score
 
 
 def _share_above(outputs: Array, labels: Array, places: int) -> float:

@@ -100,6 +100,17 @@ class HistogramObserver:
         """The per-tensor grid over `range(scheme)`."""
         return encoding_from_range(*self.range(scheme), scheme, name=self.name)
 
+    def noise(self, e: Encoding) -> float:
+        """The share of the signal's energy that rounding onto the per-tensor grid `e` turns into noise."""
+        counts, edges = self._without_zeros()
+        energy = float((np.diff(edges**3) @ counts) / (3.0 * (edges[1] - edges[0])))
+        if energy <= 0.0:
+            return 0.0
+        scheme = TensorScheme(e.bitwidth, e.signed, e.symmetric)
+        cost = noise_of_histogram(counts, edges, scheme, 1.0)
+        scale, zero_point = e.scale.astype(np.float64).reshape(1), e.zero_point.reshape(1)
+        return float(cost(scale, zero_point)[0]) / energy
+
     def histogram(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
         """Counts (n,) and edges (n + 1,), n <= bins; exact zeros are in them too."""
         edges = np.ldexp(

@@ -6,8 +6,9 @@ numpy. A grid itself, with its scale and zero point, is `qpipe.numerics.grid.Enc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, get_args
 
 Observer = Literal["minmax", "moving_average", "percentile", "sqnr", "mse", "entropy"]
 Granularity = Literal["per_tensor", "per_channel", "per_block"]
@@ -52,21 +53,92 @@ class TensorScheme:
 
 
 @dataclass(frozen=True)
+class TensorChange:
+    """What is different about some tensors of a class; a field that is left out stays as the scheme has it."""
+
+    bitwidth: int | None = None
+    signed: bool | None = None
+    symmetric: bool | None = None
+    granularity: Granularity | None = None
+    block_size: int | None = None
+    observer: Observer | None = None
+    percentile: float | None = None
+    power_of_two: bool | None = None
+
+    def applied(self, scheme: TensorScheme) -> TensorScheme:
+        """`scheme` with the changes. Raises ValueError for a combination that has no meaning."""
+        changes = {each.name: getattr(self, each.name) for each in fields(self)}
+        if changes["granularity"] not in (None, "per_block", scheme.granularity):
+            changes["block_size"] = changes["block_size"] or 0
+        return replace(scheme, **{name: value for name, value in changes.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class Override:
+    """Other grids for a part of the model.
+
+    `nodes` are filters as in `target.nodes`: their weights get the changes of `weight`, the values that they
+    read those of `activation`. A name that matches a weight or an activation means that one alone.
+    """
+
+    nodes: tuple[str, ...]
+    weight: TensorChange | None = None
+    activation: TensorChange | None = None
+
+    def __post_init__(self) -> None:
+        if not self.nodes:
+            raise ValueError("an override names no nodes.")
+        if self.weight is None and self.activation is None:
+            raise ValueError(f"the override of {', '.join(self.nodes)} changes neither weight nor activation.")
+
+
+@dataclass(frozen=True)
 class Scheme:
     """The grids of a whole model, weights and activations; `activation` None quantizes weights only.
 
-    A bias is always int32 with scale s_x * s_w, or stays float where the activation in front has no grid.
+    `overrides` change them for parts of the model, one after the other: the last one that matches wins. A bias
+    is always int32 with scale s_x * s_w, or stays float where the activation in front has no grid.
     """
 
     weight: TensorScheme
     activation: TensorScheme | None
     name: str = ""
+    overrides: tuple[Override, ...] = ()
 
     def __post_init__(self) -> None:
         if self.activation is not None and self.activation.granularity != "per_tensor":
             raise ValueError(f"activations are quantized per_tensor, got {self.activation.granularity}.")
         if self.weight.observer == "moving_average":
             raise ValueError("observer moving_average follows batches of activations, got it for weights.")
+        for override in self.overrides:
+            self.overridden(override)
+
+    def overridden(self, override: Override) -> Scheme:
+        """The scheme of the tensors that `override` matches. Raises ValueError for one that has no meaning."""
+        weight, activation = self.weight, self.activation
+        if override.weight is not None:
+            weight = override.weight.applied(weight)
+        if override.activation is not None:
+            if activation is None:
+                raise ValueError("an override changes activations, which the scheme leaves in float.")
+            activation = override.activation.applied(activation)
+        return Scheme(weight, activation, self.name)
+
+
+def with_observers(scheme: Scheme, choice: Mapping[str, Any]) -> Scheme:
+    """`scheme` with the observers that `choice` names: `weight_observer`, `weight_percentile`, and so for
+    activations; what it does not name stays."""
+    weight = _with_observer(scheme.weight, choice, "weight")
+    activation = scheme.activation and _with_observer(scheme.activation, choice, "activation")
+    return replace(scheme, weight=weight, activation=activation)
+
+
+def _with_observer(scheme: TensorScheme, choice: Mapping[str, Any], side: str) -> TensorScheme:
+    observer = choice.get(f"{side}_observer")
+    if observer is None:
+        return scheme
+    percentile = choice.get(f"{side}_percentile") or scheme.percentile
+    return replace(scheme, observer=observer, percentile=percentile)
 
 
 def code_bounds(bitwidth: int, signed: bool) -> tuple[int, int]:

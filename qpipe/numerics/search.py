@@ -1,0 +1,76 @@
+"""Which mix of precisions to take: the cheapest that meets a goal, or the best that a budget allows.
+
+Losses of groups, measured alone, propose; the score of the whole model, measured on the choice itself, decides.
+Uniform choices are always measured, so that no mix is taken which one of them beats. Scores may be noisy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from qpipe.errors import InputError
+from qpipe.numerics.allocation import Choice, Groups, first_meeting, front, least_loss, total_cost
+
+
+@dataclass(frozen=True)
+class Goal:
+    """At least `least_score` for at most `budget`; None asks for nothing. One of them has to be given."""
+
+    least_score: float | None
+    budget: int | None
+
+    def allows(self, cost: int, score: float) -> bool:
+        """Whether both are kept."""
+        return (self.budget is None or cost <= self.budget) and (
+            self.least_score is None or score >= self.least_score
+        )
+
+
+@dataclass(frozen=True)
+class Found:
+    """The choice, whether it meets the goal, the front it was looked for on, and all scores that were measured."""
+
+    choice: Choice
+    met: bool
+    front: tuple[Choice, ...]
+    scores: Mapping[Choice, float]
+
+
+def search(
+    groups: Groups, rest: int, uniform: Mapping[str, Choice], measure: Callable[[Choice], float], goal: Goal
+) -> Found:
+    """The cheapest choice that keeps the goal; where `least_score` is None or cannot be had, the best one.
+
+    `rest` is what costs come on top. Raises InputError for a budget below the cheapest choice.
+    """
+    scores: dict[Choice, float] = {}
+
+    def score(choice: Choice) -> float:
+        if choice not in scores:
+            scores[choice] = measure(choice)
+        return scores[choice]
+
+    def cost(choice: Choice) -> int:
+        return rest + total_cost(groups, choice)
+
+    path = front(groups)
+    if goal.budget is not None and cost(path[0]) > goal.budget:
+        raise InputError(f"The budget of {goal.budget:,} is below the cheapest choice, {cost(path[0]):,}.")
+    within = [choice for choice in path if goal.budget is None or cost(choice) <= goal.budget]
+    for choice in uniform.values():
+        score(choice)
+    if goal.least_score is not None:
+        first_meeting(len(within), lambda i: goal.allows(cost(within[i]), score(within[i])))
+        meeting = [choice for choice in scores if goal.allows(cost(choice), scores[choice])]
+        if meeting:
+            chosen = min(meeting, key=lambda choice: (cost(choice), -scores[choice]))
+            return Found(chosen, True, tuple(path), scores)
+    if goal.budget is not None:
+        proposed = least_loss(groups, goal.budget - rest)
+        assert proposed is not None
+        score(proposed)
+    score(within[-1])
+    affordable = [choice for choice in scores if goal.budget is None or cost(choice) <= goal.budget]
+    chosen = max(affordable, key=lambda choice: (scores[choice], -cost(choice)))
+    return Found(chosen, goal.least_score is None, tuple(path), scores)

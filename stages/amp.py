@@ -1,0 +1,199 @@
+"""Mixed precision: the cheapest mix of bitwidths that keeps the score, or the best one within a budget.
+
+    1  sensitivity   every group of tensors alone at every candidate, all else in float: one score each
+    2  front         choices from the cheapest up, always the step that loses least per cost; the first that meets
+                     `max_drop`, by bisection on the true simulation, or an integer programme under `budget`
+    3  conversions   neighbours take one bitwidth where the goal still holds
+
+A group is what has to go together: values on one grid, a layer's weight with its input, what one operator reads.
+Losses of groups are taken to add up; that only proposes, for what is chosen was measured whole, and no uniform
+candidate that keeps the goal is both as cheap and as good. Weights of every candidate are quantized from the float
+weights. Every score is kept, so another budget, another goal or one more candidate re-uses all that exist.
+
+Assumes: float weights (`bnf`, `cle` before, `adaround` after). Weights that were tuned keep their grid. A score
+that is noisy is not trusted to say that a finer grid is worse.
+Source: own; the three phases are those of AIMET's automatic mixed precision, the front that of Sinha and Zoltners
+(qpipe.numerics.allocation), the layerwise error that of GPTQ, arXiv 2210.17323.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args
+
+from qpipe.errors import InputError
+from qpipe.model.target import Target
+from qpipe.numerics.scheme import Scheme, with_observers
+from qpipe.param import load_factory
+from qpipe.stage import NULL, Context, Factory, Range, Samples, Scores, stage
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from qpipe.model import Model
+    from qpipe.model.precision import Choices
+    from qpipe.numerics.grid import Encoding
+
+Metric = Literal["top1", "top5", "sqnr_db", "cosine", "mse"]
+FLOAT = "float"
+
+
+class Mixed(NamedTuple):
+    """What amp returns: the model, and how it was found."""
+
+    model: Model
+    scores: Scores
+
+
+def candidate_scheme(name: str, scheme: Scheme) -> Scheme | None:
+    """`scheme` with the bitwidths of `w4a8`, of `w4` (weights alone), or None for `float`.
+
+    Errors: ValueError for a name that is none, or bitwidths that the scheme cannot have.
+    """
+    if name == FLOAT:
+        return None
+    found = re.fullmatch(r"w(\d+)(?:a(\d+))?", name)
+    if not found:
+        raise ValueError(f"a candidate is a text like w4a8, w4 (weights alone) or float, got {name!r}.")
+    activation = scheme.activation
+    if found[2] is not None:
+        if activation is None:
+            raise ValueError(f"the scheme leaves activations in float: write w{found[1]} instead of {name}.")
+        activation = replace(activation, bitwidth=int(found[2]))
+    weight = replace(scheme.weight, bitwidth=int(found[1]))
+    return replace(scheme, weight=weight, activation=activation, name=name)
+
+
+def refuse(given: Mapping[str, Any]) -> None:
+    """Errors: ValueError, InputError for candidates that are none or that the target forbids, and for no goal."""
+    target, candidates = given["target"], given["candidates"]
+    if len(set(candidates)) != len(candidates) or len(candidates) < 2:
+        raise ValueError(f"candidates: name at least two different ones, got {list(candidates)}.")
+    if given["max_drop"] is None and given["budget"] is None:
+        raise ValueError("set max_drop, budget or both: without a goal there is nothing to choose by.")
+    for name in candidates:
+        scheme = candidate_scheme(name, given["scheme"])
+        if scheme is not None:
+            target.check(scheme)
+        elif target.activations == "required":
+            raise InputError(f"The target '{target.name}' takes quantized activations: leave out 'float'.")
+    if set(candidates) == {FLOAT}:
+        raise ValueError("candidates: 'float' alone leaves nothing to choose.")
+
+
+def find(
+    model: Model, data: Mapping[str, Any], schemes: Mapping[str, Scheme | None], target: Target,
+    batch_size: int, ctx: Context,
+) -> tuple[Choices, Any]:  # fmt: skip
+    """The groups of `model` with the grids of every candidate, and the observers that made them."""
+    from qpipe.model.calibration import activation_encodings, observed, observed_groups, weight_encodings
+    from qpipe.model.placement import place
+    from qpipe.model.precision import find_choices
+
+    placements = {name: place(model, target, s) for name, s in schemes.items() if s is not None}
+    first = next(iter(placements.values()))
+    observers = observed(
+        model, data, observed_groups(first), ctx.memo, batch_size=batch_size, device=ctx.device
+    )
+    kept = {name: e for name, e in sorted(model.encodings.items()) if e.frozen and name in model.params}
+    grids: dict[str, dict[str, Encoding]] = {}
+    for name in schemes:
+        grids[name] = dict(kept)
+        if name in placements:
+            grids[name] |= activation_encodings(placements[name], observers)
+            grids[name] |= weight_encodings(model, placements[name])
+    return find_choices(model, first, grids, data), observers
+
+
+@stage(
+    version=1,
+    config={
+        "calibration": "calibration", "evaluation": "evaluation", "scheme": "${scheme}", "target": "${target}",
+        "metric": "${goal.metric}", "max_drop": "${goal.max_drop}", "seed": "${seed}",
+    },
+    check=refuse,
+)  # fmt: skip
+def amp(
+    model: Model,
+    calibration: Samples,
+    evaluation: Samples,
+    choice: Scores | None = None,
+    *,
+    scheme: Scheme,
+    target: Target,
+    candidates: tuple[str, ...] = ("w4a8", "w8a8", "w8a16"),
+    method: Literal["sqnr_db", "evaluation", "gram"] = "sqnr_db",
+    metric: Metric | Factory = "top1",
+    max_drop: Annotated[float, Range(ge=0)] | None = 0.01,
+    budget: Annotated[float, Range(gt=0)] | None = None,
+    cost: Literal["bitops", "size"] = "bitops",
+    conversion_slack: Annotated[float, Range(ge=0)] = 0.05,
+    limit: Annotated[int, Range(ge=1)] | None = 256,
+    batch_size: Annotated[int, Range(ge=1)] = 64,
+    seed: int = 0,
+    ctx: Context = NULL,
+) -> Mixed:
+    """`model` with the grids of the chosen mix, and `scores`: what was tried, what it scored and what it costs.
+
+    `candidates` are bitwidths like w4a8, w4 (weights alone) or float; all else is the scheme's. `choice` brings the
+    observers of quantscheme_select. `method` measures each group by the sqnr of the outputs on `limit` samples
+    of the calibration, by `metric` on `limit` of the evaluation, or estimates it from second moments (gram).
+    `max_drop` may be lost of `metric` against float, on all of the evaluation; null: as good as `budget` allows.
+    `budget` is a share of the costliest candidate's `cost`. `conversion_slack` is the share of the chosen cost
+    that fewer conversions may add. Where no mix keeps max_drop, the best one comes out, with a note.
+    Errors: InputError for candidates that the target forbids, for data that do not fit or are none, and for a
+    budget below the cheapest mix.
+    """
+    refuse(locals())
+    from qpipe.model.judge import Judge
+    from qpipe.model.mixing import Problem, report, solve
+    from qpipe.model.run import thinned
+    from qpipe.model.sensitivity import GramSensitivity, by_outputs, loss_of
+
+    if target.bias != model.metadata.get("biases", "int32"):
+        model = model.with_metadata({"biases": target.bias})
+    used = scheme if choice is None else with_observers(scheme, choice.values)
+    function = None if metric in get_args(Metric) else load_factory(metric)
+
+    def judge(data: Samples, by: str, most: int | None) -> Judge:
+        labels = None if data.labels is None else thinned({"": data.labels}, most)[""]
+        own = function if by == metric else None
+        arrays = thinned(data.arrays, most)
+        return Judge(
+            model, arrays, labels, by, ctx.memo, function=own, batch_size=batch_size, device=ctx.device
+        )
+
+    whole = judge(evaluation, metric, None)
+    by = metric if method == "evaluation" else "sqnr_db"
+    single = judge(evaluation if method == "evaluation" else calibration, by, limit)
+    choices, observers = find(
+        model, calibration.arrays, {name: candidate_scheme(name, used) for name in candidates}, target,
+        batch_size, ctx,
+    )  # fmt: skip
+    if not choices.groups:
+        raise InputError(f"All candidates ({', '.join(candidates)}) come to the same grids in this model.")
+    if method == "gram":
+        samples = thinned(calibration.arrays, limit)
+        gram = GramSensitivity(model, samples, observers, ctx.memo, seed=seed, device=ctx.device)
+        alone = gram.scores(choices, ctx.progress)
+    else:
+        alone = by_outputs(single, choices, ctx.progress)
+    reference = single.float_score() if by != "sqnr_db" else 0.0
+    problem = Problem(choices, [[loss_of(by, score, reference) for score in row] for row in alone], cost)
+    reached = whole.float_score()
+    solution = solve(
+        problem, lambda mix: whole.score(choices.encodings(mix)),
+        None if max_drop is None else reached - max_drop, budget, conversion_slack,
+    )  # fmt: skip
+    said = report(problem, solution, alone)
+    if not solution.found.met:
+        within = "" if budget is None else f" within the budget of {budget:g}"
+        ctx.note(
+            f"No mix{within} keeps {metric} within {max_drop:g} of float ({reached:.6g}): the best one has "
+            f"{said['score']:.6g}."
+        )
+    table = {row["group"]: row["candidate"] for row in said["groups"]}
+    mixed = model.with_encodings(choices.encodings(solution.choice)).with_metadata({"amp": table})
+    told = {"metric": metric, "float": reached, "met": solution.found.met, "cost": cost, "method": method}
+    return Mixed(mixed, Scores({**told, **said}))
