@@ -169,7 +169,7 @@ def _rm(jobs: Sequence[Job], store: Store, words: Sequence[str]) -> int:
 
 
 def _pin(jobs: Sequence[Job], store: Store, words: Sequence[str]) -> int:
-    for label, keys in _targets(jobs, store, words):
+    for label, keys in _targets(jobs, store, words, "pin"):
         pin(store, keys, label)
         print(f"pinned {label}: {len(keys)} results")
     for label, standing in pins(store) if not words else ():
@@ -178,7 +178,7 @@ def _pin(jobs: Sequence[Job], store: Store, words: Sequence[str]) -> int:
 
 
 def _unpin(jobs: Sequence[Job], store: Store, words: Sequence[str]) -> int:
-    for label, keys in _targets(jobs, store, words):
+    for label, keys in _targets(jobs, store, words, "unpin"):
         if not unpin(store, keys):
             known = ", ".join(label for label, _ in pins(store)) or "none"
             raise CacheError(f"cache unpin: {label} is not pinned. Pins: {known}.")
@@ -216,7 +216,7 @@ def _import(jobs: Sequence[Job], store: Store, words: Sequence[str]) -> int:
     return 0
 
 
-def _targets(jobs: Sequence[Job], store: Store, words: Sequence[str]) -> list[tuple[str, set[str]]]:
+def _targets(jobs: Sequence[Job], store: Store, words: Sequence[str], command: str) -> list[tuple[str, set[str]]]:
     """What each word names: the results of a run folder, of a node, or the one under a key."""
     found = []
     for word in words:
@@ -224,7 +224,7 @@ def _targets(jobs: Sequence[Job], store: Store, words: Sequence[str]) -> list[tu
         if path.name == RECORD and path.is_file():
             found.append((word, _recorded(path)))
         else:
-            found.append((word, _named(jobs, store, [word], "pin")))
+            found.append((word, _named(jobs, store, [word], command)))
     return found
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any, Protocol
 
@@ -187,23 +187,57 @@ def explain(now: Present | Recorded, then: Side, node: str) -> list[Step]:
     while pending:
         made, before, below, certain = pending.popleft()
         step = compare(made, before, below, certain)
+        rewired = _rewired(made, before, step.changes, now)
+        if rewired:
+            step = dataclasses.replace(step, remark=" and ".join(rewired.values()))
         if step.changes or step.remark or not steps:
             steps.append(step)
         for change in step.changes:
-            if change.group != "input":
+            if change.group != "input" or (change.name in rewired and len(made.wires[change.name]) == 1):
                 continue
-            wires = made.wires.get(change.name, ())
-            past = before.wires.get(change.name, ()) if before else ()
-            digests = zip_longest(change.before or (), change.after or ())
-            for wire, old, (was, comes) in zip_longest(wires, past, digests, fillvalue=(None, None)):
+            for wire, old, was, comes in _pairs(change, made, before):
                 source = now.at(wire[0]) if wire[0] else None
                 if source is None or source.node in seen or (was is not None and was == comes):
                     continue
                 seen.add(source.node)
-                name, key = old if old[0] else (source.node, None)
-                earlier = then.at(name, source.stage, key)
+                earlier = then.at(old[0] or source.node, source.stage, old[1] if old[0] else None)
                 pending.append((source, earlier, (made.node, change.name), comes is not None))
     return steps
+
+
+def _pairs(
+    change: Change, now: Made, then: Made | None
+) -> Iterator[tuple[tuple[str | None, str | None], tuple[str | None, str | None], str | None, str | None]]:
+    """For each wire of a changed port: it, that of before which it is held against, and their two digests. Where the
+    port takes many, wires of one node belong together; one that came or went is told by `_rewired`."""
+    wires, past = now.wires.get(change.name, ()), then.wires.get(change.name, ()) if then else ()
+    before, after = list(change.before or ()), list(change.after or ())
+    none: tuple[str | None, str | None] = (None, None)
+    if max(len(wires), len(past)) < 2 or not past:
+        for wire, old, was, comes in zip_longest(wires, past, before, after):
+            yield wire or none, old or none, was, comes
+        return
+    left = list(zip_longest(past, before))
+    for wire, comes in zip_longest(wires, after[: len(wires)]):
+        found = next((pair for pair in left if pair[0] and pair[0][0] == wire[0]), None)
+        if found is not None:
+            left.remove(found)
+            yield wire, found[0], found[1], comes
+
+
+def _rewired(
+    made: Made, then: Made | None, found: Sequence[Change], now: Present | Recorded
+) -> dict[str, str]:
+    """Port -> what is said of it, where other nodes are wired to it than before, or the same in another order. A single
+    node that is there no more was renamed, and is followed instead."""
+    said: dict[str, str] = {}
+    for change in found:
+        wires = [wire[0] for wire in made.wires.get(change.name, ())]
+        past = [wire[0] for wire in then.wires.get(change.name, ())] if then else []
+        many = max(len(wires), len(past)) > 1
+        if change.group == "input" and past and wires != past and (many or now.at(past[0]) is not None):
+            said[change.name] = f"takes its input '{change.name}' from {', '.join(wires)} instead of {', '.join(past)}"
+    return said
 
 
 def compare(
@@ -211,7 +245,7 @@ def compare(
 ) -> Step:
     """What differs between a node as it is and as it was; `certain` says that its output does."""
     if then is None:
-        gone = "never ran, as far as this cache knows" if below is None else "has no earlier result to compare with"
+        gone = "has no earlier result in the cache" if below is None else "has no earlier result to compare with"
         return Step(now, None, (), gone, below)
     if now.stage == "first_within" and then.stage != "first_within":
         return Step(now, then, _all_inputs(now), "", below)  # it has not chosen yet: what it waits for is told

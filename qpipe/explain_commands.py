@@ -77,7 +77,8 @@ def _because(outcome: Outcome, steps: Sequence[Step], since: str) -> Iterator[st
     if outcome.state == "not_needed":
         yield from outcome.reasons
     if first.then is None:
-        yield "never run: nothing to compare with" if since == "its last result" else f"not in {since}"
+        gone = "no earlier result is in the cache: nothing to compare with"
+        yield gone if since == "its last result" else f"not in {since}"
         return
     yield f"compared with {since}{when}:"
     for line in told[:NAMED_ROOTS]:

@@ -21,7 +21,7 @@ from qpipe.companions import content
 from qpipe.errors import ConfigError, InputError, QpipeError
 from qpipe.graph import Graph, Source
 from qpipe.hashing import digest, stamp
-from qpipe.history import expected_s, previous_result
+from qpipe.history import expected_s, previous_key, previous_result
 from qpipe.param import is_factory, listed
 from qpipe.spec import FirstWithin, NodeSpec
 from qpipe.stage import Stage
@@ -223,7 +223,8 @@ def decide(
     elif missing:
         reasons = (f"cached result lost {len(missing)} of its blobs",)
     else:
-        reasons = reasons_to_run(previous, ingredients, keyring)
+        last = previous_key(store, node.stage.name, node.name)
+        reasons = () if last == key else reasons_to_run(previous, ingredients, keyring, last is not None)
     expected = expected_s(store, node.stage.name, node.name)
     return Action(
         node.name,
@@ -245,11 +246,12 @@ def fits(result: Mapping[str, Any], stage: Stage) -> bool:
 
 
 def reasons_to_run(
-    previous: Mapping[str, Any] | None, ingredients: Mapping[str, Any], keyring: Keyring
+    previous: Mapping[str, Any] | None, ingredients: Mapping[str, Any], keyring: Keyring, ran: bool = False
 ) -> tuple[str, ...]:
-    """What changed since the previous result; empty where it only went missing."""
+    """What changed since the previous result; empty where it only went missing. `ran` tells of a last run under another
+    key, whose result may be gone."""
     if previous is None:
-        return ("never run",)
+        return ("its last result was of another key, and is gone from the cache" if ran else "never run",)
     kept = previous["provenance"].get("listings", {})
     return tuple(differences(previous["ingredients"], ingredients, kept, keyring.listings(ingredients)))
 

@@ -58,7 +58,7 @@ def test_the_changed_module_the_changed_file_and_the_changed_library_are_named(t
 
 def test_against_a_run_by_name_and_by_record_and_never_run_before(toy: Toy) -> None:
     toy.pipeline(CHAIN)
-    assert "never run: nothing to compare with" in toy.run("why", "d").stdout
+    assert "no earlier result is in the cache: nothing to compare with" in toy.run("why", "d").stdout
     toy.run("run", "run.workers=0")
     first = Path(toy.record()["run_dir"])
     toy.run("run", "run.workers=0", "stages.a.value=5")
