@@ -1,5 +1,20 @@
-"""`python -m qpipe` is `qpipe`."""
+"""The `qpipe` command, and `python -m qpipe`: thin, so that Ctrl-C while all else is imported leaves one line, too."""
 
-from qpipe.cli import main
+from __future__ import annotations
 
-main()
+import sys
+
+
+def main() -> None:
+    """Entry point; ends with the exit status."""
+    try:
+        from qpipe.cli import main as command
+
+        command()
+    except KeyboardInterrupt:
+        print("qpipe: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -39,3 +39,12 @@ def test_commands_that_run_nothing_leave_nothing_and_take_nothing(
     assert sorted(
         path for path in tmp_path.rglob("*") if path.is_file() and "cache" not in path.parts
     ) == sorted(others)
+
+
+def test_an_interrupt_while_libraries_are_imported_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "omegaconf.py").write_text("raise KeyboardInterrupt\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    run = subprocess.run(
+        [sys.executable, "-m", "qpipe"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert (run.returncode, run.stderr) == (130, "qpipe: interrupted\n")

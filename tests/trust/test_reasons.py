@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from tests.trust.lab import Lab
 
 STAGES = {
@@ -46,13 +48,13 @@ def test_a_renamed_node_is_followed(lab: Lab) -> None:
 
 def test_what_was_removed_was_run(lab: Lab) -> None:
     lab.pipeline(STAGES)
-    assert "toy_number  never run" in said(lab, "plan")
+    assert re.search("toy_number +never run", said(lab, "plan"))
     said(lab, "run")
     said(lab, "cache", "gc", "cache.max_size=0")
     assert "result evicted" in said(lab, "plan")
     text = said(lab, "plan", "stages.n.value=8")
     assert "its last result was of another key, and is gone from the cache" in text
-    assert "never run" not in text
+    assert not re.search("never run$", text, re.MULTILINE)
     text = said(lab, "why", "n")
     assert "never ran" not in text
     assert "no earlier result is in the cache" in text
