@@ -22,9 +22,10 @@ from qpipe.model.floats import to_float32
 from qpipe.model.folding import fold_constants, fold_weights
 from qpipe.model.invariants import drop_unused_initializers, lift_constants, remove_dead_nodes, restore
 from qpipe.model.naming import assign_names
+from qpipe.model.operator_form import write_out
 from qpipe.model.opsets import to_canonical_opset
 from qpipe.model.qdq_nodes import scale_sources, standard_nodes
-from qpipe.model.qdq_reader import Grids, read_activations, read_weights, skip_clips
+from qpipe.model.qdq_reader import Grids, left_on_codes, read_activations, read_weights, skip_clips
 from qpipe.model.refusals import check_supported, refuse_unfit
 from qpipe.model.shapes import infer_shapes
 
@@ -79,6 +80,7 @@ def canonicalize(
     graph.sort()
     _name_dynamic_dimensions(graph)
     assign_names(model)
+    notes += write_out(graph)
     skip_clips(graph)
     read_weights(graph, grids)
     simplify(model, kept | grids.names)
@@ -94,7 +96,7 @@ def canonicalize(
     restore(model)
     infer_shapes(model)
     check_supported(model)
-    return model, [*notes, *grids.notes], grids
+    return model, [*notes, *grids.notes, *left_on_codes(graph)], grids
 
 
 def simplify(model: ir.Model, parameters: Collection[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import torch
@@ -61,16 +62,36 @@ def literal(data: Any) -> Any:
 
 
 def tensor_of(array: np.ndarray[Any, Any] | None) -> torch.Tensor:
-    """A copy of `array`; bfloat16, which numpy borrows from ml_dtypes, goes through its bits."""
+    """A copy of `array`; bfloat16 and 8-bit floats, which numpy borrows from ml_dtypes, go through their bits."""
     assert array is not None
-    if array.dtype.name == "bfloat16":
-        return torch.tensor(array.view(np.int16)).view(torch.bfloat16)
+    if array.dtype.name in _BORROWED:
+        bits = torch.tensor(array.view(f"u{array.dtype.itemsize}").view(f"i{array.dtype.itemsize}"))
+        return bits.view(_BORROWED[array.dtype.name])
     return torch.tensor(array)
+
+
+def array_of(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    """The other way: `tensor`, on the CPU, as numpy has it."""
+    name = next((name for name, dtype in _BORROWED.items() if dtype == tensor.dtype), None)
+    if name is None:
+        return np.asarray(tensor.numpy())
+    bits = tensor.contiguous().view(torch.int16 if tensor.dtype.itemsize == 2 else torch.int8)
+    return np.asarray(bits.numpy()).view(np.dtype(getattr(ml_dtypes, name)))
+
+
+_BORROWED = {
+    "bfloat16": torch.bfloat16,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+    "float8_e4m3fnuz": torch.float8_e4m3fnuz,
+    "float8_e5m2": torch.float8_e5m2,
+    "float8_e5m2fnuz": torch.float8_e5m2fnuz,
+}
+"""The types that numpy has by the name of ml_dtypes'."""
 
 
 def shared_tensor_of(array: np.ndarray[Any, Any] | None) -> torch.Tensor:
     """`array` itself as a tensor, not to be written to; a copy where torch cannot take it as it is."""
-    if array is None or array.dtype.name == "bfloat16" or not array.flags.c_contiguous or not array.ndim:
+    if array is None or array.dtype.name in _BORROWED or not array.flags.c_contiguous or not array.ndim:
         return tensor_of(array)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that it is read-only, as is meant here

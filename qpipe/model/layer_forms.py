@@ -80,6 +80,10 @@ def explicit_attributes(graph: ir.Graph, node: ir.Node) -> bool:
     return dict(node.attributes) != before
 
 
+_NEWLY_DILATED = frozenset({"AveragePool", "LpPool"})
+"""What onnxruntime makes of a quantized AveragePool, QLinearAveragePool, does not know the attribute."""
+
+
 def _explicit_pads(node: ir.Node, kernel: tuple[int, ...]) -> None:
     mode = node.attributes["auto_pad"].as_string() if "auto_pad" in node.attributes else "NOTSET"
     rank = len(kernel)
@@ -99,8 +103,9 @@ def _explicit_pads(node: ir.Node, kernel: tuple[int, ...]) -> None:
     node.attributes.pop("auto_pad", None)
     node.attributes["pads"] = ir.AttrInt64s("pads", pads)
     node.attributes["strides"] = ir.AttrInt64s("strides", strides)
-    if node.op_type != "LpPool" or "dilations" in node.attributes:
-        node.attributes["dilations"] = ir.AttrInt64s("dilations", dilations)
+    node.attributes["dilations"] = ir.AttrInt64s("dilations", dilations)
+    if node.op_type in _NEWLY_DILATED and all(gap == 1 for gap in dilations):
+        del node.attributes["dilations"]
 
 
 def _same_pads(

@@ -271,7 +271,7 @@ def data_values(graph: ir.Graph) -> set[ir.Value]:
 
 
 def _is_float(value: ir.Value) -> bool:
-    return value.dtype is not None and value.dtype.is_floating_point()
+    return value.dtype is not None and value.dtype.name == "FLOAT"  # 8-bit floats are codes
 
 
 def _picks(node: ir.Node) -> bool:

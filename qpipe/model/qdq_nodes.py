@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from qpipe.errors import InputError
 from qpipe.model.rewrites import constant
-from qpipe.numerics.grid import Encoding
+from qpipe.numerics.grid import SMALLEST_SCALE, Encoding, broadcast, dequantize, spread
 from qpipe.numerics.scheme import code_bounds
 
 Array = npt.NDArray[Any]
@@ -45,6 +45,11 @@ def on_codes(node: ir.Node) -> bool:
     return node.domain in ("", "ai.onnx", "com.microsoft") and bool(_ON_CODES.fullmatch(node.op_type))
 
 
+def computes_codes(node: ir.Node) -> bool:
+    """Whether `node` makes, takes or computes on integer codes."""
+    return quantizes(node) or dequantizes(node) or on_codes(node)
+
+
 def standard_nodes(model: ir.Model) -> None:
     """QuantizeLinear and DequantizeLinear of com.microsoft become ONNX's, in place."""
     for graph in model.graphs():
@@ -71,19 +76,28 @@ def scale_sources(graph: ir.Graph) -> set[str]:
     return {str(value.name) for value in seen if value is not None and value.is_initializer()}
 
 
-def grid(node: ir.Node, rank: int | None = None) -> Encoding:
-    """The grid of `node`; `rank` is that of its tensor, None for an activation, which has one scale.
+def has_constant_grid(node: ir.Node) -> bool:
+    """Whether scale and zero point of `node` are constants, and its codes integers."""
+    given = len(node.inputs) > 2 and node.inputs[2] is not None
+    known = constant(node, 1) is not None and not (given and constant(node, 2) is None)
+    return known and _code_type(node) in _INTEGERS
 
-    Raises InputError for a scale that is computed, a type that is no integer, or a grid that cannot be."""
+
+def has_grid(node: ir.Node) -> bool:
+    """Whether the grid is also one for the whole tensor, as an activation's has to be."""
+    scale = constant(node, 1)
+    return scale is not None and scale.size == 1 and has_constant_grid(node)
+
+
+def grid(node: ir.Node, rank: int | None = None) -> Encoding:
+    """The constant grid of `node`; `rank` is that of its tensor, None for an activation, which has one scale.
+
+    A negative scale, as onnxruntime's int4 weights have it, is that of the mirrored codes: its size, and the zero
+    point counted from the other end. A scale of 0 of a constant, all of which it makes 0, is the smallest that there
+    is. Raises InputError for a grid that cannot be."""
     scale, zero_point = constant(node, 1), constant(node, 2)
-    if scale is None or (len(node.inputs) > 2 and node.inputs[2] is not None and zero_point is None):
-        raise InputError(
-            f"The scale of node {node.name!r} ({node.op_type}) is computed while the model runs; qpipe reads "
-            "static quantization, in which scales are constants."
-        )
+    assert scale is not None
     dtype = _code_type(node)
-    if dtype not in _INTEGERS:
-        raise InputError(f"Node {node.name!r} ({node.op_type}) has codes of type {dtype.name}, no integers.")
     bitwidth, signed = _INTEGERS[dtype]
     bitwidth = int(node.metadata_props.get(BITWIDTH, bitwidth))
     if rank is None and scale.size != 1:
@@ -100,15 +114,28 @@ def grid(node: ir.Node, rank: int | None = None) -> Encoding:
     try:
         shape = () if single else scale.shape
         zeros = np.broadcast_to(zeros.reshape(-1)[0] if zeros.size == 1 else zeros, shape)
-        middle = 0 if signed else 1 << (bitwidth - 1)
-        return Encoding(
-            bitwidth, signed, bool(np.all(zeros == middle)), scale.astype(np.float32).reshape(shape), zeros,
-            None if single else axis, block or None,
-        )  # fmt: skip
+        scale = scale.astype(np.float32).reshape(shape)
+        zeros = np.where(scale < 0, sum(code_bounds(bitwidth, signed)) - zeros, zeros)
+        size = (
+            np.abs(scale) if rank is None else np.where(scale == 0, np.float32(SMALLEST_SCALE), np.abs(scale))
+        )
+        symmetric = bool(np.all(zeros == (0 if signed else 1 << (bitwidth - 1))))
+        return Encoding(bitwidth, signed, symmetric, size, zeros, None if single else axis, block or None)
     except ValueError as error:
         raise InputError(
             f"The grid of node {node.name!r} ({node.op_type}) cannot be read: {error}"
         ) from error
+
+
+def floats_of(codes: Array, node: ir.Node, encoding: Encoding) -> npt.NDArray[np.float32]:
+    """What the constant `codes` stand for that `node` dequantizes, whose grid is `encoding`.
+
+    Raises ValueError where they do not fit."""
+    scale = constant(node, 1)
+    assert scale is not None
+    sign = spread(np.sign(scale).reshape(encoding.scale.shape), encoding, codes.shape)
+    codes = np.where(sign < 0, encoding.qmin + encoding.qmax - codes, codes)
+    return dequantize(np.where(sign == 0, broadcast(encoding, codes.shape)[1], codes), encoding)
 
 
 def _code_type(node: ir.Node) -> ir.DataType:

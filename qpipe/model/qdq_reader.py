@@ -8,6 +8,11 @@
 An encoding is the same for all who read a value. Where a file rounds a value for some readers only, or puts it
 on two grids, an Identity stands for the rounding and has the encoding.
 
+A pair is read so where its grid is a constant, of integers, one for the whole activation, and where nothing but
+DequantizeLinear of that grid reads the codes, behind nodes that only move them. Any other QuantizeLinear or
+DequantizeLinear (dynamic scales, scales per channel of an activation, codes that the model takes, returns or
+computes with) stays a node of the graph, and is computed as it is.
+
 Source: ONNX operators QuantizeLinear and DequantizeLinear, opsets 10 to 25, and their forms in com.microsoft.
 """
 
@@ -26,12 +31,25 @@ from qpipe.errors import InputError
 from qpipe.model.invariants import PERMUTATION, SHAPE, fresh_initializer_name
 from qpipe.model.naming import Names
 from qpipe.model.operators.registry import MOVING
-from qpipe.model.qdq_nodes import BITWIDTH, Array, clip_of_codes, dequantizes, grid, narrowed, quantizes
+from qpipe.model.qdq_nodes import (
+    BITWIDTH,
+    Array,
+    clip_of_codes,
+    computes_codes,
+    dequantizes,
+    floats_of,
+    grid,
+    has_constant_grid,
+    has_grid,
+    narrowed,
+    quantizes,
+)
 from qpipe.model.rewrites import constant
 from qpipe.numerics.grid import Encoding, dequantize, same_grid
 
-_SUFFIX = re.compile(r"(_DequantizeLinear_Output.*|__?quantized)$")
+_SUFFIX = re.compile(r"(_DequantizeLinear_Output.*|__?quantized(_\d+)?|(_DQ)?_Q\d)$")
 _UNROUNDED = re.compile(r"(__float|_QuantizeLinear_Input)$")
+_MADE_UP = re.compile(r"__dequantized(_\d+)?$")
 
 
 @dataclass
@@ -59,7 +77,7 @@ def read_weights(graph: ir.Graph, grids: Grids) -> bool:
     before = len(grids.names)
     names = Names(ir.convenience.create_value_mapping(graph))
     for node in list(graph):
-        if not dequantizes(node) or constant(node, 1) is None:
+        if not dequantizes(node) or not has_constant_grid(node):
             continue
         stored, above = _stored(node)
         if stored is not None:
@@ -75,7 +93,8 @@ def skip_clips(graph: ir.Graph) -> None:
     """The Clip in front of codes that are narrower than their type (`qpipe.model.qdq` writes it) goes, in
     place: the encoding says as much."""
     for node in list(graph):
-        value = node.inputs[0] if quantizes(node) and BITWIDTH in node.metadata_props else None
+        known = quantizes(node) and BITWIDTH in node.metadata_props and has_grid(node)
+        value = node.inputs[0] if known else None
         clip = None if value is None else value.producer()
         if clip is None or clip.op_type != "Clip" or len(clip.outputs[0].uses()) != 1:
             continue
@@ -91,17 +110,28 @@ def _stored(node: ir.Node) -> tuple[ir.Value | None, list[ir.Node]]:
     value, above = node.inputs[0], []
     while value is not None and not value.is_initializer():
         producer = value.producer()
-        if producer is None or not (quantizes(producer) or clip_of_codes(producer)):
+        if producer is None or not (_same_constants(node, producer) or clip_of_codes(producer)):
             return None, []
         above.append(producer)
         value = producer.inputs[0]
     return value, above
 
 
+def _same_constants(node: ir.Node, producer: ir.Node) -> bool:
+    """Whether `producer` makes codes of the grid that `node` undoes."""
+    if not quantizes(producer) or not has_constant_grid(producer):
+        return False
+    axes = [n.attributes.get_int(name, 1) for n in (node, producer) for name in ("axis", "block_size")]
+    pairs = [(constant(node, i), constant(producer, i)) for i in (1, 2)]
+    return axes[:2] == axes[2:] and all(
+        np.array_equal(0 if a is None else a, 0 if b is None else b) for a, b in pairs
+    )
+
+
 def _weight(node: ir.Node, stored: ir.Value, above: list[ir.Node], grids: Grids, names: Names) -> ir.Value:
     """The float initializer that `node` stands for, made once for all nodes that say the same of it."""
     assert stored.const_value is not None
-    encoding = grid(node, len(stored.const_value.shape))
+    encoding = whole = grid(node, len(stored.const_value.shape))
     bounds = next((found for n in above if (found := clip_of_codes(n)) is not None), None)
     if bounds is not None:
         encoding = replace(encoding, bitwidth=narrowed(encoding, bounds) or encoding.bitwidth)
@@ -122,7 +152,7 @@ def _weight(node: ir.Node, stored: ir.Value, above: list[ir.Node], grids: Grids,
             node.outputs[0].name = None  # the name goes over to the weight
         else:
             wanted = names.fresh(wanted)
-        value = _initializer(wanted, array if is_float else _floats(array.astype(np.int32), encoding, node))
+        value = _initializer(wanted, array if is_float else _floats(array.astype(np.int32), whole, node))
     if encoding.bitwidth == 32:
         grids.int32_biases = True
     else:
@@ -133,7 +163,7 @@ def _weight(node: ir.Node, stored: ir.Value, above: list[ir.Node], grids: Grids,
 
 def _floats(codes: Array, encoding: Encoding, node: ir.Node) -> Array:
     try:
-        return dequantize(codes, encoding)
+        return floats_of(codes, node, encoding)
     except ValueError as error:
         raise InputError(f"The grid of node {node.name!r} (DequantizeLinear): {error}") from error
 
@@ -156,21 +186,72 @@ def _initializer(name: str, array: Array) -> ir.Value:
 def read_activations(graph: ir.Graph, grids: Grids) -> None:
     """Remove the QDQ pairs of activations, in place; weights' grids follow the transposes of their tensors.
 
-    Raises InputError for codes that something else than a DequantizeLinear reads, and for grids that are
-    computed or that an activation cannot have."""
+    Raises InputError for a grid that cannot be."""
     _follow_weights(graph, grids)
     found: dict[ir.Value, Encoding] = {}
     for node in list(graph):
-        if quantizes(node) and node.graph is graph:
+        if quantizes(node) and node.graph is graph and _rounds(node):
             _absorb(graph, node, found, grids)
-    for node in graph:
-        if dequantizes(node) and (node.outputs[0].uses() or node.outputs[0].is_graph_output()):
-            raise InputError(
-                f"Node {node.name!r} (DequantizeLinear) reads integers that no QuantizeLinear makes. qpipe "
-                "takes models with float inputs, and scales that are constants."
-            )
     _same_behind_moves(graph, found)
     grids.encodings.update({str(value.name): encoding for value, encoding in found.items()})
+
+
+def left_on_codes(graph: ir.Graph) -> list[str]:
+    """A sentence about the nodes that still work on codes, if there are any."""
+    left = [node for node in graph if computes_codes(node)]
+    if not left:
+        return []
+    count = "1 node" if len(left) == 1 else f"{len(left)} nodes"
+    return [
+        (
+            f"{count} such as {left[0].name!r} ({left[0].op_type}) compute with codes, and not as a rounding "
+            "onto one constant grid. They stay as they are: no encoding says what they do, and nothing tunes it."
+        )
+    ]
+
+
+def _rounds(node: ir.Node) -> bool:
+    """Whether a QuantizeLinear begins a rounding: on one constant grid, which all who read its codes undo."""
+    if not has_grid(node):
+        return False
+    encoding, stack = grid(node), [node.outputs[0]]
+    while stack:
+        codes = stack.pop()
+        if codes.is_graph_output():
+            return False
+        for use in codes.uses():
+            reader = use.node
+            if dequantizes(reader):
+                same = has_grid(reader) and same_grid(
+                    replace(grid(reader), bitwidth=encoding.bitwidth), encoding
+                )
+                if use.idx or not same:
+                    return False
+            elif use.idx or reader.graph is not node.graph:
+                return False
+            elif clip_of_codes(reader) is not None or _moves(reader):
+                stack += reader.outputs
+            elif reader.domain or reader.op_type not in _COMPARING:
+                return False
+    return True
+
+
+def _moves(node: ir.Node) -> bool:
+    """Whether a node of integers puts out some of what its first input holds, and constants."""
+    if node.domain:
+        return False
+    mode = node.attributes.get("mode")
+    if node.op_type == "Resize":
+        return mode is None or mode.as_string() == "nearest"
+    if node.op_type == "Pad":
+        constant_mode = mode is None or mode.as_string() == "constant"
+        given = len(node.inputs) > 2 and node.inputs[2] is not None
+        return not (constant_mode and given and constant(node, 2) is None)
+    return node.op_type in MOVING
+
+
+_COMPARING = frozenset({"ArgMax", "ArgMin"})
+"""Operators that find the same in the codes as in the floats that these stand for."""
 
 
 def _absorb(graph: ir.Graph, node: ir.Node, found: dict[ir.Value, Encoding], grids: Grids) -> None:
@@ -187,32 +268,56 @@ def _absorb(graph: ir.Graph, node: ir.Node, found: dict[ir.Value, Encoding], gri
     stack = [(node.outputs[0], rounded)]
     while stack:
         codes, floats = stack.pop()
-        if codes.is_graph_output():
-            raise InputError(f"The model's output {codes.name!r} is integers; qpipe takes float outputs.")
         for use in list(codes.uses()):
             reader = use.node
-            if dequantizes(reader) and use.idx == 0:
-                _check_same(node, reader, encoding)
+            if dequantizes(reader):
                 _take_over(graph, reader, floats)
-            elif clip_of_codes(reader) is not None and use.idx == 0:
+                continue
+            if clip_of_codes(reader) is not None:
                 stack.append((reader.outputs[0], floats))
-            elif reader.op_type in MOVING and not reader.domain and use.idx == 0:
-                reader.replace_input_with(0, floats)
+                continue
+            reader.replace_input_with(0, floats)
+            if _moves(reader):
+                if reader.op_type == "Pad":
+                    _pad_with_floats(graph, reader, encoding)
                 for output in reader.outputs:
                     output.type = ir.TensorType(ir.DataType.FLOAT)
+                    _name_floats(graph, output)
                     found[output] = encoding
                     stack.append((output, output))
-            else:
-                raise InputError(
-                    f"Node {reader.name!r} ({reader.op_type}) reads the integer codes of {value.name!r}. "
-                    "qpipe reads the QDQ form, in which a DequantizeLinear does."
-                )
+
+
+def _name_floats(graph: ir.Graph, value: ir.Value) -> None:
+    """What were codes is called as their floats were, unless these go on to be made of them."""
+    name = str(value.name)
+    base = _SUFFIX.sub("", name)
+    readers = [use.node.outputs[0] for use in value.uses() if dequantizes(use.node)]
+    if base != name and not value.is_graph_output():
+        value.name = fresh_initializer_name(graph, base)
+        for floats in readers:
+            if floats.name == base and not floats.is_graph_output():
+                floats.name, value.name = None, base
+
+
+def _pad_with_floats(graph: ir.Graph, node: ir.Node, encoding: Encoding) -> None:
+    """The code that a Pad puts around codes, 0 unless it is given, as what it stands for."""
+    mode = node.attributes.get("mode")
+    if mode is not None and mode.as_string() != "constant":
+        return
+    code = constant(node, 2)
+    array = dequantize(np.asarray(0 if code is None else code).reshape(()), encoding)
+    value = _initializer(fresh_initializer_name(graph, f"{node.name}_value"), array)
+    graph.register_initializer(value)
+    if len(node.inputs) < 3:
+        node.resize_inputs(3)
+    node.replace_input_with(2, value)
 
 
 def _free(value: ir.Value, encoding: Encoding) -> bool:
     """Whether everyone who reads `value` rounds it onto the one grid."""
     return not value.is_graph_output() and all(
-        quantizes(use.node) and same_grid(grid(use.node), encoding) for use in value.uses()
+        quantizes(use.node) and use.idx == 0 and has_grid(use.node) and same_grid(grid(use.node), encoding)
+        for use in value.uses()
     )
 
 
@@ -229,14 +334,6 @@ def _with_clipped_codes(node: ir.Node, encoding: Encoding, grids: Grids) -> Enco
             f"{encoding.bitwidth} bits."
         )
     return replace(encoding, bitwidth=bitwidth or encoding.bitwidth)
-
-
-def _check_same(node: ir.Node, reader: ir.Node, encoding: Encoding) -> None:
-    if not same_grid(replace(grid(reader), bitwidth=encoding.bitwidth), encoding):
-        raise InputError(
-            f"Node {reader.name!r} (DequantizeLinear) has another scale or zero point than {node.name!r} "
-            "(QuantizeLinear), whose codes it reads. Such a pair is no rounding; qpipe cannot take it."
-        )
 
 
 def _identity(graph: ir.Graph, node: ir.Node, source: ir.Value) -> ir.Value:
@@ -256,7 +353,12 @@ def _take_over(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
     """All who read the output of `node` read `value`; the name of a model's output stays one."""
     old = node.outputs[0]
     name = old.name
-    if value.producer() is not None and _UNROUNDED.search(str(value.name)) and name:
+    if (
+        value.producer() is not None
+        and _UNROUNDED.search(str(value.name))
+        and name
+        and not _MADE_UP.search(name)
+    ):
         old.name, value.name = None, name
     if old.is_graph_output():
         old.name = None

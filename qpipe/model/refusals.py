@@ -15,6 +15,7 @@ import onnx_ir as ir
 from qpipe.errors import InputError
 from qpipe.model.definitions import has_definition, schema
 from qpipe.model.invariants import OPSET
+from qpipe.model.operator_form import not_constant, unreadable
 from qpipe.model.qdq_nodes import dequantizes, on_codes, quantizes
 
 TYPES = frozenset(
@@ -22,7 +23,17 @@ TYPES = frozenset(
     | {ir.DataType.INT8, ir.DataType.INT16, ir.DataType.INT32, ir.DataType.INT64}
     | {ir.DataType.UINT8, ir.DataType.UINT16, ir.DataType.UINT32, ir.DataType.UINT64}
 )
-"""What a tensor may hold. torch has 8-bit floats and nothing narrower, but next to no arithmetic for them."""
+"""What a tensor may hold and nodes compute with."""
+FLOAT8 = frozenset(
+    {ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E4M3FNUZ}
+    | {ir.DataType.FLOAT8E5M2, ir.DataType.FLOAT8E5M2FNUZ}
+)
+"""What a tensor may hold besides. torch has next to no arithmetic for them, and nothing narrower."""
+_TAKING_FLOAT8 = frozenset(
+    {"Cast", "CastLike", "QuantizeLinear", "DequantizeLinear", "Identity", "Shape", "Size", "Reshape"}
+    | {"Flatten", "Squeeze", "Unsqueeze", "Transpose"}
+)
+_HELD = TYPES | FLOAT8
 _CODES = frozenset({ir.DataType.INT2, ir.DataType.UINT2, ir.DataType.INT4, ir.DataType.UINT4})
 """What QDQ nodes may hold besides; reading a quantized model leaves none of them."""
 WIDE_UNSIGNED = frozenset({ir.DataType.UINT16, ir.DataType.UINT32, ir.DataType.UINT64})
@@ -53,7 +64,7 @@ _UNDECIDED = {
 def refuse_unfit(model: ir.Model) -> None:
     """Raise one InputError that lists everything about the model as it comes that no import can mend."""
     version = model.opset_imports.get("", model.opset_imports.get("ai.onnx", OPSET))
-    types = TYPES | _CODES if any(map(_qdq, _nodes(model))) else TYPES
+    types = _HELD | _CODES if any(map(_qdq, _nodes(model))) else _HELD
     found = [*_values(model.graph, types), *_quantized(model)]
     for node in _nodes(model):
         reason = None if on_codes(node) or _qdq(node) else _unfit(node, version, types)
@@ -95,15 +106,15 @@ def _clause(node: ir.Node, reason: str) -> str:
 
 
 def _quantized(model: ir.Model) -> Iterator[str]:
-    """One clause for all: the nodes are as many as the model has layers."""
-    nodes = [node for node in _nodes(model) if on_codes(node)]
-    if nodes:
-        count = "1 node" if len(nodes) == 1 else f"{len(nodes)} nodes"
-        yield (
-            f"the model is quantized in operator form: {count} such as {_name(nodes[0])!r} ({nodes[0].op_type}) on "
-            "integer codes. Give its QDQ form (in onnxruntime quant_format=QuantFormat.QDQ), or the float model "
-            "that it was made from"
-        )
+    """One clause for each reason: the nodes are as many as the model has layers."""
+    found: dict[str, list[ir.Node]] = {}
+    for node in _nodes(model):
+        reason = unreadable(node)
+        if reason is not None:
+            found.setdefault(reason, []).append(node)
+    for reason, nodes in found.items():
+        count = f"{len(nodes)} nodes such as " if len(nodes) > 1 else ""
+        yield count + _clause(nodes[0], reason)
 
 
 def _name(node: ir.Node) -> str:
@@ -121,7 +132,7 @@ def _values(graph: ir.Graph, types: frozenset[ir.DataType]) -> Iterator[str]:
             yield f"initializer {name!r}: {reason}"
 
 
-def _bad_input(value: ir.Value, types: frozenset[ir.DataType] = TYPES) -> str | None:
+def _bad_input(value: ir.Value, types: frozenset[ir.DataType] = _HELD) -> str | None:
     reason = _bad_type(value, types)
     if reason is None and (value.dtype is None or value.shape is None):
         reason = "its type or its number of dimensions is not said. Export the model again with them"
@@ -142,7 +153,7 @@ def _held(dtype: ir.DataType) -> str:
     return f"it holds {dtype.name.lower()}, which torch cannot compute with. Give the model in float32"
 
 
-def _unfit(node: ir.Node, version: int, types: frozenset[ir.DataType] = TYPES) -> str | None:
+def _unfit(node: ir.Node, version: int, types: frozenset[ir.DataType] = _HELD) -> str | None:
     """Why no rewriting makes a node of an opset's `version` computable."""
     if node.domain not in ("", "ai.onnx"):
         return _foreign(node)
@@ -166,6 +177,9 @@ def _qdq(node: ir.Node) -> bool:
 def _foreign(node: ir.Node) -> str | None:
     if node.domain == "ai.onnx.preview" and has_definition(node.op_type, 1, node.domain):
         return None
+    left = not_constant(node)
+    if left is not None:
+        return left
     if node.domain == "ai.onnx.preview.training":
         return "it belongs to training. Export the model in eval mode"
     if node.domain == "ai.onnx.ml":
@@ -266,6 +280,12 @@ def _untyped(node: ir.Node) -> str | None:
     from qpipe.model.operators.registry import OPERATORS
 
     values = [value for value in (*node.inputs, *node.outputs) if value is not None]
+    narrow = next((reason for value in values if (reason := _bad_type(value, _HELD)) is not None), None)
+    if narrow is not None:
+        return narrow
+    small = [value.dtype for value in values if value.dtype in FLOAT8]
+    if small and node.op_type not in _TAKING_FLOAT8:
+        return f"torch cannot compute it with {small[0].name.lower()}. Use float32 there"
     wide = [value.dtype for value in values if value.dtype in WIDE_UNSIGNED]
     if wide and node.op_type in OPERATORS and OPERATORS[node.op_type].unsigned is None:
         return f"torch cannot compute it with {wide[0].name.lower()}. Use int32 or int64 there"

@@ -109,7 +109,10 @@ def cast_like_to_cast(graph: ir.Graph, node: ir.Node) -> bool:
     if node.op_type != "CastLike" or node.inputs[1] is None or node.inputs[1].dtype is None:
         return False
     dtype = node.inputs[1].dtype
-    cast = ir.node("Cast", [node.inputs[0]], {"to": int(dtype)}, name=node.name)
+    attributes: dict[str, Any] = {"to": int(dtype)}
+    if "saturate" in node.attributes:
+        attributes["saturate"] = node.attributes["saturate"].as_int()
+    cast = ir.node("Cast", [node.inputs[0]], attributes, name=node.name)
     return replace(graph, node, cast)
 
 

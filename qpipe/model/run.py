@@ -157,13 +157,15 @@ def run(
 def _simulation(model: Model, quantized: bool, device: str) -> Callable[[tuple[Array, ...]], list[Array]]:
     import torch
 
+    from qpipe.model.constants import array_of, tensor_of
+
     module = model.to_torch(quantized=quantized, device=device)
 
     def infer(arrays: tuple[Array, ...]) -> list[Array]:
         with torch.inference_mode():
-            outputs = module(*(torch.tensor(array, device=device) for array in arrays))
+            outputs = module(*(tensor_of(array).to(device) for array in arrays))
         found = outputs if isinstance(outputs, tuple | list) else (outputs,)
-        return [output.cpu().numpy() for output in found]
+        return [array_of(output.cpu()) for output in found]
 
     return infer
 

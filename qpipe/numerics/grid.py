@@ -177,22 +177,31 @@ def broadcast(e: Encoding, shape: tuple[int, ...]) -> tuple[Array, Array]:
 
     Raises ValueError when the tensor has other channels or blocks than the encoding.
     """
+    return spread(e.scale, e, shape), spread(e.zero_point, e, shape)
+
+
+def spread(parameter: Array, e: Encoding, shape: tuple[int, ...]) -> Array:
+    """`parameter`, which has one element for each scale of `e`, in a shape that broadcasts against a tensor of `shape`.
+
+    Raises ValueError when the tensor has other channels or blocks than the encoding.
+    """
     if e.axis is None:
-        return e.scale, e.zero_point
+        return parameter
     if e.axis >= len(shape):
         raise ValueError(f"an encoding along axis {e.axis} does not fit a tensor of shape {shape}.")
     if e.block_size is None:
-        if e.scale.shape != (shape[e.axis],):
-            raise ValueError(f"{e.scale.size} scales along axis {e.axis} do not fit the shape {shape}.")
+        if parameter.shape != (shape[e.axis],):
+            raise ValueError(f"{parameter.size} scales along axis {e.axis} do not fit the shape {shape}.")
         target = [1] * len(shape)
         target[e.axis] = -1
-        return e.scale.reshape(target), e.zero_point.reshape(target)
+        return parameter.reshape(target)
     blocks = list(shape)
     blocks[e.axis] = -(-shape[e.axis] // e.block_size)
-    if e.scale.shape != tuple(blocks):
-        raise ValueError(f"scales {e.scale.shape} in blocks of {e.block_size} do not fit the shape {shape}.")
-    index = np.arange(shape[e.axis]) // e.block_size
-    return e.scale.take(index, axis=e.axis), e.zero_point.take(index, axis=e.axis)
+    if parameter.shape != tuple(blocks):
+        raise ValueError(
+            f"scales {parameter.shape} in blocks of {e.block_size} do not fit the shape {shape}."
+        )
+    return parameter.take(np.arange(shape[e.axis]) // e.block_size, axis=e.axis)
 
 
 def quantize(x: Array, e: Encoding, name: str = "") -> npt.NDArray[np.int32]:

@@ -16,7 +16,7 @@ def test_every_case_passes_or_is_refused_as_the_page_says() -> None:
     assert len(found) > 1900
     assert all(result.reason for result in found if result.outcome == "not supported")
     counting, whole = whole_operators(found)
-    assert len(whole) > 0.9 * len(counting)
+    assert len(whole) >= 0.95 * len(counting)
     committed = PAGE.read_text()
     if f"\nonnx {onnx.__version__}, opset " in committed:
         assert page(found) == committed, "python -m tests.conformance writes the page anew"

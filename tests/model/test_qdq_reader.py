@@ -16,12 +16,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qpipe.errors import InputError
 from qpipe.model import Model
 from qpipe.model.bias import effective_encodings
 from qpipe.model.check import verify_import
 from qpipe.model.session import session_options
-from qpipe.numerics.grid import same_grid
+from qpipe.numerics.grid import quantize_dequantize, same_grid
 from qpipe.numerics.scheme import Scheme
 from tests.model.nets import Mobile, UNet, normal, parsed, randomized
 from tests.model.quantized import quantized, scheme
@@ -205,14 +204,6 @@ def test_onnxruntimes_own_files(net: type[torch.nn.Module], kind: str, tmp_path:
     assert all(model.encodings[name].frozen for name in weights)
 
 
-def test_a_model_in_operator_form_is_refused(tmp_path: Path) -> None:
-    from onnxruntime.quantization import QuantFormat
-
-    path = static(Mobile, tmp_path, quant_format=QuantFormat.QOperator)
-    with pytest.raises(InputError, match=r"operator form: \d+ nodes such as .* Give its QDQ form"):
-        Model.load(path)
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_torch_fx_quantization_exported_to_onnx(tmp_path: Path) -> None:
     from torch.ao.quantization import get_default_qconfig_mapping
@@ -280,45 +271,76 @@ def test_a_transposed_weight_takes_its_grid_along() -> None:
     np.testing.assert_allclose(model.session().run(None, x)[0], source, rtol=1e-6)
 
 
-REFUSED = {
+LEFT = {
     "computed": (
         "net (float[N,4] x, float s) => (float[N,4] y) { q = QuantizeLinear(x, s, z)  y = DequantizeLinear(q, s, z) }",
-        {"z": np.uint8(0)},
-        "computed while the model runs",
+        {"z": np.uint8(3)},
     ),
     "another grid": (
         "net (float[N,4] x) => (float[N,4] y) { q = QuantizeLinear(x, s)  y = DequantizeLinear(q, t) }",
         {"s": np.float32(0.1), "t": np.float32(0.2)},
-        "another scale or zero point",
+    ),
+    "a constant on another grid": (
+        """net (float[N,4] x) => (float[N,4] y) {
+            q = QuantizeLinear(w, s)  d = DequantizeLinear(q, t)  y = Add(x, d) }""",
+        {"s": np.float32(0.1), "t": np.float32(0.2), "w": np.float32([1, 2, 3, 4])},
     ),
     "integer input": (
         "net (uint8[N,4] x) => (float[N,4] y) { y = DequantizeLinear(x, s) }",
         {"s": np.float32(0.1)},
-        "integers that no QuantizeLinear makes",
     ),
     "integer output": (
         "net (float[N,4] x) => (uint8[N,4] y) { y = QuantizeLinear(x, s) }",
         {"s": np.float32(0.1)},
-        "output 'y' is integers",
     ),
     "per channel": (
         "net (float[N,4] x) => (float[N,4] y) { q = QuantizeLinear(x, s, z)  y = DequantizeLinear(q, s, z) }",
         {"s": np.float32([1, 2, 3, 4]), "z": np.zeros(4, np.int8)},
-        "4 scales for an activation",
     ),
     "codes": (
         "net (float[N,4] x) => (int32[N,4] y) { q = QuantizeLinear(x, s)  y = Cast<to=6>(q) }",
         {"s": np.float32(0.1)},
-        "reads the integer codes of 'x'",
+    ),
+    "codes and floats": (
+        """net (float[N,4] x) => (float[N,4] y, int32[N,4] c) {
+            q = QuantizeLinear(x, s)  y = DequantizeLinear(q, s)  c = Cast<to=6>(q) }""",
+        {"s": np.float32(0.1)},
     ),
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_is_no_rounding_is_refused_in_a_sentence(name: str) -> None:
-    text, tensors, message = REFUSED[name]
-    with pytest.raises(InputError, match=message):
-        Model.from_proto(parsed(text, **tensors))
+@pytest.mark.parametrize("name", LEFT)
+def test_what_is_no_rounding_onto_one_constant_grid_stays_as_it_is(name: str) -> None:
+    text, tensors = LEFT[name]
+    proto = parsed(text, **tensors)
+    model = Model.from_proto(proto)
+    assert not model.encodings
+    assert "compute with codes" in model.metadata["notes"][-1]
+    drawn: dict[str, Any] = {"x": normal(5, 4), "s": np.array(0.05, np.float32)}
+    if model.inputs[0].dtype == "uint8":
+        drawn["x"] = np.random.default_rng(0).integers(0, 256, (5, 4), np.uint8)
+    x = {spec.name: drawn[spec.name] for spec in model.inputs}
+    wanted = onnxruntime.InferenceSession(proto.SerializeToString()).run(None, x)
+    computed = model.to_torch()(*(torch.as_tensor(x[spec.name]) for spec in model.inputs))
+    found = computed if isinstance(computed, tuple) else (computed,)
+    for a, b, c in zip(wanted, found, model.session("deploy").run(None, x), strict=True):
+        np.testing.assert_array_equal(b.numpy(), a)
+        np.testing.assert_array_equal(c, a)
+
+
+def test_a_negative_scale_is_the_mirrored_grid_and_the_same_weights() -> None:
+    codes = np.arange(-8, 8, dtype=np.int8).reshape(4, 4)
+    proto = parsed(
+        "net (float[N,4] x) => (float[N,4] y) { w = DequantizeLinear<axis=1>(c, s)  y = MatMul(x, w) }",
+        c=codes,
+        s=np.float32([0.5, -0.5, -0.25, 0]),
+    )
+    model = Model.from_proto(proto)
+    (encoding,) = model.encodings.values()
+    (name,) = model.encodings
+    np.testing.assert_array_equal(encoding.zero_point, [0, -1, -1, 0])
+    np.testing.assert_array_equal(model.param(name), codes * np.float32([0.5, -0.5, -0.25, 0]))
+    np.testing.assert_array_equal(quantize_dequantize(model.param(name), encoding), model.param(name))
 
 
 def test_inputs_that_are_outputs_keep_both_names() -> None:

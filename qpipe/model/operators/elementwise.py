@@ -8,6 +8,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from qpipe.model.operators.float8 import converted
 from qpipe.model.operators.registry import TORCH_DTYPES, Ints, number, operator
 
 _PLAIN: dict[str, Callable[..., Tensor]] = {
@@ -144,14 +145,14 @@ def is_inf(x: Tensor, *, detect_negative: int = 1, detect_positive: int = 1) -> 
 
 @operator("Cast")
 def cast(x: Tensor, *, to: int, saturate: int = 1, round_mode: str = "up") -> Tensor:
-    """x in the ONNX type `to`. The last two attributes concern 8-bit floats, which are not supported."""
-    return x.to(TORCH_DTYPES[to])
+    """x in the ONNX type `to`. The last attribute concerns a type that is not supported."""
+    return converted(x, TORCH_DTYPES[to], saturate)
 
 
 @operator("CastLike")
 def cast_like(x: Tensor, like: Tensor, *, saturate: int = 1, round_mode: str = "up") -> Tensor:
     """x in the type of `like`."""
-    return x.to(like.dtype)
+    return converted(x, like.dtype, saturate)
 
 
 @operator("Dropout", numbers=(1, 2), many=True)

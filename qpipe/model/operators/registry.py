@@ -95,4 +95,8 @@ TORCH_DTYPES: dict[int, torch.dtype] = {
     14: torch.complex64,
     15: torch.complex128,
     16: torch.bfloat16,
+    17: torch.float8_e4m3fn,
+    18: torch.float8_e4m3fnuz,
+    19: torch.float8_e5m2,
+    20: torch.float8_e5m2fnuz,
 }

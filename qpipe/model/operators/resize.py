@@ -30,13 +30,15 @@ def resize(
     mode: str = "nearest",
     nearest_mode: str = "round_prefer_floor",
 ) -> Tensor:
-    """x with the dimensions `axes` scaled by `scales` or brought to `sizes`."""
+    """x with the dimensions `axes` scaled by `scales` or brought to `sizes`.
+
+    Interpolated integers are cut off towards zero, as in onnxruntime; ONNX's reference rounds them."""
     dims = tuple(range(x.ndim)) if axes is None else tuple(a % x.ndim for a in axes)
     factors, lengths = _extent([x.shape[d] for d in dims], _floats(scales), sizes, keep_aspect_ratio_policy)
     region = _floats(roi) or (0.0,) * len(dims) + (1.0,) * len(dims)
     kind = (mode, nearest_mode, coordinate_transformation_mode, cubic_coeff_a, exclude_outside, antialias)
     crop = coordinate_transformation_mode == "tf_crop_and_resize"
-    y = x
+    y = x if x.is_floating_point() or mode == "nearest" else x.to(torch.float32)
     for i, dim in enumerate(dims):
         if x.shape[dim] == lengths[i] and factors[i] == 1.0 and not crop:
             continue
@@ -46,7 +48,7 @@ def resize(
         if crop and bool(outside.any()):
             view = outside.to(y.device).reshape([-1 if d == dim else 1 for d in range(y.ndim)])
             y = torch.where(view, torch.full_like(y, extrapolation_value), y)
-    return y
+    return y.to(x.dtype)
 
 
 @operator("Upsample", numbers=(1,))

@@ -19,7 +19,7 @@ _TOP = -(1 << 63)
 _AS_THEY_ARE = (
     *("Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Concat", "Split", "Slice"),
     *("Expand", "Tile", "Where", "Gather", "Shape", "Size", "ConstantOfShape", "Cast", "CastLike", "Pad"),
-    *("Equal", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "TopK"),
+    *("Equal", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "TopK", "QuantizeLinear", "DequantizeLinear"),
 )
 _SAME_BITS = ("Add", "Sub", "Mul", "Sum", "Pow", "BitwiseNot")
 _ORDERED = ("Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Min", "Max")
