@@ -32,6 +32,7 @@ from qpipe.plan import Action
 from qpipe.stage import Context
 
 _HELD = 1 << 28  # bytes; about what torch and onnxruntime take themselves
+_MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes
 Emit = Callable[[dict[str, Any]], None]
 Request = dict[str, Any]
 """An Action as JSON, the form in which it travels to a worker."""
@@ -217,9 +218,13 @@ def check_code(request: Request, store: Store) -> None:
             )
 
 
-def _expected(request: Request, code: str) -> dict[str, str]:
+def _expected(request: Request, code: str) -> Mapping[str, str]:
     """{module: first digits of its digest} of a code digest; {} where no listing of it is kept."""
-    text = request.get("provenance", {}).get("listings", {}).get(code, "")
+    return _modules(request.get("provenance", {}).get("listings", {}).get(code, ""))
+
+
+@functools.lru_cache(64)
+def _modules(text: str) -> Mapping[str, str]:
     return {name: digits for digits, name in (line.split("  ", 1) for line in text.splitlines())}
 
 
@@ -266,6 +271,8 @@ def free_memory() -> None:
 
     Only where more than 256 MB are held, since it takes 0.1 s.
     """
+    if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT <= _HELD:
+        return  # it never held as much, and this is the cheaper question
     with contextlib.suppress(OSError, AttributeError, IndexError, ValueError):  # Linux with glibc alone
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         if resident > _HELD:
@@ -284,8 +291,7 @@ def _peak_rss_bytes() -> int:
             found = re.search(rb"^VmHWM:\s*(\d+)", status.read(), re.MULTILINE)
         if found:
             return int(found[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT
 
 
 @functools.cache

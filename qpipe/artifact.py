@@ -188,7 +188,10 @@ class Scores:
 
     @staticmethod
     def unpack(meta: Json, read: Read) -> Scores:
-        return Scores(meta)
+        """What `pack` was given, read from JSON a moment ago: nobody else has a hold of it."""
+        scores = object.__new__(Scores)
+        object.__setattr__(scores, "values", _json_object("scores", meta))
+        return scores
 
 
 @dataclass(frozen=True, eq=False)
@@ -315,8 +318,7 @@ def root_kind(root: Buffer) -> str:
 
 def canonical_json(value: Json) -> bytes:
     """JSON, keys sorted, no spaces; numpy scalars as numbers, nan and infinity as Python writes them."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=_plain_scalar)
-    return text.encode("utf-8", "surrogatepass")
+    return _encode_json(value).encode("utf-8", "surrogatepass")
 
 
 def _parse(content: Buffer, digest: str | None = None) -> tuple[str, Json, dict[str, tuple[str, int]]]:
@@ -345,11 +347,20 @@ def _plain_scalar(value: Any) -> Any:
     return item()
 
 
+_encode_json = json.JSONEncoder(
+    sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=_plain_scalar
+).encode
+"""Made once: json.dumps makes an encoder for each call that asks for anything."""
+
+
 def _json_copy(what: str, values: Mapping[str, Json]) -> dict[str, Json]:
-    copy = json.loads(canonical_json(values))
-    if not isinstance(copy, dict):
+    return _json_object(what, json.loads(canonical_json(values)))
+
+
+def _json_object(what: str, values: Json) -> dict[str, Json]:
+    if not isinstance(values, dict):
         raise TypeError(f"{what} are values by name, got {type(values).__qualname__}")
-    return copy
+    return values
 
 
 def _read_only(name: str, value: Any) -> Array:

@@ -86,17 +86,18 @@ def _capacity(descriptor: int) -> int:
 
 
 @contextlib.contextmanager
-def temporary_file(folder: Path) -> Iterator[tuple[int, Path]]:
+def temporary_file(folder: str) -> Iterator[tuple[int, str]]:
     """A new file to write, and its path; its lock, held meanwhile, says that its writer lives. It is removed at the end
     if it was not moved."""
-    path = folder / secrets.token_hex(16)
+    path = f"{folder}/{secrets.token_hex(16)}"
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield descriptor, path
     finally:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
         os.close(descriptor)
 
 
@@ -113,13 +114,13 @@ def seal_file(descriptor: int) -> None:
     os.fsync(descriptor)
 
 
-def move(temporary: Path, target: Path) -> bool:
+def move(temporary: str, target: str) -> bool:
     """Move into place, over whatever file is there; True."""
     os.replace(temporary, target)
     return True
 
 
-def move_first(temporary: Path, target: Path) -> bool:
+def move_first(temporary: str, target: str) -> bool:
     """Move unless something stands at `target`; whether it did not."""
     try:
         os.link(temporary, target)
@@ -132,15 +133,15 @@ def move_first(temporary: Path, target: Path) -> bool:
     return True
 
 
-def make_folder(folder: Path, root: Path) -> None:
-    """Make `folder` below `root`, flushed to the disk. What stands in the way, a link or a file, is moved aside:
-    nothing is ever written through a link."""
-    base = len(os.fspath(root)) + 1
-    names = os.fspath(folder)[base:].split(os.sep)  # as text: Paths would cost more than the looks
-    for count in range(1, len(names) + 1):
-        if is_folder(os.path.join(root, *names[:count])):
+def make_folder(folder: str | Path, root: Path, flush: bool = True) -> None:
+    """Make `folder` below `root`, and let its name outlast a loss of power (`flush`). What stands in the way, a link or
+    a file, is moved aside: nothing is ever written through a link."""
+    path, end = os.fspath(folder), len(os.fspath(root))
+    while end < len(path):
+        end = path.find(os.sep, end + 1) % (len(path) + 1)  # the next one further down, or all of it
+        if is_folder(path[:end]):  # as text: Paths would cost more than the looks
             continue
-        place = root.joinpath(*names[:count])
+        place = Path(path[:end])
         place.parent.mkdir(parents=True, exist_ok=True)
         try:
             place.mkdir()
@@ -152,7 +153,8 @@ def make_folder(folder: Path, root: Path) -> None:
                 place.mkdir()
         if not is_folder(place):
             raise StrangeFileError(errno.ENOTDIR, f"{place} is no folder")
-        flush_folder(place.parent)
+        if flush:
+            flush_folder(place.parent)
 
 
 def is_ours(path: Path, root: Path) -> bool:
@@ -176,10 +178,10 @@ def is_file(path: str | Path) -> bool:
         return False
 
 
-def set_aside(path: Path, root: Path) -> bool:
+def set_aside(path: str | Path, root: Path) -> bool:
     """Move whatever stands at `path` into `root`/damaged; whether it went. The file of that name that lay there before
     is lost; a folder never is."""
-    damaged = root / "damaged"
+    path, damaged = Path(path), root / "damaged"
     with contextlib.suppress(OSError):  # another process was first, or the disk refuses
         if os.path.lexists(damaged) and not is_folder(damaged):
             os.rename(damaged, root / f"damaged.{secrets.token_hex(4)}")
@@ -195,7 +197,7 @@ def set_aside(path: Path, root: Path) -> bool:
     return False
 
 
-def flush_folder(folder: Path) -> None:
+def flush_folder(folder: str | Path) -> None:
     """Make what was moved into `folder` outlast a loss of power."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -31,7 +31,7 @@ def pin(store: Store, keys: Collection[str], label: str) -> None:
             if result is None or store.complete(result):
                 raise CacheError(f"{label}: the result {key[:16]} is not in the cache any more. Run it again first.")
         content = canonical_json({"label": label, "keys": sorted(set(keys))})
-        store.write(_path(store, keys), memoryview(content), disk.move)
+        store.write(str(_path(store, keys)), memoryview(content), disk.move)
 
 
 def unpin(store: Store, keys: Collection[str]) -> bool:

@@ -107,7 +107,7 @@ class Store:
         """These results were used now: of all, they are to go last. What is not there any more is passed over."""
         for key in () if self.readonly else keys:
             with contextlib.suppress(OSError):  # gone, or another user's file in a shared cache
-                os.utime(self._place("actions", key, ".json"), follow_symlinks=False)
+                os.utime(self._action(key), follow_symlinks=False)
 
     def _relied_on(self) -> Usage | None:
         """The list of what this process relies on, begun with the first write; None where nothing is written."""
@@ -215,7 +215,7 @@ class Store:
     def has(self, digest: str, size: int | None = None) -> bool:
         """Whether there is a blob of that name (and size); its content is not looked at."""
         try:
-            status = os.lstat(self._place("blobs", digest, ""))
+            status = os.lstat(self._blob(digest))
         except OSError:
             return False
         return stat.S_ISREG(status.st_mode) and size in (None, status.st_size)
@@ -227,7 +227,7 @@ class Store:
     def discard(self, digest: str, grace_s: float) -> bool:
         """Remove a blob that nobody has put for `grace_s` seconds (0: whenever); whether it went."""
         self._refuse_readonly()
-        path = self._blob(digest)
+        path = self.path(digest)
         try:
             if not disk.is_ours(path, self.root) or (grace_s and _age_s(path) <= grace_s):
                 return False
@@ -252,7 +252,7 @@ class Store:
 
     def peek(self, key: str) -> dict[str, Json] | None:
         """As `result`, but nothing is relied on: a cleanup may take it the moment after."""
-        path = self._place("actions", key, ".json")
+        path = self._action(key)
         try:
             return unsealed(key, disk.read_small(path, RESULT_LIMIT))
         except FileNotFoundError:
@@ -299,7 +299,7 @@ class Store:
     def forget(self, key: str) -> None:
         """Remove the result under `key`, if any; its blobs stay."""
         self._refuse_readonly()
-        path = self._action(key)
+        path = Path(self._action(key))
         try:
             if disk.is_folder(path):
                 disk.set_aside(path, self.root)
@@ -331,9 +331,9 @@ class Store:
         path = self._place("locks", key, ".lock")
         self._refuse_readonly()
         try:
-            disk.make_folder(Path(os.path.dirname(path)), self.root)
+            disk.make_folder(os.path.dirname(path), self.root, flush=False)
             if os.path.lexists(path) and not disk.is_file(path):
-                disk.set_aside(Path(path), self.root)
+                disk.set_aside(path, self.root)
         except OSError as error:
             raise _refusal(self.root, error, "a lock") from error
         return Lock(path)
@@ -342,16 +342,16 @@ class Store:
 
     def path(self, digest: str) -> Path:
         """Where the bytes under `digest` lie, or would; to be read through `open`."""
-        return self._blob(digest)
+        return Path(self._blob(digest))
 
-    def _blob(self, digest: str) -> Path:
-        return Path(self._place("blobs", digest, ""))
+    def _blob(self, digest: str) -> str:
+        return self._place("blobs", digest, "")
 
-    def _action(self, key: str) -> Path:
-        return Path(self._place("actions", key, ".json"))
+    def _action(self, key: str) -> str:
+        return self._place("actions", key, ".json")
 
     def _place(self, kind: str, name: str, suffix: str) -> str:
-        """Text, not a Path: a plan asks for thousands of blobs, and making a Path costs more than the stat."""
+        """Text, not a Path: a plan asks for thousands of files, and making a Path costs more than a stat."""
         if not is_digest(name):
             raise ValueError(f"not a digest: {name!r}")
         return f"{self._prefix}{kind}/{name[:2]}/{name}{suffix}"
@@ -376,7 +376,7 @@ class Store:
         if self.readonly:
             raise CacheError(f"the cache {self.root} was opened read-only. Name another with cache.dir.")
 
-    def write(self, target: Path, content: memoryview, move: Callable[[Path, Path], bool]) -> bool:
+    def write(self, target: str, content: memoryview, move: Callable[[str, str], bool]) -> bool:
         """Write beside, flush to disk, move into place; what `move` says. CacheError where that fails."""
         with self._new_file(f"{content.nbytes:,} bytes") as (descriptor, temporary):
             disk.write_all(descriptor, content)
@@ -384,32 +384,33 @@ class Store:
             return self._place_file(temporary, target, move)
 
     @contextlib.contextmanager
-    def _new_file(self, what: str) -> Iterator[tuple[int, Path]]:
+    def _new_file(self, what: str) -> Iterator[tuple[int, str]]:
         """A file to write `what` to, removed at the end if it was not placed. CacheError for whatever the disk says."""
         self._refuse_readonly()
         try:
             self._prepare()
-            with disk.temporary_file(self.root / "tmp") as file:
+            with disk.temporary_file(f"{self._prefix}tmp") as file:
                 yield file
         except OSError as error:
             raise _refusal(self.root, error, what) from error
 
-    def _place_file(self, temporary: Path, target: Path, move: Callable[[Path, Path], bool]) -> bool:
-        disk.make_folder(target.parent, self.root)
+    def _place_file(self, temporary: str, target: str, move: Callable[[str, str], bool]) -> bool:
+        folder = os.path.dirname(target)
+        disk.make_folder(folder, self.root)
         if disk.is_folder(target):
             disk.set_aside(target, self.root)
         moved = move(temporary, target)
-        disk.flush_folder(target.parent)
+        disk.flush_folder(folder)
         return moved
 
     def _prepare(self) -> None:
         """Make the folder, once; remove what killed writers left."""
         if not self._prepared:
-            disk.make_folder(self.root / "tmp", self.root)
+            disk.make_folder(f"{self._prefix}tmp", self.root)
             disk.remove_stale(self.root / "tmp")
             self._prepared = True
 
-    def _set_aside(self, path: Path, status: os.stat_result | None) -> None:
+    def _set_aside(self, path: str, status: os.stat_result | None) -> None:
         """Move a file aside, unless it is another one by now."""
         _LOG.warning("blob %s does not match its digest", path)
         with contextlib.suppress(OSError):
@@ -417,7 +418,7 @@ class Store:
                 disk.set_aside(path, self.root)
 
 
-def _age_s(path: Path) -> float:
+def _age_s(path: str | Path) -> float:
     return time.time() - os.lstat(path).st_mtime
 
 
@@ -447,7 +448,8 @@ def _entries(folder: Path, suffix: str) -> Iterator[tuple[str, os.stat_result]]:
 
 def sealed(key: str, result: dict[str, Json]) -> bytes:
     """The content of the file in which `result` stands under `key`."""
-    return canonical_json({"result": result, "seal": _seal(key, result)})
+    text = canonical_json(result)
+    return b'{"result":%b,"seal":"%b"}' % (text, _seal_of(key, text))
 
 
 def unsealed(key: str, content: bytes) -> dict[str, Json]:
@@ -455,14 +457,17 @@ def unsealed(key: str, content: bytes) -> dict[str, Json]:
     other content."""
     record = json.loads(content)
     result: dict[str, Json] = record["result"]
-    if record["seal"] != _seal(key, result):
+    as_written = content[:10] == b'{"result":' and content[-75:-66] == b',"seal":"'
+    text = content[10:-75] if as_written else canonical_json(result)
+    if record["seal"].encode() != _seal_of(key, text):
         raise ValueError("its seal does not match")
     _check_result(result)
     return result
 
 
-def _seal(key: str, result: dict[str, Json]) -> str:
-    return digest_bytes(canonical_json([key, result]))
+def _seal_of(key: str, text: bytes) -> bytes:
+    """The seal of the result under `key` of which `text` is the canonical JSON."""
+    return digest_bytes(b'["%b",%b]' % (key.encode(), text)).encode()
 
 
 def _check_result(result: dict[str, Json]) -> None:
@@ -489,23 +494,19 @@ def _check_result(result: dict[str, Json]) -> None:
 
 def _check_history(ingredients: Json, provenance: Json) -> None:
     """ValueError where what others read without a further look is not there, or not of its type."""
-    mappings = [ingredients, provenance]
-    mappings += [ingredients.get(name, {}) for name in ("libraries", "params", "ports")]
-    mappings += [provenance.get(name, {}) for name in ("listings", "makers", "written")]
-    if not all(isinstance(mapping, dict) for mapping in mappings):
-        raise ValueError("its ingredients or its provenance are of another form")
+    for values, names in ((ingredients, _OF_INGREDIENTS), (provenance, _OF_PROVENANCE)):
+        if type(values) is not dict or not all(type(values.get(name, values)) is dict for name in names):
+            raise ValueError("its ingredients or its provenance are of another form")
     for name in ("duration_s", "cpu_s", "peak_rss_bytes", "started"):
-        if not 0 <= _number(provenance, name) < 1e15:
+        number = provenance.get(name, 0.0)
+        if type(number) not in (int, float) or not 0 <= number < 1e15:
             raise ValueError(f"its {name} is impossible")
-    if not all(type(text) in (str, type(None)) for text in (provenance.get("node"), ingredients.get("stage"))):
+    if not {type(provenance.get("node")), type(ingredients.get("stage"))} <= {str, type(None)}:
         raise ValueError("its node or its stage is no text")
 
 
-def _number(values: dict[str, Json], name: str) -> int | float:
-    number: int | float = values.get(name, 0.0)
-    if type(number) not in (int, float):
-        raise ValueError(f"{name} is no number")
-    return number
+_OF_INGREDIENTS = ("libraries", "params", "ports")
+_OF_PROVENANCE = ("listings", "makers", "written")
 
 
 def _refusal(root: Path, error: OSError, what: str) -> CacheError:

@@ -55,7 +55,7 @@ class TieredStore(Store):
         self.remote = remote
         self._reads_only = reads_only
         self._leases = Leases(remote, self.root)
-        self._uploads = Uploads(remote, self._blob, super().open)
+        self._uploads = Uploads(remote, self.path, super().open)
         self._promises = Promises(remote, self, open_signer(remote.options.secret_file))
         self._sizes: dict[str, int] = {}
         self._family: dict[str, dict[str, int]] = {}

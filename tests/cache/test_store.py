@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from qpipe.artifact import Artifact, Samples, Scores, load, save
-from qpipe.cache.store import Store
+from qpipe.cache.store import Store, sealed
 from qpipe.errors import CacheError, DamagedError
 from qpipe.hashing import digest, digest_bytes
 
@@ -204,10 +204,8 @@ def _tampered(change: Any) -> Any:
     def apply(content: bytes) -> bytes:
         record = json.loads(content)
         change(record["result"])
-        from qpipe.cache.store import _seal
-
-        record["seal"] = _seal(KEY, record["result"])  # whoever tampers can seal as well
-        return json.dumps(record).encode()
+        sealed_too = json.loads(sealed(KEY, record["result"]))  # whoever tampers can seal as well
+        return json.dumps(sealed_too).encode()
 
     return apply
 
