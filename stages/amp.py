@@ -65,13 +65,38 @@ def candidate_scheme(name: str, scheme: Scheme) -> Scheme | None:
     return replace(scheme, weight=weight, activation=activation, name=name)
 
 
+def admitted(scheme: Scheme, target: Target) -> tuple[str, ...]:
+    """The candidates where none are named: 4- and 8-bit weights, 8- and 16-bit activations and the scheme's own
+    bitwidths, as far as the target takes them; w4a16 only where it does not take w4a8."""
+    own = f"w{scheme.weight.bitwidth}"
+    names = ["w4", "w8", own]
+    if scheme.activation is not None:
+        own += f"a{scheme.activation.bitwidth}"
+        names = ["w4a8", "w8a8", "w4a16", "w8a16", own]
+    found = [name for name in dict.fromkeys(names) if takes(target, candidate_scheme(name, scheme))]
+    return tuple(name for name in found if name != "w4a16" or name == own or "w4a8" not in found)
+
+
+def takes(target: Target, scheme: Scheme | None) -> bool:
+    """Whether the target admits the scheme."""
+    try:
+        if scheme is not None:
+            target.check(scheme)
+    except InputError:
+        return False
+    return True
+
+
 def refuse(given: Mapping[str, Any]) -> None:
     """Errors: ValueError, InputError for candidates that are none or that the target forbids, and for no goal."""
     target, candidates = given["target"], given["candidates"]
-    if len(set(candidates)) != len(candidates) or len(candidates) < 2:
-        raise ValueError(f"candidates: name at least two different ones, got {list(candidates)}.")
     if given["max_drop"] is None and given["budget"] is None:
         raise ValueError("set max_drop, budget or both: without a goal there is nothing to choose by.")
+    if candidates is None:
+        target.check(given["scheme"])
+        return
+    if len(set(candidates)) != len(candidates) or len(candidates) < 2:
+        raise ValueError(f"candidates: name at least two different ones, got {list(candidates)}.")
     for name in candidates:
         scheme = candidate_scheme(name, given["scheme"])
         if scheme is not None:
@@ -122,7 +147,7 @@ def amp(
     *,
     scheme: Scheme,
     target: Target,
-    candidates: tuple[str, ...] = ("w4a8", "w8a8", "w8a16"),
+    candidates: tuple[str, ...] | None = None,
     method: Literal["sqnr_db", "evaluation", "gram"] = "sqnr_db",
     metric: Metric | Factory = "top1",
     max_drop: Annotated[float, Range(ge=0)] | None = 0.01,
@@ -136,12 +161,13 @@ def amp(
 ) -> Mixed:
     """`model` with the grids of the chosen mix, and `scores`: what was tried, what it scored and what it costs.
 
-    `candidates` are bitwidths like w4a8, w4 (weights alone) or float; all else is the scheme's. `choice` brings the
-    observers of quantscheme_select. `method` measures each group by the sqnr of the outputs on `limit` samples
-    of the calibration, by `metric` on `limit` of the evaluation, or estimates it from second moments (gram).
-    `max_drop` may be lost of `metric` against float, on all of the evaluation; null: as good as `budget` allows.
-    `budget` is a share of the costliest candidate's `cost`. `conversion_slack` is the share of the chosen cost
-    that fewer conversions may add. Where no mix keeps max_drop, the best one comes out, with a note.
+    `candidates` are bitwidths like w4a8, w4 (weights alone) or float, all else is the scheme's; null: the scheme's
+    own, w4a8, w8a8 and w8a16, those that the target takes. `choice` brings the observers of quantscheme_select.
+    `method` measures each group by the sqnr of the outputs on `limit` samples of the calibration, by `metric` on
+    `limit` of the evaluation, or estimates it from second moments (gram). `max_drop` may be lost of `metric`
+    against float, on all of the evaluation; null: as good as `budget` allows. `budget` is a share of the
+    costliest candidate's `cost`. `conversion_slack` is the share of the chosen cost that fewer conversions may
+    add. Where no mix keeps max_drop, the best one comes out, with a note.
     Errors: InputError for candidates that the target forbids, for data that do not fit or are none, and for a
     budget below the cheapest mix.
     """
@@ -167,12 +193,10 @@ def amp(
     whole = judge(evaluation, metric, None)
     by = metric if method == "evaluation" else "sqnr_db"
     single = judge(evaluation if method == "evaluation" else calibration, by, limit)
-    choices, observers = find(
-        model, calibration.arrays, {name: candidate_scheme(name, used) for name in candidates}, target,
-        batch_size, ctx,
-    )  # fmt: skip
+    schemes = {name: candidate_scheme(name, used) for name in candidates or admitted(scheme, target)}
+    choices, observers = find(model, calibration.arrays, schemes, target, batch_size, ctx)
     if not choices.groups:
-        raise InputError(f"All candidates ({', '.join(candidates)}) come to the same grids in this model.")
+        ctx.note(f"All candidates ({', '.join(schemes)}) come to the same grids in this model.")
     if method == "gram":
         samples = thinned(calibration.arrays, limit)
         gram = GramSensitivity(model, samples, observers, ctx.memo, seed=seed, device=ctx.device)

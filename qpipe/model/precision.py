@@ -185,39 +185,35 @@ def _group(
 def fewer_conversions(
     choices: Choices, choice: tuple[int, ...], allowed: Callable[[tuple[int, ...]], bool]
 ) -> tuple[int, ...]:
-    """`choice` after its islands, the neighbours of one bitwidth, took over the bitwidth around them, smallest
-    island first, where that leaves fewer conversions and is `allowed`."""
+    """`choice` after its islands, the neighbours of one bitwidth, took over the bitwidth around them, as long as
+    that leaves fewer conversions and is `allowed`; what leaves fewest is asked first, then what is cheapest."""
     refused: set[tuple[int, ...]] = set()
+
+    def rank(proposal: tuple[int, ...]) -> tuple[int, int]:
+        bitops = sum(group.bitops[i] for group, i in zip(choices.groups, proposal, strict=True))
+        return choices.conversions(proposal), bitops
+
     while True:
-        proposals = [
-            proposal
-            for island in _islands(choices, choice)
-            for proposal in _merged(choices, choice, island)
-            if proposal not in refused and choices.conversions(proposal) < choices.conversions(choice)
-        ]
-        accepted = next((p for p in proposals if p not in refused and _asked(p, allowed, refused)), None)
-        if accepted is None:
+        proposals = {p for island in _islands(choices, choice) for p in _merged(choices, choice, island)}
+        fewer = [p for p in proposals - refused if choices.conversions(p) < choices.conversions(choice)]
+        for proposal in sorted(fewer, key=lambda p: (rank(p), p)):
+            if allowed(proposal):
+                choice = proposal
+                break
+            refused.add(proposal)
+        else:
             return choice
-        choice = accepted
-
-
-def _asked(
-    proposal: tuple[int, ...], allowed: Callable[[tuple[int, ...]], bool], refused: set[tuple[int, ...]]
-) -> bool:
-    if not allowed(proposal):
-        refused.add(proposal)
-    return proposal not in refused
 
 
 def _islands(choices: Choices, choice: tuple[int, ...]) -> list[set[int]]:
-    """Groups that are neighbours and have activations of one bitwidth, the smallest set first."""
+    """Groups that are neighbours and have activations of one bitwidth."""
     import networkx as nx
 
     bits = [group.bits[i][1] for group, i in zip(choices.groups, choice, strict=True)]
     graph: nx.Graph[int] = nx.Graph()
     graph.add_nodes_from(i for i, width in enumerate(bits) if width)
     graph.add_edges_from((a, b) for a, b in choices.neighbours if bits[a] == bits[b])
-    return sorted((set(island) for island in nx.connected_components(graph)), key=lambda i: (len(i), min(i)))
+    return [set(island) for island in nx.connected_components(graph)]
 
 
 def _merged(choices: Choices, choice: tuple[int, ...], island: set[int]) -> Iterator[tuple[int, ...]]:

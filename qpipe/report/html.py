@@ -17,6 +17,7 @@ from qpipe.report import record as facts
 from qpipe.report import text
 from qpipe.report.charts import parity_chart, score_chart
 from qpipe.report.graph import svg_graph
+from qpipe.report.mix import Mix, mix_chart, mixes
 from qpipe.report.style import STYLE
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -47,6 +48,7 @@ def render(record: Mapping[str, Any]) -> str:
         _summary(record),
         _section("Failed", _failures(record)),
         _section("Scores", _scores(record)),
+        _section("Mixed precision", "".join(map(_mix, mixes(record)))),
         _section("Parity of simulation and deployment", "".join(map(_parity, facts.parities(record)))),
         _section("Pipeline", _graph(record)),
         _section("Nodes", _nodes(record)),
@@ -176,6 +178,13 @@ def _parity(parity: facts.Parity) -> str:
     worst = _table(("value", "operators", "distance, op by op"), rows) if rows else ""
     listed = _list([(name, _text(value)) for name, value in parity.facts])
     return f"<p>{_text(parity.node)}: {_text(parity.sentence)}.</p>\n{charts}{listed}{worst}"
+
+
+def _mix(mix: Mix) -> str:
+    table = _table([_text(name) for name in mix.head], [[_text(cell) for cell in row] for row in mix.rows[:LONG_TABLE]])
+    rest = len(mix.rows) - LONG_TABLE
+    more = f'<p class="faint">and {rest} more groups; record.json has them all</p>' if rest > 0 else ""
+    return f"<p>{_text(mix.node)}: {_text(mix.sentence)}.</p>\n{mix_chart(mix)}{table if mix.rows else ''}{more}"
 
 
 def _graph(record: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from qpipe.stages.adaround import adaround
-from qpipe.stages.amp import amp
+from qpipe.stages.amp import admitted, amp
 from qpipe.stages.calibrate import calibrate
 from qpipe.stages.evaluate import evaluate
 from qpipe.stages.parity import parity
@@ -357,7 +357,7 @@ def test_candidates_and_goals_that_mean_nothing_are_refused_before_anything_runs
 def test_the_target_says_what_it_forbids(target):
     defaults = {name: param.default for name, param in amp.__stage__.params.items()}
     narrow = replace(target, name="narrow", activation=Limits(bitwidths=(8,)))
-    given = {**defaults, "scheme": SCHEME, "target": narrow}
+    given = {**defaults, "scheme": SCHEME, "target": narrow, "candidates": ("w4a8", "w8a16")}
     with pytest.raises(InputError, match="takes activations with 8 bits, not 16, as the scheme 'w8a16' has"):
         amp.__stage__.check(given)
     given = {**given, "candidates": ("w8a8", "float"), "target": replace(narrow, activations="required")}
@@ -430,3 +430,80 @@ def test_adaround_tunes_the_mix_and_the_deployed_model_computes_what_is_simulate
         assert scores["agree"]
     better = evaluate(tuned, evaluation, model, metric="sqnr_db").values["score"]
     assert better > evaluate(found.model, evaluation, model, metric="sqnr_db").values["score"]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "limits", "expected"),
+    [
+        (SCHEME, (8, 16), ("w4a8", "w8a8", "w8a16")),
+        (replace(SCHEME, weight=replace(WEIGHT, bitwidth=2)), (8, 16), ("w4a8", "w8a8", "w8a16", "w2a8")),
+        (Scheme(WEIGHT, replace(ACTIVATION, bitwidth=16)), (16,), ("w4a16", "w8a16")),
+        (SCHEME, (8,), ("w4a8", "w8a8")),
+        (Scheme(WEIGHT, None), (), ("w4", "w8")),
+    ],
+)  # fmt: skip
+def test_candidates_that_are_not_named_are_those_that_the_target_takes(target, scheme, limits, expected):
+    assert admitted(scheme, replace(target, activation=Limits(bitwidths=limits))) == expected
+
+
+def test_where_the_target_leaves_nothing_to_mix_the_scheme_comes_out_with_a_note(model, target):
+    ctx, data = Kept(), samples(0, 24)
+    only = replace(target, weight=Limits(bitwidths=(4,)), activation=Limits(bitwidths=(8,)))
+    found = mixed(model, only, data=data, candidates=None, max_drop=0.5, ctx=ctx)
+    expected = calibrate(model, data, scheme=SCHEME, target=only).encodings
+    assert all(same_grid(found.model.encodings[name], grid) for name, grid in expected.items())
+    assert ctx.notes[0] == "All candidates (w4a8) come to the same grids in this model."
+
+
+def test_gram_finds_a_mix_without_a_pass_per_candidate(model, target, forwards):
+    ctx = Kept()
+    found = mixed(model, target, method="gram", max_drop=272.0, ctx=ctx)
+    assert found.scores.values["met"]
+    assert 24 not in forwards
+    for row in rows(found, "groups"):
+        values = [row[f"alone {name}"] for name in CANDIDATES]
+        assert values == sorted(values), row["group"]
+        assert values[0] < values[-1], row["group"]
+    before = len(ctx.new)
+    mixed(model, target, method="gram", max_drop=None, budget=0.5, ctx=ctx)
+    assert "gram" not in ctx.new[before:]
+    assert "second moments" not in ctx.new[before:]
+
+
+def test_conversions_are_saved_only_where_the_goal_holds_and_for_little(model, target):
+    free = mixed(model, target, max_drop=272.0, conversion_slack=0.0).scores.values
+    saving = mixed(model, target, max_drop=272.0, conversion_slack=3.0).scores.values
+    assert saving["conversions"] < free["conversions"]
+    assert saving["score"] >= 28.0
+    meeting = [row["share"] for row in saving["uniform"] if row["score"] >= 28.0]
+    assert free["share"] < saving["share"] <= min(meeting)
+
+
+def test_labels_are_what_evaluation_scores_by(model, target):
+    labelled = samples(3, 40, labels=True)
+    with pytest.raises(InputError, match="The metric 'top1' needs labels"):
+        mixed(model, target, metric="top1", max_drop=0.1)
+    found = mixed(model, target, metric="top1", method="evaluation", max_drop=0.1, evaluation=labelled)
+    assert found.scores.values["float"] == evaluate(model, labelled, quantized=False).values["score"]
+    assert found.scores.values["score"] == evaluate(found.model, labelled).values["score"]
+
+
+def test_another_bitwidth_of_one_layer_by_override_solves_that_layer_and_those_behind_it(model, target):
+    from qpipe.numerics.scheme import Override
+
+    data, ctx = samples(0, 40), Kept()
+    weights = [layer.weight for layer in model.layers()]
+
+    def tuned(*overrides):
+        written = coerce(list(overrides), tuple[Override, ...], "scheme.overrides")
+        scheme = replace(SCHEME, overrides=written)
+        ctx.new = []
+        calibrated = calibrate(model, data, scheme=scheme, target=target, ctx=ctx)
+        return adaround(calibrated, data, ctx=ctx)
+
+    tuned()
+    assert ctx.new.count("gram") == len(weights) == 3
+    for place, weight in enumerate(weights):
+        found = tuned({"nodes": [weight], "weight": {"bitwidth": 8}})
+        assert found.encodings[weight].bitwidth == 8
+        assert ctx.new == ["gram"] * (len(weights) - place)
