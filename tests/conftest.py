@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ["OMP_NUM_THREADS"] = (
     "1"  # before torch is imported: the tests' tensors are tiny, and they run side by side
@@ -19,6 +20,10 @@ os.environ["OMP_NUM_THREADS"] = (
 from qpipe.catalog import catalog
 from tests.s3_server import ENVIRONMENT
 from tests.toy import Toy
+
+settings.register_profile("suite", derandomize=True, deadline=None)  # the same examples in every run
+settings.register_profile("search", derandomize=False, deadline=None, max_examples=2000, print_blob=True)
+settings.load_profile("suite")
 
 
 @pytest.fixture

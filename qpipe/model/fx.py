@@ -147,13 +147,20 @@ class _Builder:
         for onnx_node in self.onnx:
             if onnx_node.op_type != "Constant":
                 self._node(onnx_node)
-        outputs = tuple(self._device(value) for value in self.onnx.outputs)
+        outputs = tuple(self._output(value) for value in self.onnx.outputs)
         self.graph.output(outputs[0] if len(outputs) == 1 else outputs)
         module = fx.GraphModule(self.root, self.graph, class_name="OnnxModule")
         self._add_aliases(module)
         module.meta["parameters"] = dict(self.parameters)
         module.meta["quantizers"] = dict(self.quantizers)
         return module
+
+    def _output(self, value: ir.Value) -> fx.Node:
+        """What leaves the graph as `value`: an input or an initializer leaves it as it came, on no grid."""
+        node = self._device(value)
+        if value.producer() is None and node.target == self.quantizers.get(str(value.name)):
+            return node.all_input_nodes[0]
+        return node
 
     def _node(self, node: ir.Node) -> None:
         op = OPERATORS[node.op_type]

@@ -50,13 +50,13 @@ def lift_constants(graph: ir.Graph) -> None:
             continue
         output = node.outputs[0]
         tensor = constant_tensor(node)
-        if tensor is None or output.is_graph_output():
+        if tensor is None:
             continue
         value = ir.Value(
             name=output.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy())
         )
         value.const_value = tensor
-        output.replace_all_uses_with(value)
+        output.replace_all_uses_with(value, replace_graph_outputs=True)
         graph.remove(node, safe=True)
         output.name = None
         if not value.name:

@@ -136,7 +136,7 @@ class _Marks:
             members.setdefault(self._find(value), []).append(value)
         wanted = {self._find(value) for value in self.marked}
         groups = (
-            tuple(str(v.name) for v in values if v.name not in self.left.values)
+            tuple(str(v.name) for v in values if v.name not in self.left.values and not _of_dilated_pool(v))
             for leader, values in members.items()
             if leader in wanted
         )
@@ -268,6 +268,12 @@ def data_values(graph: ir.Graph) -> set[ir.Value]:
         if embedding or any(value in data for value in node.inputs):
             data.update(value for value in node.outputs if value.name and _is_float(value))
     return data
+
+
+def _of_dilated_pool(value: ir.Value) -> bool:
+    """Whether an AveragePool with dilations makes `value`: on integers onnxruntime (1.31) cannot load that."""
+    node = value.producer()
+    return node is not None and node.op_type == "AveragePool" and "dilations" in node.attributes
 
 
 def _is_float(value: ir.Value) -> bool:

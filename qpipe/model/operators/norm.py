@@ -35,7 +35,8 @@ def batch_normalization(
 @operator("InstanceNormalization")
 def instance_normalization(x: Tensor, scale: Tensor, bias: Tensor, *, epsilon: float = 1e-5) -> Tensor:
     """Each channel of each sample normalized over its spatial dimensions."""
-    return F.instance_norm(x, weight=scale, bias=bias, eps=epsilon)
+    # torch.nn.functional refuses a single spatial element, which ONNX allows; the function below it does not.
+    return torch.instance_norm(x, scale, bias, None, None, True, 0.0, epsilon, False)
 
 
 @operator("GroupNormalization")
@@ -43,7 +44,7 @@ def group_normalization(
     x: Tensor, scale: Tensor, bias: Tensor, *, num_groups: int, epsilon: float = 1e-5, stash_type: int = 1
 ) -> Tensor:
     """Groups of channels normalized together; scale and bias of shape (C,)."""
-    return F.group_norm(x, num_groups, scale, bias, epsilon)
+    return torch.group_norm(x, num_groups, scale, bias, epsilon)
 
 
 @operator("LayerNormalization", more="statistics")

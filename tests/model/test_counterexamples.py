@@ -1,0 +1,70 @@
+"""What random graphs (`test_random_graphs`) have found, each as small as it got."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from qpipe.stages.bnf import bnf
+
+from qpipe.model import Model
+from qpipe.model.parity import parity
+from tests.model.nets import error_of_import, normal, op_types, parsed
+from tests.model.quantized import quantized
+
+
+def in_torch(model: Model, x: np.ndarray) -> np.ndarray:
+    """The float output for one input."""
+    with torch.no_grad():
+        found: np.ndarray = model.to_torch(quantized=False)(torch.from_numpy(x)).numpy()
+    return found
+
+
+@pytest.mark.parametrize("norm", ["InstanceNormalization", "GroupNormalization<num_groups=4>"])
+def test_a_norm_over_one_element_gives_its_bias(norm: str) -> None:
+    text = f"m (float[N,4,1] x) => (float[N,4,1] y) {{ y = {norm}(x, b, b) }}"
+    b = normal(4)
+    found = in_torch(Model.from_proto(parsed(text, b=b)), normal(1, 4, 1))
+    assert np.allclose(found[0, :, 0], b)
+
+
+def test_what_follows_a_group_normalization_has_a_type_and_a_grid() -> None:
+    text = """m (float[N,4,5,5] x) => (float[N,4,5,5] z) {
+        y = GroupNormalization<num_groups=2>(x, b, b) r = Sigmoid(y) z = Conv(r, w) }"""
+    model = Model.from_proto(parsed(text, b=normal(4), w=normal(4, 4, 1, 1)))
+    assert [str(value.shape) for node in model.graph for value in node.outputs] == ["[N,4,5,5]"] * 3
+    assert {"x", "y", "r", "z"} <= set(quantized(model, {"x": normal(8, 4, 5, 5)}).encodings)
+
+
+def test_a_constant_that_is_an_output_is_a_parameter_too() -> None:
+    text = """m (float[N,4,3,3] x) => (float[N,4,3,3] z, float[4] g) {
+        g = Constant<value = float[4] {1., 2., 3., 4.}>() y = Conv(x, w) z = BatchNormalization(y, g, b, b, v) }"""
+    proto = parsed(text, b=normal(4), v=np.ones(4, np.float32), w=normal(4, 4, 1, 1))
+    model = Model.from_proto(proto)
+    assert error_of_import(proto, model) < 1e-6
+    folded = bnf(model)
+    assert op_types(folded) == ["Conv"]
+    assert error_of_import(proto, folded) < 1e-6
+
+
+@pytest.mark.parametrize("attributes", ["", ", dilations=[1,1]", ", dilations=[2,2]", ', auto_pad="SAME_UPPER"'])
+def test_an_average_pool_is_deployed(attributes: str) -> None:
+    """onnxruntime's integer AveragePool has no dilations: not even those of 1 may be said, and others stay float."""
+    text = f"""m (float[N,4,8,8] x) => (float[N,4,a,b] z) {{
+        y = AveragePool<kernel_shape=[2,2]{attributes}>(x) z = Add(y, y) }}"""
+    x = {"x": normal(4, 4, 8, 8)}
+    proto = parsed(text)
+    model = Model.from_proto(proto)
+    assert error_of_import(proto, model) < 1e-6
+    rounded = quantized(model, x)
+    assert parity(rounded, x).agree
+    assert ("y" in rounded.encodings) == ("2,2]" not in attributes)
+
+
+def test_an_input_that_is_an_output_leaves_as_it_came() -> None:
+    model = Model.from_proto(parsed("m (float[N,4] x) => (float[N,4] y, float[N,4] x) { y = Relu(x) }"))
+    x = normal(8, 4)
+    with torch.no_grad():
+        y, same = quantized(model, {"x": x}).to_torch()(torch.from_numpy(x))
+    assert np.array_equal(same.numpy(), x)
+    assert not np.array_equal(y.numpy(), np.maximum(x, 0))
