@@ -27,6 +27,7 @@ import onnx_ir as ir
 
 from qpipe.errors import InputError
 from qpipe.model.bias import QuantizedBias, bias_codes, bias_scale, effective_encodings, quantized_biases
+from qpipe.model.guards import guard_float_layers
 from qpipe.model.operators.registry import MOVING
 from qpipe.model.packing import graph_proto
 from qpipe.model.qdq_nodes import BITWIDTH
@@ -69,6 +70,7 @@ def qdq_model(model: Model) -> ir.Model:
             redundant = _redundant(value, encoding, encodings)
             if activation_storage(encoding).bitwidth == 8 or not redundant:
                 _insert_activation(graph, value, encoding, clipped=not redundant)
+    guard_float_layers(graph)
     for name in [name for name, value in graph.initializers.items() if not value.uses()]:
         if not graph.initializers[name].is_graph_output():
             del graph.initializers[name]

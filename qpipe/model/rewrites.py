@@ -66,6 +66,8 @@ def _gives_back(node: ir.Node) -> bool:
         return op == "Identity" or _inference_dropout(node)
     if op in ("Concat", "Sum", "Mean", "Max", "Min"):
         return len(node.inputs) == 1
+    if op == "Clip":
+        return all(bound is None for bound in node.inputs[1:])
     if op == "Cast":
         return source.dtype is not None and source.dtype == node.attributes["to"].as_int()
     if op == "Transpose":

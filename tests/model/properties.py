@@ -254,7 +254,10 @@ def what_is_written_reads_back(drawn: tuple[Case, tuple[Target, Scheme]]) -> Non
     with tempfile.TemporaryDirectory() as folder:
         read = Model.load(model.save(Path(folder) / "saved"))
         back = in_torch(read, case, quantized=True)
+    values = {v.name: v for v in [*model.graph.inputs, *(v for node in model.graph for v in node.outputs)]}
     for name, encoding in model.encodings.items():  # an input that is an output too leaves the graph unrounded
+        if name in values and not values[name].uses() and not values[name].is_graph_output():
+            continue  # the other half of a Split, which nobody reads
         again = read.encodings.get(name, read.encodings.get(f"{name}_rounded"))
         assert again is not None, (name, list(read.encodings))
         assert again.signed == encoding.signed

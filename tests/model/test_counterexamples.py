@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,9 @@ from qpipe.stages.bnf import bnf
 
 from qpipe.model import Model
 from qpipe.model.parity import parity
+from qpipe.model.target import Nodes
 from tests.model.nets import error_of_import, normal, op_types, parsed
-from tests.model.quantized import quantized
+from tests.model.quantized import ONNXRUNTIME, quantized
 
 
 def in_torch(model: Model, x: np.ndarray) -> np.ndarray:
@@ -59,6 +62,26 @@ def test_an_average_pool_is_deployed(attributes: str) -> None:
     rounded = quantized(model, x)
     assert parity(rounded, x).agree
     assert ("y" in rounded.encodings) == ("2,2]" not in attributes)
+
+
+@pytest.mark.parametrize(
+    ("layer", "excluded"),
+    [("Gemm(a, w)", ("type:Gemm",)), ("Gemm(a, w, one)", ()), ("Gemm<alpha=0.3>(a, w, b)", ())],
+)
+def test_a_layer_that_stays_float_does_so_in_onnxruntime(layer: str, excluded: tuple[str, ...]) -> None:
+    """It rounds the weight of a Gemm or a Conv between quantized values by itself, unless something keeps it from."""
+    text = f"m (float[N,4] x) => (float[N,4] z) {{ a = MatMul(x, v) y = {layer} z = MatMul(y, v) }}"
+    tensors = {"one": normal(1), "b": normal(4), "w": normal(4, 4), "v": normal(4, 4, seed=1)}
+    proto = parsed(text, **{name: array for name, array in tensors.items() if name in text})
+    target = replace(ONNXRUNTIME, nodes=Nodes(exclude=excluded))
+    x = {"x": normal(300, 4)}
+    rounded = quantized(Model.from_proto(proto), x, target=target)
+    assert {"a", "y", "v"} <= set(rounded.encodings)
+    assert "w" not in rounded.encodings
+    assert parity(rounded, x).agree
+    again = Model.from_proto(rounded.to_qdq())
+    assert op_types(again) == op_types(rounded)
+    assert set(again.encodings) == set(rounded.encodings)
 
 
 def test_an_input_that_is_an_output_leaves_as_it_came() -> None:

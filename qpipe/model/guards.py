@@ -1,0 +1,42 @@
+"""Float layers between quantized values, kept in float.
+
+Given DQ -> Conv, ConvTranspose or Gemm with a float weight -> Q (Relu or Clip may stand in front of the Q),
+onnxruntime rounds the weight to 8 bits per tensor by itself (WeightBiasQuantization, at every level of optimization
+from basic on): a layer that a target's filters leave in float, or one whose bias is computed, would run on integers
+and nobody would have said so. A Clip without bounds behind the DQ changes no value, and is no part of what it looks
+for.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+_ROUNDED = frozenset({"Conv", "ConvTranspose", "Gemm"})
+_PASSED = frozenset({"Relu", "Clip"})
+
+
+def guard_float_layers(graph: ir.Graph) -> None:
+    """Put a Clip without bounds in front of each layer of a QDQ graph that onnxruntime would round, in place."""
+    for node in list(graph):
+        if node.op_type not in _ROUNDED or node.domain:
+            continue
+        value, weight = node.inputs[0], node.inputs[1]
+        before = None if value is None else value.producer()
+        if weight is None or not weight.is_initializer() or weight.dtype != ir.DataType.FLOAT:
+            continue
+        if value is None or before is None or before.op_type != "DequantizeLinear" or not _rounded_after(node):
+            continue
+        result = ir.Value(name=f"{node.name}__input", type=value.type, shape=value.shape)
+        graph.insert_before(node, ir.node("Clip", [value], outputs=[result], name=f"{node.name}__guard"))
+        node.replace_input_with(0, result)
+
+
+def _rounded_after(node: ir.Node) -> bool:
+    """Whether a QuantizeLinear alone reads what `node` gives, at once or behind an activation."""
+    while True:
+        readers = node.outputs[0].consumers()
+        if len(readers) != 1 or node.outputs[0].is_graph_output():
+            return False
+        node = readers[0]
+        if node.op_type not in _PASSED:
+            return node.op_type == "QuantizeLinear"
