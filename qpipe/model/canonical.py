@@ -25,7 +25,8 @@ from qpipe.model.naming import assign_names
 from qpipe.model.operator_form import write_out
 from qpipe.model.opsets import to_canonical_opset
 from qpipe.model.qdq_nodes import scale_sources, standard_nodes
-from qpipe.model.qdq_reader import Grids, left_on_codes, read_activations, read_weights, skip_clips
+from qpipe.model.qdq_reader import left_on_codes, read_activations, skip_clips
+from qpipe.model.qdq_weights import Grids, read_weights
 from qpipe.model.refusals import check_supported, refuse_unfit
 from qpipe.model.shapes import infer_shapes
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qpipe.errors import InputError
+from qpipe.model.naming import Names
 from qpipe.model.rewrites import constant
 from qpipe.numerics.grid import SMALLEST_SCALE, Encoding, broadcast, dequantize, spread
 from qpipe.numerics.scheme import code_bounds
@@ -26,7 +28,7 @@ _INTEGERS = {
 }  # fmt: skip
 _ON_CODES = re.compile(
     r"QLinear\w+|QGemm|QAttention|\w+Integer|MatMulIntegerToFloat|Dynamic\w*Quantize\w+|QEmbed\w+"
-    r"|MatMulNBits|MatMulBnb4|QMoE|QOrdered\w+"
+    r"|MatMulNBits|GatherBlockQuantized|MatMulBnb4|QMoE|QOrdered\w+"
 )
 
 
@@ -136,6 +138,34 @@ def floats_of(codes: Array, node: ir.Node, encoding: Encoding) -> npt.NDArray[np
     sign = spread(np.sign(scale).reshape(encoding.scale.shape), encoding, codes.shape)
     codes = np.where(sign < 0, encoding.qmin + encoding.qmax - codes, codes)
     return dequantize(np.where(sign == 0, broadcast(encoding, codes.shape)[1], codes), encoding)
+
+
+def initializer(name: str, array: Array) -> ir.Value:
+    """An initializer of no graph yet."""
+    tensor = ir.Tensor(np.asarray(array, order="C"), name=name)
+    return ir.Value(
+        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor
+    )
+
+
+def dequantized(
+    graph: ir.Graph,
+    node: ir.Node,
+    triple: Sequence[ir.Value | None],
+    axis: int,
+    names: Names,
+    block_size: int = 0,
+) -> ir.Value:
+    """The floats that codes, scale and zero point stand for, by a DequantizeLinear in front of `node`."""
+    codes = triple[0]
+    assert codes is not None
+    name = names.fresh(f"{codes.name}__dequantized")
+    floats = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=codes.shape)
+    attributes = {"axis": axis, **({"block_size": block_size} if block_size else {})}
+    given = [value for value in triple if value is not None]
+    made = ir.node("DequantizeLinear", given, attributes, outputs=[floats], name=f"{name}_node")
+    graph.insert_before(node, made)
+    return floats
 
 
 def _code_type(node: ir.Node) -> ir.DataType:

@@ -1,9 +1,7 @@
 """Reading the QDQ form: a float graph, and the grids that QuantizeLinear and DequantizeLinear say.
 
     v -> QuantizeLinear -> DequantizeLinear -> readers          v, with an encoding
-    integer weight -> DequantizeLinear                          a float weight on its grid, frozen
-    float weight -> QuantizeLinear -> DequantizeLinear          the float weight, its grid frozen
-    int32 bias -> DequantizeLinear                              a float bias
+    weights and biases                                          see `qpipe.model.qdq_weights`
 
 An encoding is the same for all who read a value. Where a file rounds a value for some readers only, or puts it
 on two grids, an Identity stands for the rounding and has the encoding.
@@ -18,75 +16,27 @@ Source: ONNX operators QuantizeLinear and DequantizeLinear, opsets 10 to 25, and
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
 
-from qpipe.errors import InputError
-from qpipe.model.invariants import PERMUTATION, SHAPE, fresh_initializer_name
-from qpipe.model.naming import Names
+from qpipe.model.invariants import fresh_initializer_name
 from qpipe.model.operators.registry import MOVING
 from qpipe.model.qdq_nodes import (
     BITWIDTH,
-    Array,
     clip_of_codes,
     computes_codes,
     dequantizes,
-    floats_of,
     grid,
-    has_constant_grid,
     has_grid,
+    initializer,
     narrowed,
     quantizes,
 )
+from qpipe.model.qdq_weights import SUFFIX, Grids, follow_weights, take_over
 from qpipe.model.rewrites import constant
 from qpipe.numerics.grid import Encoding, dequantize, same_grid
-
-_SUFFIX = re.compile(r"(_DequantizeLinear_Output.*|__?quantized(_\d+)?|(_DQ)?_Q\d)$")
-_UNROUNDED = re.compile(r"(__float|_QuantizeLinear_Input)$")
-_MADE_UP = re.compile(r"__dequantized(_\d+)?$")
-
-
-@dataclass
-class Grids:
-    """What a model's QDQ nodes said, filled by `read_weights` and `read_activations`.
-
-    `encodings` by the value's name; `names` of the float initializers that took the place of integer ones;
-    `int32_biases`: whether the file has biases as integers; `notes`: sentences about what was lost."""
-
-    encodings: dict[str, Encoding] = field(default_factory=dict)
-    names: set[str] = field(default_factory=set)
-    int32_biases: bool = False
-    notes: list[str] = field(default_factory=list)
-    _weights: dict[tuple[Any, ...], ir.Value] = field(default_factory=dict)
-
-    def metadata(self) -> dict[str, Any]:
-        """What a Model's metadata says about where its grids come from."""
-        if not self.encodings:
-            return {}
-        return {"quantized_source": True, **({} if self.int32_biases else {"biases": "float"})}
-
-
-def read_weights(graph: ir.Graph, grids: Grids) -> bool:
-    """Put float initializers in the place of quantized constants, in place; True if there were any."""
-    before = len(grids.names)
-    names = Names(ir.convenience.create_value_mapping(graph))
-    for node in list(graph):
-        if not dequantizes(node) or not has_constant_grid(node):
-            continue
-        stored, above = _stored(node)
-        if stored is not None:
-            weight = _weight(node, stored, above, grids, names)
-            if weight.graph is None:
-                graph.register_initializer(weight)
-            grids.names.add(str(weight.name))
-            _take_over(graph, node, weight)
-    return len(grids.names) > before
 
 
 def skip_clips(graph: ir.Graph) -> None:
@@ -105,89 +55,11 @@ def skip_clips(graph: ir.Graph) -> None:
             node.replace_input_with(0, clip.inputs[0])
 
 
-def _stored(node: ir.Node) -> tuple[ir.Value | None, list[ir.Node]]:
-    """The initializer whose codes `node` dequantizes, and the nodes between them, the last one first."""
-    value, above = node.inputs[0], []
-    while value is not None and not value.is_initializer():
-        producer = value.producer()
-        if producer is None or not (_same_constants(node, producer) or clip_of_codes(producer)):
-            return None, []
-        above.append(producer)
-        value = producer.inputs[0]
-    return value, above
-
-
-def _same_constants(node: ir.Node, producer: ir.Node) -> bool:
-    """Whether `producer` makes codes of the grid that `node` undoes."""
-    if not quantizes(producer) or not has_constant_grid(producer):
-        return False
-    axes = [n.attributes.get_int(name, 1) for n in (node, producer) for name in ("axis", "block_size")]
-    pairs = [(constant(node, i), constant(producer, i)) for i in (1, 2)]
-    return axes[:2] == axes[2:] and all(
-        np.array_equal(0 if a is None else a, 0 if b is None else b) for a, b in pairs
-    )
-
-
-def _weight(node: ir.Node, stored: ir.Value, above: list[ir.Node], grids: Grids, names: Names) -> ir.Value:
-    """The float initializer that `node` stands for, made once for all nodes that say the same of it."""
-    assert stored.const_value is not None
-    encoding = whole = grid(node, len(stored.const_value.shape))
-    bounds = next((found for n in above if (found := clip_of_codes(n)) is not None), None)
-    if bounds is not None:
-        encoding = replace(encoding, bitwidth=narrowed(encoding, bounds) or encoding.bitwidth)
-    key = (stored, json.dumps(encoding.to_json()))
-    if key in grids._weights:
-        return grids._weights[key]
-    is_float = stored.const_value.dtype == ir.DataType.FLOAT
-    if (
-        is_float
-        and all(quantizes(reader) for reader in stored.consumers())
-        and stored.name not in grids.names
-    ):
-        value = stored
-    else:
-        array = stored.const_value.numpy()
-        wanted = f"{stored.name}_rounded" if is_float else _weight_name(node, stored)
-        if node.outputs[0].name == wanted and not node.outputs[0].is_graph_output():
-            node.outputs[0].name = None  # the name goes over to the weight
-        else:
-            wanted = names.fresh(wanted)
-        value = _initializer(wanted, array if is_float else _floats(array.astype(np.int32), whole, node))
-    if encoding.bitwidth == 32:
-        grids.int32_biases = True
-    else:
-        grids.encodings[str(value.name)] = replace(encoding, frozen=True)
-    grids._weights[key] = value
-    return value
-
-
-def _floats(codes: Array, encoding: Encoding, node: ir.Node) -> Array:
-    try:
-        return floats_of(codes, node, encoding)
-    except ValueError as error:
-        raise InputError(f"The grid of node {node.name!r} (DequantizeLinear): {error}") from error
-
-
-def _weight_name(node: ir.Node, stored: ir.Value) -> str:
-    """What the weight was called before someone quantized it."""
-    for name in (str(stored.name), str(node.outputs[0].name)):
-        if _SUFFIX.search(name):
-            return _SUFFIX.sub("", name)
-    return str(stored.name)
-
-
-def _initializer(name: str, array: Array) -> ir.Value:
-    tensor = ir.Tensor(np.ascontiguousarray(array), name=name)
-    return ir.Value(
-        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor
-    )
-
-
 def read_activations(graph: ir.Graph, grids: Grids) -> None:
     """Remove the QDQ pairs of activations, in place; weights' grids follow the transposes of their tensors.
 
     Raises InputError for a grid that cannot be."""
-    _follow_weights(graph, grids)
+    follow_weights(graph, grids)
     found: dict[ir.Value, Encoding] = {}
     for node in list(graph):
         if quantizes(node) and node.graph is graph and _rounds(node):
@@ -205,7 +77,8 @@ def left_on_codes(graph: ir.Graph) -> list[str]:
     return [
         (
             f"{count} such as {left[0].name!r} ({left[0].op_type}) compute with codes, and not as a rounding "
-            "onto one constant grid. They stay as they are: no encoding says what they do, and nothing tunes it."
+            "onto one constant grid. They stay as they are, without encodings, and nothing tunes them: to quantize "
+            "anew, give the float model."
         )
     ]
 
@@ -271,7 +144,7 @@ def _absorb(graph: ir.Graph, node: ir.Node, found: dict[ir.Value, Encoding], gri
         for use in list(codes.uses()):
             reader = use.node
             if dequantizes(reader):
-                _take_over(graph, reader, floats)
+                take_over(graph, reader, floats)
                 continue
             if clip_of_codes(reader) is not None:
                 stack.append((reader.outputs[0], floats))
@@ -290,7 +163,7 @@ def _absorb(graph: ir.Graph, node: ir.Node, found: dict[ir.Value, Encoding], gri
 def _name_floats(graph: ir.Graph, value: ir.Value) -> None:
     """What were codes is called as their floats were, unless these go on to be made of them."""
     name = str(value.name)
-    base = _SUFFIX.sub("", name)
+    base = SUFFIX.sub("", name)
     readers = [use.node.outputs[0] for use in value.uses() if dequantizes(use.node)]
     if base != name and not value.is_graph_output():
         value.name = fresh_initializer_name(graph, base)
@@ -306,7 +179,7 @@ def _pad_with_floats(graph: ir.Graph, node: ir.Node, encoding: Encoding) -> None
         return
     code = constant(node, 2)
     array = dequantize(np.asarray(0 if code is None else code).reshape(()), encoding)
-    value = _initializer(fresh_initializer_name(graph, f"{node.name}_value"), array)
+    value = initializer(fresh_initializer_name(graph, f"{node.name}_value"), array)
     graph.register_initializer(value)
     if len(node.inputs) < 3:
         node.resize_inputs(3)
@@ -349,30 +222,6 @@ def _identity(graph: ir.Graph, node: ir.Node, source: ir.Value) -> ir.Value:
     return output
 
 
-def _take_over(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
-    """All who read the output of `node` read `value`; the name of a model's output stays one."""
-    old = node.outputs[0]
-    name = old.name
-    if (
-        value.producer() is not None
-        and _UNROUNDED.search(str(value.name))
-        and name
-        and not _MADE_UP.search(name)
-    ):
-        old.name, value.name = None, name
-    if old.is_graph_output():
-        old.name = None
-        output = value
-        if value.producer() is None or value.is_graph_output():
-            output = ir.Value(type=old.type, shape=old.shape)
-            graph.insert_before(node, ir.node("Identity", [value], outputs=[output], name=f"{name}_copy"))
-        output.name = name
-        for index, other in enumerate(graph.outputs):
-            if other is old:
-                graph.outputs[index] = output
-    old.replace_all_uses_with(value)
-
-
 def _same_behind_moves(graph: ir.Graph, found: dict[ir.Value, Encoding]) -> None:
     """What moves values that are on a grid of more than 8 bits is on it too: `qdq` leaves that pair out."""
     for node in graph:
@@ -380,43 +229,3 @@ def _same_behind_moves(graph: ir.Graph, found: dict[ir.Value, Encoding]) -> None
         if encoding is not None and encoding.bitwidth > 8 and not node.domain:
             for output in node.outputs:
                 found.setdefault(output, encoding)
-
-
-def _follow_weights(graph: ir.Graph, grids: Grids) -> None:
-    """The grids of weights after the transposes and reshapes that their tensors have gone through."""
-    for name, encoding in list(grids.encodings.items()):
-        value = graph.initializers.get(name)
-        moved = None if value is None else _moved(encoding, value)
-        if moved is None:
-            del grids.encodings[name]
-            if value is not None:
-                grids.notes.append(
-                    f"The grid of {name!r} was lost: it was reshaped. Its values are the same."
-                )
-        else:
-            grids.encodings[name] = moved
-
-
-def _moved(encoding: Encoding, value: ir.Value) -> Encoding | None:
-    """`encoding` for the tensor of `value` as it lies now; None where no grid says the same."""
-    if encoding.axis is None:
-        return encoding
-    props: Mapping[str, str] = value.metadata_props
-    if PERMUTATION in props:
-        perm = json.loads(props[PERMUTATION])
-        axis = perm.index(encoding.axis)
-        if encoding.block_size is None:
-            return replace(encoding, axis=axis)
-        scale, zero_point = encoding.scale.transpose(perm), encoding.zero_point.transpose(perm)
-        return replace(encoding, axis=axis, scale=scale, zero_point=zero_point)
-    if SHAPE not in props or value.shape is None:
-        return encoding
-    before, after = json.loads(props[SHAPE]), [int(dim) for dim in value.shape.numpy()]
-    count = int(np.prod(before[: encoding.axis]))
-    for axis, size in enumerate(after):
-        if encoding.block_size is None and (size, int(np.prod(after[:axis]))) == (
-            before[encoding.axis],
-            count,
-        ):
-            return replace(encoding, axis=axis)
-    return None

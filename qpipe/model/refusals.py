@@ -16,7 +16,7 @@ from qpipe.errors import InputError
 from qpipe.model.definitions import has_definition, schema
 from qpipe.model.invariants import OPSET
 from qpipe.model.operator_form import not_constant, unreadable
-from qpipe.model.qdq_nodes import dequantizes, on_codes, quantizes
+from qpipe.model.qdq_nodes import computes_codes, dequantizes, on_codes, quantizes
 
 TYPES = frozenset(
     {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE, ir.DataType.BOOL}
@@ -64,7 +64,7 @@ _UNDECIDED = {
 def refuse_unfit(model: ir.Model) -> None:
     """Raise one InputError that lists everything about the model as it comes that no import can mend."""
     version = model.opset_imports.get("", model.opset_imports.get("ai.onnx", OPSET))
-    types = _HELD | _CODES if any(map(_qdq, _nodes(model))) else _HELD
+    types = _HELD | _CODES if any(map(computes_codes, _nodes(model))) else _HELD
     found = [*_values(model.graph, types), *_quantized(model)]
     for node in _nodes(model):
         reason = None if on_codes(node) or _qdq(node) else _unfit(node, version, types)

@@ -16,8 +16,8 @@ from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
 from qpipe.errors import InputError
 from qpipe.model import Model
+from qpipe.model.block_form import unpacked
 from qpipe.model.check import verify_import
-from qpipe.model.operator_form import unpacked
 from qpipe.model.session import session_options
 from tests.model.nets import Mobile, UNet, normal, parsed
 from tests.model.test_qdq import optimized
@@ -198,6 +198,28 @@ def test_both_of_its_formats_give_the_same_weights(symmetric: bool, tmp_path: Pa
         assert optimized(model.to_qdq(), tmp_path / "optimized.onnx")["MatMulNBits"] == 1
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_tables_in_blocks(symmetric: bool, axis: int) -> None:
+    text = "n (int64[N,5] i) => (float[N,5,16] y) { e = Gather(t, i)  y = MatMul(e, w) }"
+    quantizer = MatMulNBitsQuantizer(
+        parsed(text, t=normal(40, 64), w=normal(64, 16)), block_size=16, is_symmetric=symmetric,
+        op_types_to_quantize=("MatMul", "Gather"), quant_axes=(("MatMul", 0), ("Gather", axis)),
+    )  # fmt: skip
+    quantizer.process()
+    proto: onnx.ModelProto = quantizer.model.model
+    assert [node.op_type for node in proto.graph.node] == ["GatherBlockQuantized", "MatMulNBits"]
+    model = Model.from_proto(proto)
+    assert [node.op_type for node in model.graph] == ["Gather", "MatMul"]
+    found = {name: (e.bitwidth, e.axis, e.block_size) for name, e in model.encodings.items()}
+    assert found == {"t": (4, axis, 16), "w": (4, 0, 16)}
+    x = {"i": np.arange(40).reshape(8, 5)}
+    # The weights are the same numbers: only the order of float32 sums may differ.
+    wanted = source(proto.SerializeToString(), x)
+    np.testing.assert_allclose(simulated(model, x), wanted, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(model.session("deploy").run(None, x)[0], wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_activations_that_onnxruntime_would_round_are_told() -> None:
     model = Model.from_proto(blockwise(64, accuracy_level=4))
     (note,) = model.metadata["notes"]
@@ -258,6 +280,12 @@ REFUSED = {
         {"w": np.zeros((2, 1, 8), np.uint8), "s": np.ones(2, np.float32), "z": np.ones(2, np.float32)},
         "zero points are no integers",
     ),
+    "packed table": (
+        node("GatherBlockQuantized", "t i s", block_size=16),
+        "int64[N] i",
+        {"t": np.zeros((4, 8), np.uint8), "s": np.ones((4, 1), np.float32)},
+        "not stored as int4 or uint4",
+    ),
     "shuffled groups": (
         node("MatMulNBits", "x w s z g", K=32, N=1, bits=4, block_size=16),
         "float[N,32] x",
@@ -275,7 +303,11 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_read_is_refused_with_a_way_out(name: str) -> None:
     made, inputs, tensors, message = REFUSED[name]
-    outputs = "float[N,K] y" if made.op_type in ("QAttention", "MatMulNBits") else "uint8[N,K] y"
+    outputs = (
+        "float[N,K] y"
+        if made.op_type in ("QAttention", "MatMulNBits", "GatherBlockQuantized")
+        else "uint8[N,K] y"
+    )
     with pytest.raises(InputError, match=message) as caught:
         Model.from_proto(microsoft([made], inputs, outputs, **tensors))
     assert "one part" in str(caught.value)
