@@ -230,7 +230,7 @@ def _targets(jobs: Sequence[Job], store: Store, words: Sequence[str], command: s
 
 def _recorded(path: Path) -> set[str]:
     try:
-        nodes = json.loads(path.read_text())["nodes"].values()
+        nodes = json.loads(path.read_text(encoding="utf-8"))["nodes"].values()
         keys = {node["key"] for node in nodes if node["verdict"] in ("hit", "ran") and node["key"]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"cache pin: '{path}' is not the record of a run: {error}.") from error

@@ -97,7 +97,7 @@ def listing(parts: Mapping[str, str | None]) -> str:
         return ""
     lines = []
     for name, part in sorted(parts.items()):
-        escaped = name.replace("\\", "\\\\").replace("\n", "\\n")
+        escaped = name.replace("\\", "\\\\").replace("\n", "\\n").encode("utf-8", "backslashreplace").decode()
         lines.append(f"{part[:16] if part is not None else '-'}  {escaped}")
     return "\n".join(lines)
 

@@ -84,7 +84,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
     try:
         found = yaml.load(
-            (folder / "config.yaml").read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+            (folder / "config.yaml").read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)
         )
     except (OSError, yaml.YAMLError):
         return {}

@@ -253,15 +253,18 @@ def file_identity(path: Path | str) -> str | None:
     status = os.stat(path)
     if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) < _RACY_NS:
         return None
-    where = f"{os.path.abspath(path)}|{status.st_dev}|{status.st_ino}"
+    name = os.path.abspath(path).encode("utf-8", "backslashreplace").decode()  # a file name need not be text
+    where = f"{name}|{status.st_dev}|{status.st_ino}"
     return f"{where}|{status.st_size}|{status.st_mtime_ns}|{status.st_ctime_ns}"
 
 
 def digest_file(path: Path, memo: Memo | None = None) -> str:
     """The BLAKE3 of a file's content, in hex; with a `memo`, an untouched file is not read again.
 
-    OSError where the file cannot be read.
+    OSError where the file cannot be read; InputError for a pipe, a device or a socket, which may have no end.
     """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise InputError(f"{path} is neither a file nor a folder: its content has no digest.")
     identity = file_identity(path) if memo is not None else None
     if memo is not None and identity is not None and is_digest(known := memo.get(identity)):
         return str(known)

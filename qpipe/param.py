@@ -143,7 +143,8 @@ def _scalar(value: Any, hint: Any, address: str) -> Any:
     accepted, convert = converters[hint]
     if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)  # YAML reads a digit-only name as a number
-    if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
+    empty = hint is Path and value == ""  # Path("") would be the working directory
+    if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool) or empty:
         raise _refuse(value, hint, address)
     return convert(value)
 

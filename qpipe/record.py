@@ -263,7 +263,7 @@ def write_record(record: Mapping[str, Any], folder: Path) -> None:
     """`record.json`, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f"{RECORD}.tmp"
-    temporary.write_text(json_text(record))
+    temporary.write_text(json_text(record), encoding="utf-8", errors="backslashreplace")
     temporary.replace(folder / RECORD)
 
 
@@ -273,7 +273,7 @@ def write_config(resolved: Mapping[str, Any], folder: Path) -> None:
 
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # the one in C is ten times as fast
     text = yaml.dump(dict(resolved), Dumper=dumper, sort_keys=False, allow_unicode=True)
-    (folder / "config.yaml").write_text(text)
+    (folder / "config.yaml").write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def json_text(value: Mapping[str, Any]) -> str:

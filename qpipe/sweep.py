@@ -276,7 +276,7 @@ def write_sweep(
     ]
     content = json_text({"schema": 1, "actions": actions, "trials": trials})
     temporary = folder / "sweep.json.tmp"
-    temporary.write_text(content)
+    temporary.write_text(content, encoding="utf-8", errors="backslashreplace")
     temporary.replace(folder / "sweep.json")
 
 

@@ -288,6 +288,13 @@ def test_a_link_that_cannot_be_followed_is_refused(tmp_path: Path, link: str, ta
         digest_tree(folder)
 
 
+@pytest.mark.parametrize("given", ["/dev/zero", "pipe"])
+def test_what_may_have_no_end_is_refused(tmp_path: Path, given: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="neither a file nor a folder"):
+        digest_tree(tmp_path / given)
+
+
 def test_a_pipe_in_a_tree_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(InputError, match="neither a file nor a folder"):

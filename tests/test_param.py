@@ -67,6 +67,7 @@ def test_a_fitting_value_becomes_one_of_the_type(value: Any, hint: Any, expected
         ({}, Grid, "stages.x.p.bitwidth: missing"),
         ({"bitwidth": 32}, Grid, "stages.x.p: bitwidth must be at most 16, got 32."),
         ({"bitwidth": "4"}, Grid, "stages.x.p.bitwidth: expected int, got '4'"),
+        ("", Path, "expected a path, got ''"),
         ("os.path", Factory, "expected 'module:function', got 'os.path'"),
         ("1bad:f", Factory, "expected 'module:function'"),
     ],

@@ -38,7 +38,7 @@ def write_report(record: Mapping[str, Any], path: str | Path) -> None:
     """Writes the page for `record` to `path`, whole or not at all."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(render(record), encoding="utf-8")
+    temporary.write_text(render(record), encoding="utf-8", errors="backslashreplace")
     temporary.replace(path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -196,3 +197,21 @@ def test_what_a_user_edits_under_a_factory_by_name_counts(lab: Lab) -> None:
     first = outputs(lab.finish(stages, workers=1))
     (lab.folder / "mine_helper.py").write_text("def number():\n    return 2\n")
     assert outputs(lab.finish(stages, workers=1)) != first
+
+
+def test_a_folder_whose_names_are_no_text_counts_like_any_other(lab: Lab) -> None:
+    folder = lab.folder / "folder"
+    folder.mkdir()
+    name = os.path.join(os.fsencode(folder), b"\xff\xfe\nx")
+    lab.pipeline({"d": {"uses": "lab_folder", "path": "folder"}})
+    for content, ran in ((b"1", 1), (b"1", 0), (b"2", 1)):
+        with open(name, "wb") as file:
+            file.write(content)
+        os.utime(folder, (0, 0))
+        child = lab.words("run", "run.workers=0")
+        assert child.wait() == 0, child.text()
+        assert lab.record()["totals"]["ran"] == ran
+    child = lab.words("why", "d", "--against", "last~2")
+    assert child.wait() == 0, child.text()
+    assert "damaged" not in child.text()
+    assert "its content changed: file" in child.text()
