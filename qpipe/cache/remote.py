@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import logging
+import os
 import random
 import threading
 import time
@@ -31,6 +33,9 @@ _LEAST_RATE = 250_000  # bytes per second; what is slower counts as hanging
 _SMALL = 1 << 20  # bytes; what any request may carry besides
 _OPENING_S = 30.0  # seconds that getting ready may take besides: imports, credentials, a busy machine
 _PIECE = 16 << 20  # bytes that may be on their way before an upload tells how it gets on
+
+_UNWRITABLE = frozenset({errno.EROFS, errno.ENOSPC, errno.EDQUOT})
+"""What a folder says that is mounted read-only, or full."""
 
 
 class RemoteError(Exception):
@@ -201,6 +206,8 @@ class Remote:
                     raise
                 self._lose(error)
             except Exception as error:  # whatever a package raises for a network that fails
+                if kind not in ("read", "size") and getattr(error, "errno", None) in _UNWRITABLE:
+                    raise PermissionError(os.strerror(error.errno)) from error  # type: ignore[attr-defined]
                 _LOG.info("%s of %s failed: %s", kind, self.options.url, _sentence(error))
                 elapsed_s = time.monotonic() - started
                 if pause_s is None or elapsed_s > 1.5 * self.options.timeout_s:

@@ -63,6 +63,7 @@ class TieredStore(Store):
         self._broken: set[str] = set()
         self._damaged = 0
         self._told_unsigned = False
+        self._told: set[str] = set()
 
     # blobs
 
@@ -252,12 +253,16 @@ class TieredStore(Store):
         return result is not None and not super().complete(result)
 
     def news(self) -> list[str]:
+        return self.remote.news()
+
+    def _last_news(self) -> list[str]:
+        """As `news`, and what can be counted only at the end."""
         told = self.remote.news()
         if (unsigned := len(self._promises.unsigned)) and not self._told_unsigned:
             self._told_unsigned = True
             told.append(
-                f"{unsigned} results of the remote cache {self.remote.options.url} are not signed with this "
-                "secret; they count as misses."
+                f"Not signed with this secret, and so misses: {_results(unsigned)} of the remote cache "
+                f"{self.remote.options.url}."
             )
         return told
 
@@ -272,7 +277,9 @@ class TieredStore(Store):
             if not super().complete(result):
                 self.write(self._action(key), memoryview(sealed(key, result)), disk.move_first)
                 self._promises.keep(key)
-        return [*self.news(), *told]
+        new = [line for line in [*self._last_news(), *told] if line not in self._told]
+        self._told.update(new)  # a run settles twice
+        return new
 
     def _fetch_scores(self) -> None:
         """The report reads them all: side by side rather than one by one."""
@@ -297,13 +304,13 @@ class TieredStore(Store):
         waited_s = time.monotonic() - started
         told = [f"Waited {waited_s:.0f} s for uploads to the remote cache."] if waited_s > _PATIENCE_S else []
         if unsent:
-            told.append(f"{len(unsent)} results are not in the remote cache yet; the next run sends them.")
+            told.append(f"{_results(len(unsent))} not in the remote cache yet: the next run sends what is missing.")
         return told
 
     def close(self) -> None:
         """As `Store.close`, when what is under way has ended; what was not told yet is told now."""
         self._uploads.drain()
-        for line in self.news():
+        for line in self._last_news():
             print(f"qpipe: {line}", file=sys.stderr)
         super().close()
 
@@ -312,6 +319,10 @@ class TieredStore(Store):
         options = self.remote.options
         remote = {**dataclasses.asdict(options), "mode": "read"} if self.remote.readable else None
         return {"root": str(self.root), "remote": remote}
+
+
+def _results(count: int) -> str:
+    return f"{count} result{'s' * (count != 1)}"
 
 
 def open_address(address: dict[str, Json]) -> Store:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -432,15 +434,17 @@ def test_with_a_secret_only_results_signed_with_it_count(
     share: str, machine: Open, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     publish(unsigned := machine("a", share), 1, samples(1, size=10))
+    publish(unsigned, 3, samples(3, size=10))
     unsigned.settle()
     (tmp_path / "secret").write_text(f"{SECRET}\n")
     signed = machine("b", share, secret_file=str(tmp_path / "secret"))
     assert signed.result(key_of(1)) is None
+    assert signed.news() == []
+    assert signed.result(key_of(3)) is None
     publish(signed, 2, samples(2, size=10))
     told = settled(signed)
-    assert told == [
-        f"1 results of the remote cache {share} are not signed with this secret; they count as misses."
-    ]
+    assert told == [f"Not signed with this secret, and so misses: 2 results of the remote cache {share}."]
+    assert signed.settle() == []
     monkeypatch.setenv(VARIABLE, SECRET)
     assert read(machine("c", share), 2).arrays["mask"].size == 10
     monkeypatch.setenv(VARIABLE, SECRET + "?")
@@ -503,3 +507,40 @@ def test_memory_serves_within_one_process(machine: Open) -> None:
     publish(here, 1, samples(1))
     assert settled(here) == []
     assert read(there, 1).arrays["mask"].size == 30_000
+
+
+def test_what_could_not_be_sent_is_said_once_although_a_run_settles_twice(
+    machine: Open, tmp_path: Path
+) -> None:
+    store = machine("a", f"file://{tmp_path}/mnt/share")
+    for number in (1, 2):
+        publish(store, number, samples(number, size=10))
+    told = [*store.settle(), *store.settle()]
+    assert sum("2 results not in the remote cache yet" in line for line in told) == 1
+
+
+@pytest.mark.parametrize("way", ["ro", "full"])
+def test_a_share_that_is_full_or_mounted_read_only_is_still_read(
+    machine: Open, tmp_path: Path, way: str
+) -> None:
+    share = tmp_path / "share"
+    share.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(share)]
+    if subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    try:
+        publish(here := machine("a", str(share)), 1, samples(1, size=10))
+        here.settle()
+        if way == "ro":
+            subprocess.run(["mount", "-o", "remount,ro", str(share)], check=True)
+        else:
+            with suppress(OSError), open(share / "filling", "wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+        there = machine("b", str(share))
+        publish(there, 2, samples(2, size=10))
+        (said,) = [line for line in there.settle() if "refuses to be written" in line]
+        assert ("Read-only file system" if way == "ro" else "No space left") in said
+        assert read(there, 1).arrays["mask"].size == 10
+    finally:
+        subprocess.run(["umount", "-l", str(share)], check=True)
