@@ -85,6 +85,7 @@ def canonicalize(
     skip_clips(graph)
     read_weights(graph, grids)
     simplify(model, kept | grids.names)
+    notes += write_out(graph)  # whose scales had to be folded first
     while read_weights(graph, grids):  # scales that had to be folded first
         simplify(model, kept | grids.names)
     while rewrites.apply(graph, (unrolling.choose_between,)):  # only now it is known what cannot be decided

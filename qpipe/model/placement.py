@@ -260,12 +260,17 @@ def _unit_grid(scheme: TensorScheme) -> Encoding:
 
 
 def data_values(graph: ir.Graph) -> set[ir.Value]:
-    """The float values that follow from a float input or from an embedding; not masks, not positions."""
+    """The float values that follow from a float input or from an embedding; not masks, not positions.
+
+    Codes that stayed codes are none, nor is the scale that goes with them; what they stand for is."""
     data = {value for value in graph.inputs if _is_float(value)}
     for node in graph:
+        if node.op_type == "DynamicQuantizeLinear":
+            continue
         table = node.inputs[0] if node.op_type == "Gather" and node.inputs else None
         embedding = table is not None and table.const_value is not None and table.const_value.size > 1
-        if embedding or any(value in data for value in node.inputs):
+        decoded = node.op_type == "DequantizeLinear"
+        if embedding or decoded or any(value in data for value in node.inputs):
             data.update(value for value in node.outputs if value.name and _is_float(value))
     return data
 

@@ -131,11 +131,16 @@ def test_interpolated_codes_stay_codes(tmp_path: Path) -> None:
     assert "2 nodes such as 'node_silu_quantize' (QuantizeLinear) compute with codes" in str(
         model.metadata["notes"]
     )
-    wanted = source(path, x)
-    np.testing.assert_array_equal(model.session("deploy").run(None, x)[0], wanted)
-    # Interpolated codes are cut off: where four equal ones weigh 0.9999999, one is lost.
+    # As the file says: optimized, onnxruntime rounds the weight of the float ConvTranspose by itself.
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    (wanted,) = onnxruntime.InferenceSession(str(path), options).run(None, x)
     step = model.encodings[model.outputs[0].name].scale
-    assert np.abs(simulated(model, x) - wanted).max() <= 1.01 * step
+    for found in (model.session("deploy").run(None, x)[0], simulated(model, x)):
+        # One code of the ConvTranspose may lie beside a tie; it is interpolated and spread by a 3x3 kernel.
+        steps = np.abs(found - wanted) / step
+        assert steps.max() <= 1.01
+        assert np.mean(steps > 0.5) <= 0.005
 
 
 @pytest.mark.parametrize(("net", "kind"), [(Mobile, QuantType.QUInt8), (Encoder, QuantType.QInt8)])
@@ -320,6 +325,21 @@ def test_many_nodes_of_one_kind_are_one_clause() -> None:
     with pytest.raises(InputError, match="one part") as caught:
         Model.from_proto(microsoft([first, second], "float[N,4,4] x", "float[N,4,4] z", s=np.float32(1)))
     assert "2 nodes such as node 'n' (op QAttention" in str(caught.value)
+
+
+def test_grids_that_have_to_be_folded_first_are_read_too() -> None:
+    text = """n (uint8[N,4] x) => (uint8[N,3] y) {
+        r = Mul(s, two)  y = QLinearMatMul(x, r, z, w_quantized, s, z, r, z) }"""
+    codes = np.arange(12, dtype=np.uint8).reshape(4, 3)
+    proto = parsed(text, two=np.float32(2), w_quantized=codes, **GRID)
+    model = Model.from_proto(proto)
+    assert [n.op_type for n in model.graph] == ["DequantizeLinear", "MatMul", "QuantizeLinear"]
+    assert set(model.encodings) == {"w"}
+    x = {"x": np.random.default_rng(0).integers(0, 256, (6, 4), np.uint8)}
+    # Sums of floats fall beside a tie where sums of integers fall on it: one code, and seldom.
+    off = np.abs(simulated(model, x).astype(int) - source(proto.SerializeToString(), x))
+    assert off.max() <= 1
+    assert np.mean(off > 0) < 0.1
 
 
 def test_a_choice_between_codes_is_a_choice_between_floats() -> None:

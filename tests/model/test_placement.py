@@ -157,6 +157,16 @@ def test_positions_and_integers_have_no_grid() -> None:
     assert placement.weights == {}
 
 
+def test_what_codes_stand_for_has_a_grid_and_the_codes_and_their_scale_have_none() -> None:
+    placement = placed(
+        """n (float[N,4] x) => (float[N,4] y) { t = MatMul(x, w)  r = Relu(t)
+        q, s, z = DynamicQuantizeLinear(r)  d = DequantizeLinear(q, s, z)  y = MatMul(d, v) }""",
+        w=normal(4, 4), v=normal(4, 4, seed=1),
+    )  # fmt: skip
+    assert list(placement.activations) == ["x", "r", "d", "y"]
+    assert set(placement.weights) == {"w", "v"}
+
+
 def test_weights_only_places_nothing_on_activations() -> None:
     model = Model.from_proto(
         parsed("n (float[N,4] x) => (float[N,4] y) { a = MatMul(x, w)  y = Softmax(a) }", w=normal(4, 4))
