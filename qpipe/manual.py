@@ -22,7 +22,7 @@ usage: qpipe [run] [OVERRIDE …] [-m]
 
 Carry the pipeline out: what the cache has is taken from there, the rest runs.
 
-  pipeline=ptq|adaround|autoquant   scheme=w8a8|w4a8|…   model=onnx_file model.path=net.onnx   data=npz …
+  pipeline=ptq|adaround|amp|autoquant   scheme=w8a8|w4a8|…   model=onnx_file model.path=net.onnx   data=npz …
   stages.NODE.PARAM=VALUE    any param of any node; stages.NODE.enabled=false takes a node out
   -m                         a sweep: scheme=w8a8,w4a8 runs both, as one graph
   run.workers=N run.threads=N run.device=cpu|cuda run.keep_going=false run.timeout_s=S

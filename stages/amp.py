@@ -182,17 +182,18 @@ def amp(
     used = scheme if choice is None else with_observers(scheme, choice.values)
     function = None if metric in get_args(Metric) else load_factory(metric)
 
-    def judge(data: Samples, by: str, most: int | None) -> Judge:
+    def judge(data: Samples, by: str, most: int | None, name: str) -> Judge:
         labels = None if data.labels is None else thinned({"": data.labels}, most)[""]
         own = function if by == metric else None
         arrays = thinned(data.arrays, most)
         return Judge(
-            model, arrays, labels, by, ctx.memo, function=own, batch_size=batch_size, device=ctx.device
-        )
+            model, arrays, labels, by, ctx.memo, name=name, function=own, batch_size=batch_size,
+            device=ctx.device,
+        )  # fmt: skip
 
-    whole = judge(evaluation, metric, None)
+    whole = judge(evaluation, metric, None, "mix")
     by = metric if method == "evaluation" else "sqnr_db"
-    single = judge(evaluation if method == "evaluation" else calibration, by, limit)
+    single = judge(evaluation if method == "evaluation" else calibration, by, limit, "alone")
     schemes = {name: candidate_scheme(name, used) for name in candidates or admitted(scheme, target)}
     choices, observers = find(model, calibration.arrays, schemes, target, batch_size, ctx)
     if not choices.groups:

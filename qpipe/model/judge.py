@@ -35,14 +35,15 @@ class Judge:
         metric: str,
         memo: Memo,
         *,
+        name: str = "score",
         function: Callable[..., Any] | None = None,
         batch_size: int = 32,
         device: str = "cpu",
     ) -> None:
-        """Raises InputError where the metric's labels are missing."""
+        """`name` is that of the sub-results. Raises InputError where the metric's labels are missing."""
         if function is None and metric in LABELLED:
             refuse_missing(metric, labels, None)
-        self.metric = metric
+        self.metric, self._name = metric, name
         self._model, self._arrays, self._labels = model, dict(arrays), labels
         self._memo, self._function = memo, function
         self._batch_size, self._device = batch_size, device
@@ -52,14 +53,14 @@ class Judge:
         model = self._model.with_encodings(encodings)
         key = [self._content, grids_fingerprint(encodings), self._batch_size]
         if self._function is not None:  # the outputs, since a function may change under its name
-            outputs = self._memo("outputs", lambda *_: self._run(model, True), *key)
+            outputs = self._memo(f"outputs of {self._name}", lambda *_: self._run(model, True), *key)
             return score_by_function(self._function, self.metric, outputs, self._labels)
 
         def scored(*_: Any) -> float:
             reference = None if self.metric in LABELLED else self._reference
             return score_outputs(self.metric, self._run(model, True), self._labels, reference)
 
-        return float(self._memo("score", scored, *key, self.metric))
+        return float(self._memo(self._name, scored, *key, self.metric))
 
     def float_score(self) -> float:
         """The score of the float model."""

@@ -25,6 +25,9 @@ class Option:
     loss: float
 
 
+NODES = 20_000
+"""Where the solver stops branching, so that its time is bounded; its best choice so far counts then."""
+
 Groups = Sequence[Sequence[Option]]
 Choice = tuple[int, ...]
 """The number of the option that each group has."""
@@ -99,8 +102,9 @@ def least_loss(groups: Groups, budget: int) -> Choice | None:
     """
     if sum(min(option.cost for option in options) for options in groups) > budget:
         return None
-    choice = _solve(groups, budget)
-    return _polished(groups, choice, budget)
+    corners = [choice for choice in front(groups) if total_cost(groups, choice) <= budget]
+    best = min((_solve(groups, budget), *corners[-1:]), key=lambda choice: total_loss(groups, choice))
+    return _polished(groups, best, budget)
 
 
 def _solve(groups: Groups, budget: int) -> Choice:
@@ -124,7 +128,7 @@ def _solve(groups: Groups, budget: int) -> Choice:
         limits = [LinearConstraint(one, 1, 1), LinearConstraint(costs[None] / unit, -np.inf, room / unit)]
         found = milp(
             losses, integrality=np.ones(len(flat)), bounds=Bounds(0, 1), constraints=limits,
-            options={"mip_rel_gap": 0.0},
+            options={"mip_rel_gap": 0.0, "node_limit": NODES},
         )  # fmt: skip
         if found.x is None:
             break

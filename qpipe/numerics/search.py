@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from qpipe.errors import InputError
 from qpipe.numerics.allocation import Choice, Groups, first_meeting, front, least_loss, total_cost
 
+REFINEMENTS = 4
+"""Choices between two corners of the front that are measured."""
+
 
 @dataclass(frozen=True)
 class Goal:
@@ -54,6 +57,9 @@ def search(
     def cost(choice: Choice) -> int:
         return rest + total_cost(groups, choice)
 
+    def meets(choice: Choice) -> bool:
+        return goal.allows(cost(choice), score(choice))
+
     path = front(groups)
     if goal.budget is not None and cost(path[0]) > goal.budget:
         raise InputError(f"The budget of {goal.budget:,} is below the cheapest choice, {cost(path[0]):,}.")
@@ -61,16 +67,30 @@ def search(
     for choice in uniform.values():
         score(choice)
     if goal.least_score is not None:
-        first_meeting(len(within), lambda i: goal.allows(cost(within[i]), score(within[i])))
-        meeting = [choice for choice in scores if goal.allows(cost(choice), scores[choice])]
-        if meeting:
-            chosen = min(meeting, key=lambda choice: (cost(choice), -scores[choice]))
-            return Found(chosen, True, tuple(path), scores)
-    if goal.budget is not None:
-        proposed = least_loss(groups, goal.budget - rest)
-        assert proposed is not None
-        score(proposed)
-    score(within[-1])
-    affordable = [choice for choice in scores if goal.budget is None or cost(choice) <= goal.budget]
-    chosen = max(affordable, key=lambda choice: (scores[choice], -cost(choice)))
-    return Found(chosen, goal.least_score is None, tuple(path), scores)
+        first = first_meeting(len(within), lambda i: meets(within[i]))
+        if first:
+            _refine(groups, rest, cost(within[first - 1]), cost(within[first]), meets)
+    if not any(map(meets, list(scores))) or goal.least_score is None:
+        score(within[-1])
+        if goal.budget is not None:
+            score(least_loss(groups, goal.budget - rest) or within[-1])
+    meeting = [choice for choice in scores if meets(choice)]
+    if meeting and goal.least_score is not None:
+        chosen = min(meeting, key=lambda choice: (cost(choice), -scores[choice]))
+    else:
+        affordable = [choice for choice in scores if goal.budget is None or cost(choice) <= goal.budget]
+        chosen = max(affordable, key=lambda choice: (scores[choice], -cost(choice)))
+    return Found(chosen, meets(chosen), tuple(path), scores)
+
+
+def _refine(groups: Groups, rest: int, low: int, high: int, meets: Callable[[Choice], bool]) -> None:
+    """Asks for the best choices between two neighbours of the front, of which the costlier one meets the goal: the
+    front has corners only, and the integer programme knows what lies between them."""
+    for _ in range(REFINEMENTS):
+        choice = least_loss(groups, (low + high) // 2 - rest)
+        if choice is None or rest + total_cost(groups, choice) <= low:
+            return
+        if meets(choice):
+            high = rest + total_cost(groups, choice)
+        else:
+            low = (low + high) // 2

@@ -251,7 +251,7 @@ def test_scores_of_another_model_other_data_or_another_scheme_are_not_taken(mode
         fresh = mixed(given.pop("model"), given.pop("target"), **given)
         given = {"model": model, "target": target, "max_drop": 270.0, **changed}
         kept = mixed(given.pop("model"), given.pop("target"), **given, ctx=ctx)
-        assert "score" in ctx.new, changed
+        assert "mix" in ctx.new, changed
         assert kept.scores.values == fresh.scores.values, changed
 
 
