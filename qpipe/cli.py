@@ -196,14 +196,17 @@ def _register() -> None:
 def _compose(many: Many, command: str, rest: list[str]) -> int:
     """Let Hydra compose the config and hand the jobs to `many`; mistakes that Hydra finds become one line."""
     status: list[int] = []
+    begun: list[str] = []
 
     def task(config: DictConfig) -> None:
+        begun.append(command)
         folder = Path(HydraConfig.get().runtime.output_dir)
         overrides = tuple(HydraConfig.get().overrides.task)
         left = [folder] if command == "run" else []
         status.append(_carry_out(many, lambda: [make_job(config, folder, overrides)], left))
 
     def sweep(configs: Sequence[tuple[DictConfig, Path, tuple[str, ...]]]) -> None:
+        begun.append(command)
         label = "#{} " if len(configs) > 1 else ""
 
         def build() -> list[Job]:
@@ -220,6 +223,15 @@ def _compose(many: Many, command: str, rest: list[str]) -> int:
             hydra.main(version_base="1.3", config_path="pkg://qpipe.conf", config_name="config")(task)()
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(one_line(error)) from error
+    except (OSError, ValueError) as error:
+        if begun:
+            raise
+        if isinstance(error, ValueError):  # a number of thousands of digits
+            raise ConfigError(one_line(error)) from error
+        raise QpipeError(
+            f"the folder of the run cannot be made ('{error.filename}': {error.strerror}). Choose another one with "
+            "hydra.run.dir=…, or hydra.sweep.dir=… with -m."
+        ) from error
     return max(status, default=0)
 
 

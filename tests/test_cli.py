@@ -48,3 +48,26 @@ def test_an_interrupt_while_libraries_are_imported_is_one_line(tmp_path: Path) -
         [sys.executable, "-m", "qpipe"], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert (run.returncode, run.stderr) == (130, "qpipe: interrupted\n")
+
+
+@pytest.mark.parametrize("sweep", [[], ["-m"]], ids=["run", "sweep"])
+def test_a_working_directory_that_cannot_be_written_is_one_line(tmp_path: Path, sweep: list[str]) -> None:
+    (tmp_path / "outputs").write_text("a file, where the folder of the run is to be made")
+    environment = os.environ | {"QPIPE_CACHE_DIR": str(tmp_path / "cache")}
+    run = subprocess.run(
+        [sys.executable, "-m", "qpipe", *sweep, "pipeline=ptq"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 1
+    assert run.stderr.startswith("qpipe: the folder of the run cannot be made ('outputs")
+    assert len(run.stderr.splitlines()) == 1
+
+
+def test_a_number_that_python_does_not_read_is_one_line(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "qpipe", "plan", "seed=" + 5000 * "9"],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 2
+    assert run.stderr.startswith("qpipe: Exceeds the limit (4300 digits)")
+    assert len(run.stderr.splitlines()) == 1
