@@ -22,6 +22,7 @@ from typing import Any
 from qpipe.action import request, surroundings
 from qpipe.artifact import Artifact, load, references
 from qpipe.cache.store import Store
+from qpipe.catalog import catalog
 from qpipe.differing import first_difference
 from qpipe.errors import QpipeError
 from qpipe.executor import open_pool
@@ -141,7 +142,8 @@ def _settle_sources(walk: Walk, store: Store) -> None:
     while settled:
         settled = False
         for name, action in list(walk.running.items()):
-            result = store.result(action.key) if action.always else None
+            always = catalog()[action.stage].always
+            result = store.result(action.key) if always else None
             if result is not None and not store.complete(result):
                 walk.finish(name, result, "hit")
                 settled = True

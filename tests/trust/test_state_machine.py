@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -192,11 +192,12 @@ class Cache(RuleBasedStateMachine):
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def carry_out(nursery: Nursery, examples: int, steps: int) -> None:
+def carry_out(nursery: Nursery, examples: int, steps: int, *phases: Phase) -> None:
     machine = type("Machine", (Cache,), {"nursery": nursery})
     profile = settings(
         max_examples=examples,
         stateful_step_count=steps,
+        phases=(Phase.generate, *phases),
         derandomize=True,
         deadline=None,
         database=None,
@@ -206,9 +207,9 @@ def carry_out(nursery: Nursery, examples: int, steps: int) -> None:
 
 
 def test_a_cache_never_differs_from_none(nursery: Nursery) -> None:
-    carry_out(nursery, examples=10, steps=20)
+    carry_out(nursery, 10, 20)  # a failure is told as it came: to make it small takes minutes
 
 
 @pytest.mark.slow
 def test_a_cache_never_differs_from_none_for_long(nursery: Nursery) -> None:
-    carry_out(nursery, examples=20, steps=40)
+    carry_out(nursery, 20, 40, Phase.shrink)
