@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from qpipe.artifact import Artifact
 from qpipe.cache.store import Store
+from qpipe.code import CodeIndex
 from qpipe.hashing import _digest_any, digest
 from qpipe.plan import Action, Keyring, decide
 from qpipe.spec import NodeSpec
@@ -172,3 +173,14 @@ plain = st.recursive(
 @given(plain)
 def test_plain_values_of_any_shape_too(value: object) -> None:
     assert digest(value) == _digest_any((value,))
+
+
+def test_another_version_of_a_library_makes_another_key(
+    node: NodeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path / "cache")
+    keys = set()
+    for version in ("2.0", "2.1"):
+        monkeypatch.setattr(CodeIndex, "libraries", lambda *_, version=version: {"numpy": version})
+        keys.add(digest("action", Keyring(store, tmp_path).ingredients(node, {})))
+    assert len(keys) == 2

@@ -127,15 +127,21 @@ class Cache(RuleBasedStateMachine):
 
     @rule()
     def run(self) -> None:
-        child = self.lab.begin(self.nodes, folder="run")
-        assert child.wait() == 0, child.text()
-        record = self.lab.record_of("run")
-        made = {name: node["scores"]["score"] for name, node in record["nodes"].items() if node["scores"]}
+        self.run_at_once(1)
+
+    @rule()
+    def run_beside_another(self) -> None:
+        self.run_at_once(2)
+
+    def run_at_once(self, count: int) -> None:
+        children = [self.lab.begin(self.nodes, folder=f"run{i}") for i in range(count)]
         right = naive(self.nodes, self.formula, self.files)
-        assert made == {name: right[name] for name in made}
-        assert set(made) == set(record["nodes"])
+        for i, child in enumerate(children):
+            assert child.wait() == 0, child.text()
+            nodes = self.lab.record_of(f"run{i}")["nodes"]
+            assert {name: (node["scores"] or {}).get("score") for name, node in nodes.items()} == right
+            self.keys |= {node["key"] for node in nodes.values()}
         self.executed += len(self.lab.calls())
-        self.keys |= {node["key"] for node in record["nodes"].values()}
 
     @rule(share=st.floats(0.0, 1.0))
     def run_and_kill(self, share: float) -> None:
