@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from qpipe.model.naming import Names
+
 _ROUNDED = frozenset({"Conv", "ConvTranspose", "Gemm"})
 _PASSED = frozenset({"Relu", "Clip"})
 
 
-def guard_float_layers(graph: ir.Graph) -> None:
+def guard_float_layers(graph: ir.Graph, names: Names) -> None:
     """Put a Clip without bounds in front of each layer of a QDQ graph that onnxruntime would round, in place."""
     for node in list(graph):
         if node.op_type not in _ROUNDED or node.domain:
@@ -26,8 +28,9 @@ def guard_float_layers(graph: ir.Graph) -> None:
             continue
         if value is None or before is None or before.op_type != "DequantizeLinear" or not _rounded_after(node):
             continue
-        result = ir.Value(name=f"{node.name}__input", type=value.type, shape=value.shape)
-        graph.insert_before(node, ir.node("Clip", [value], outputs=[result], name=f"{node.name}__guard"))
+        result = ir.Value(name=names.fresh(f"{node.name}__input"), type=value.type, shape=value.shape)
+        guard = ir.node("Clip", [value], outputs=[result], name=names.fresh(f"{node.name}__guard"))
+        graph.insert_before(node, guard)
         node.replace_input_with(0, result)
 
 

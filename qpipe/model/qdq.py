@@ -28,6 +28,7 @@ import onnx_ir as ir
 from qpipe.errors import InputError
 from qpipe.model.bias import QuantizedBias, bias_codes, bias_scale, effective_encodings, quantized_biases
 from qpipe.model.guards import guard_float_layers
+from qpipe.model.naming import Names
 from qpipe.model.operators.registry import MOVING
 from qpipe.model.packing import graph_proto
 from qpipe.model.qdq_nodes import BITWIDTH
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 
 Uses = tuple[tuple[ir.Node, int], ...]
 """Who reads a value: (node, input position)."""
+_NAMES = "qpipe.names"
+"""Key in the graph's metadata, which no file gets: the names that are taken."""
 
 
 def to_qdq(model: Model) -> onnx.ModelProto:
@@ -57,6 +60,7 @@ def qdq_model(model: Model) -> ir.Model:
     encodings = effective_encodings(model)
     clone = model.ir.clone()
     graph = clone.graph
+    graph.meta[_NAMES] = names = Names([*ir.convenience.create_value_mapping(graph), *map(_name, graph)])
     nodes = {str(node.name): node for node in graph}
     activations = [*graph.inputs, *(output for node in graph for output in node.outputs)]
     # Biases first: a weight that also serves as a bias must not be replaced there by its own codes.
@@ -70,7 +74,7 @@ def qdq_model(model: Model) -> ir.Model:
             redundant = _redundant(value, encoding, encodings)
             if activation_storage(encoding).bitwidth == 8 or not redundant:
                 _insert_activation(graph, value, encoding, clipped=not redundant)
-    guard_float_layers(graph)
+    guard_float_layers(graph, names)
     for name in [name for name, value in graph.initializers.items() if not value.uses()]:
         if not graph.initializers[name].is_graph_output():
             del graph.initializers[name]
@@ -86,7 +90,8 @@ def _redundant(value: ir.Value, encoding: Encoding, encodings: dict[str, Encodin
     if node is None or node.op_type not in MOVING or node.inputs[0] is None:
         return False
     # The input may have been rounded already, under its own name.
-    source = encodings.get(str(node.inputs[0].name).removesuffix("__dequantized"))
+    name = str(node.inputs[0].name)
+    source = encodings.get(name) or encodings.get(name.removesuffix("__dequantized"))
     return source is not None and same_grid(source, encoding)
 
 
@@ -119,7 +124,7 @@ def _insert_activation(graph: ir.Graph, value: ir.Value, encoding: Encoding, cli
     dtype = activation_storage(encoding)
     scale, zero_point = _constants(graph, name, encoding, dtype)
     if not is_input:
-        value.name = f"{name}__float"
+        value.name = _fresh(graph, f"{name}__float")
     made: list[ir.Node] = []
     narrowed = value
     if clipped and dtype.bitwidth != encoding.bitwidth:
@@ -127,10 +132,11 @@ def _insert_activation(graph: ir.Graph, value: ir.Value, encoding: Encoding, cli
             _constant(graph, f"{name}__{side}", (np.float32(code) - encoding.zero_point) * encoding.scale)
             for side, code in (("low", encoding.qmin), ("high", encoding.qmax))
         )
-        made.append(_node("Clip", [value, low, high], f"{name}__clip", f"{name}__clipped", value))
+        made.append(_node(graph, "Clip", [value, low, high], f"{name}__clip", f"{name}__clipped", value))
         narrowed = made[-1].outputs[0]
     made.append(
         _node(
+            graph,
             "QuantizeLinear",
             [narrowed, scale, zero_point],
             f"{name}__quantize",
@@ -141,15 +147,17 @@ def _insert_activation(graph: ir.Graph, value: ir.Value, encoding: Encoding, cli
     )
     made.append(
         _node(
+            graph,
             "DequantizeLinear",
             [made[-1].outputs[0], scale, zero_point],
             f"{name}__dequantize",
-            f"{name}__dequantized" if is_input else name,
+            f"{name}__dequantized" if is_input else None,
             value,
         )
     )
     _say_bitwidth(made[-2:], encoding, dtype)
     rounded = made[-1].outputs[0]
+    rounded.name = rounded.name or name
     for node, position in readers:
         node.replace_input_with(position, rounded)
     producer = value.producer()
@@ -184,7 +192,7 @@ def _insert_bias(graph: ir.Graph, node: ir.Node, bias: QuantizedBias, encodings:
     axis = array.ndim - 1 if scale.ndim else None
     grid = Encoding(32, True, True, scale, np.zeros(scale.shape, np.int32), axis)
     uses = ((node, bias.position),)
-    name = bias.name if len(_uses(value)) == 1 else f"{bias.name}__{node.name}"
+    name = bias.name if len(_uses(value)) == 1 else _fresh(graph, f"{bias.name}__{node.name}")
     _replace_constant(graph, value, name, codes, grid, uses, ir.DataType.INT32)
 
 
@@ -203,7 +211,8 @@ def _replace_constant(
     if value.name == name and len(uses) == len(_uses(value)):
         # The name goes over to the DQ's output; the float tensor is read by nobody any more.
         del graph.initializers[name]
-    made = _node("DequantizeLinear", inputs, f"{name}__dequantize", name, value, axis=encoding)
+    made = _node(graph, "DequantizeLinear", inputs, f"{name}__dequantize", None, value, axis=encoding)
+    made.outputs[0].name = name
     _say_bitwidth([made], encoding, dtype)
     for node, position in uses:
         node.replace_input_with(position, made.outputs[0])
@@ -237,6 +246,7 @@ _NUMPY: dict[ir.DataType, Any] = {
 
 def _constant(graph: ir.Graph, name: str, array: Array, dtype: ir.DataType | None = None) -> ir.Value:
     array = np.asarray(array, np.float32) if dtype is None else np.asarray(array).astype(_NUMPY[dtype])
+    name = _fresh(graph, name)
     tensor = ir.Tensor(array, dtype=dtype, name=name)
     value = ir.Value(
         name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor
@@ -246,24 +256,35 @@ def _constant(graph: ir.Graph, name: str, array: Array, dtype: ir.DataType | Non
 
 
 def _node(
+    graph: ir.Graph,
     op_type: str,
     inputs: list[ir.Value],
     name: str,
-    output: str,
+    output: str | None,
     like: ir.Value,
     dtype: ir.DataType | None = None,
     axis: Encoding | None = None,
 ) -> ir.Node:
-    """A node of one output, of the shape and, without `dtype`, of the type of `like`."""
+    """A node of one output, of the shape and, without `dtype`, of the type of `like`; it and `output` get names
+    that nothing else has."""
     attributes: dict[str, int] = {}
     if axis is not None and axis.axis is not None:
         attributes["axis"] = axis.axis
         if axis.block_size is not None:
             attributes["block_size"] = axis.block_size
-    result = ir.Value(
-        name=output, type=ir.TensorType(dtype) if dtype is not None else like.type, shape=like.shape
-    )
-    return ir.node(op_type, inputs, attributes, outputs=[result], name=name)
+    kind = ir.TensorType(dtype) if dtype is not None else like.type
+    result = ir.Value(name=output and _fresh(graph, output), type=kind, shape=like.shape)
+    return ir.node(op_type, inputs, attributes, outputs=[result], name=_fresh(graph, name))
+
+
+def _fresh(graph: ir.Graph, wanted: str) -> str:
+    """`wanted`, or `wanted_1`, … where the model has a value or a node of that name."""
+    names: Names = graph.meta[_NAMES]
+    return names.fresh(wanted)
+
+
+def _name(node: ir.Node) -> str:
+    return str(node.name)
 
 
 def _uses(value: ir.Value) -> Uses:

@@ -157,7 +157,7 @@ def take_over(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
         value.producer() is not None
         and _UNROUNDED.search(str(value.name))
         and name
-        and not _MADE_UP.search(name)
+        and (value.name == f"{name}__float" or not _MADE_UP.search(name))
     ):
         old.name, value.name = None, name
     if old.is_graph_output():

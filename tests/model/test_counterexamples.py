@@ -91,3 +91,23 @@ def test_an_input_that_is_an_output_leaves_as_it_came() -> None:
         y, same = quantized(model, {"x": x}).to_torch()(torch.from_numpy(x))
     assert np.array_equal(same.numpy(), x)
     assert not np.array_equal(y.numpy(), np.maximum(x, 0))
+
+
+@pytest.mark.parametrize("other", ["x__dequantized", "y__float", "x__scale", "y__quantized", "w__quantized"])
+def test_names_that_the_export_would_make_up_may_be_taken(other: str) -> None:
+    text = f"m (float[N,4] x) => (float[N,4] z) {{ {other} = MatMul(x, w) y = Add(x, {other}) z = Relu(y) }}"
+    x = {"x": normal(16, 4)}
+    rounded = quantized(Model.from_proto(parsed(text, w=normal(4, 4))), x)
+    assert parity(rounded, x).agree
+    again = Model.from_proto(rounded.to_qdq())
+    assert set(again.encodings) == set(rounded.encodings)
+    assert np.array_equal(again.session().run(None, x)[0], rounded.session().run(None, x)[0])
+
+
+def test_a_softmax_over_one_element_stays_float() -> None:
+    """onnxruntime's integer one makes 0 of it: 1 is code 256, which wraps."""
+    text = "m (float[N,4,1] x) => (float[N,4,1] z) { a = Mul(x, x) y = Softmax(a) z = Add(y, a) }"
+    x = {"x": normal(16, 4, 1)}
+    rounded = quantized(Model.from_proto(parsed(text)), x)
+    assert "y" not in rounded.encodings
+    assert parity(rounded, x).agree
