@@ -208,7 +208,9 @@ def _replace_constant(
     """A DQ of `codes`, called `name`, for the given readers of the initializer `value`."""
     stored = _constant(graph, f"{name}__quantized", codes, dtype)
     inputs = [stored, *_constants(graph, name, encoding, dtype)]
-    if value.name == name and len(uses) == len(_uses(value)):
+    if value.name == name and value.is_graph_output():
+        name = _fresh(graph, f"{name}__dequantized")  # the output of the model stays what it was
+    elif value.name == name and len(uses) == len(_uses(value)):
         # The name goes over to the DQ's output; the float tensor is read by nobody any more.
         del graph.initializers[name]
     made = _node(graph, "DequantizeLinear", inputs, f"{name}__dequantize", None, value, axis=encoding)

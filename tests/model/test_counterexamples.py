@@ -111,3 +111,17 @@ def test_a_softmax_over_one_element_stays_float() -> None:
     rounded = quantized(Model.from_proto(parsed(text)), x)
     assert "y" not in rounded.encodings
     assert parity(rounded, x).agree
+
+
+def test_a_weight_that_is_an_output_can_be_quantized() -> None:
+    text = "m (float[N,4] x) => (float[N,4] z, float[4,4] w) { z = Gemm(x, w) }"
+    x, w = {"x": normal(16, 4)}, normal(4, 4)
+    rounded = quantized(Model.from_proto(parsed(text, w=w)), x)
+    assert {"w", "x", "z"} <= set(rounded.encodings)
+    assert parity(rounded, x).agree
+    z, same = rounded.session().run(None, x)
+    assert np.array_equal(same, w)
+    with torch.no_grad():
+        simulated, leaves = rounded.to_torch()(torch.from_numpy(x["x"]))
+    assert np.array_equal(leaves.numpy(), w)
+    assert np.array_equal(simulated.numpy(), z)
