@@ -1,10 +1,11 @@
-"""Float layers between quantized values, kept in float.
+"""Nodes between quantized values that onnxruntime must not run on integers, kept in float.
 
 Given DQ -> Conv, ConvTranspose or Gemm with a float weight -> Q (Relu or Clip may stand in front of the Q),
 onnxruntime rounds the weight to 8 bits per tensor by itself (WeightBiasQuantization, at every level of optimization
 from basic on): a layer that a target's filters leave in float, or one whose bias is computed, would run on integers
-and nobody would have said so. A Clip without bounds behind the DQ changes no value, and is no part of what it looks
-for.
+and nobody would have said so. Its integer Softmax over a single element is 0 (1 is code 256, which wraps), and a
+graph with a quantized AveragePool that has dilations does not load. A Clip without bounds behind the DQ changes no
+value, and is no part of what onnxruntime looks for.
 """
 
 from __future__ import annotations
@@ -18,20 +19,31 @@ _PASSED = frozenset({"Relu", "Clip"})
 
 
 def guard_float_layers(graph: ir.Graph, names: Names) -> None:
-    """Put a Clip without bounds in front of each layer of a QDQ graph that onnxruntime would round, in place."""
+    """Put a Clip without bounds in front of each such node of a QDQ graph, in place."""
     for node in list(graph):
-        if node.op_type not in _ROUNDED or node.domain:
+        if node.domain or not (_has_float_weight(node) or _wrong_on_integers(node)):
             continue
-        value, weight = node.inputs[0], node.inputs[1]
+        value = node.inputs[0]
         before = None if value is None else value.producer()
-        if weight is None or not weight.is_initializer() or weight.dtype != ir.DataType.FLOAT:
-            continue
         if value is None or before is None or before.op_type != "DequantizeLinear" or not _rounded_after(node):
             continue
         result = ir.Value(name=names.fresh(f"{node.name}__input"), type=value.type, shape=value.shape)
         guard = ir.node("Clip", [value], outputs=[result], name=names.fresh(f"{node.name}__guard"))
         graph.insert_before(node, guard)
         node.replace_input_with(0, result)
+
+
+def _has_float_weight(node: ir.Node) -> bool:
+    weight = node.inputs[1] if node.op_type in _ROUNDED else None
+    return weight is not None and weight.is_initializer() and weight.dtype == ir.DataType.FLOAT
+
+
+def _wrong_on_integers(node: ir.Node) -> bool:
+    if node.op_type == "AveragePool":
+        return "dilations" in node.attributes
+    shape = node.outputs[0].shape
+    axis: int = node.attributes.get_int("axis", -1)
+    return node.op_type == "Softmax" and shape is not None and shape[axis] == 1
 
 
 def _rounded_after(node: ir.Node) -> bool:

@@ -136,7 +136,7 @@ class _Marks:
             members.setdefault(self._find(value), []).append(value)
         wanted = {self._find(value) for value in self.marked}
         groups = (
-            tuple(str(v.name) for v in values if v.name not in self.left.values and not _floats_only(v))
+            tuple(str(v.name) for v in values if v.name not in self.left.values)
             for leader, values in members.items()
             if leader in wanted
         )
@@ -273,19 +273,6 @@ def data_values(graph: ir.Graph) -> set[ir.Value]:
         if embedding or decoded or any(value in data for value in node.inputs):
             data.update(value for value in node.outputs if value.name and _is_float(value))
     return data
-
-
-def _floats_only(value: ir.Value) -> bool:
-    """Whether onnxruntime (1.31) cannot give `value` as integers: it does not load an AveragePool with dilations,
-    and its integer Softmax over a single element is 0.
-    """
-    node = value.producer()
-    if node is None or node.op_type not in ("AveragePool", "Softmax"):
-        return False
-    if node.op_type == "AveragePool":
-        return "dilations" in node.attributes
-    axis: int = node.attributes.get_int("axis", -1)
-    return value.shape is not None and value.shape[axis] == 1
 
 
 def _is_float(value: ir.Value) -> bool:
