@@ -5,23 +5,29 @@
 
 Two shapes: a chain (each node adds a number to the result of the one before) and a fan-out (each adds one to the result
 of the first). Each tool runs as its users run it, in a process of its own, the tools taking turns; figures are medians
-of CPU seconds, user and system, start-up and children included. `cold, a node` is a cold run less a no-op run.
+of CPU seconds, user and system, start-up and children included. `cold, a node` is a cold run less a no-op run, and of
+that what is spent in the system; `flushes` are the calls of fsync a node, counted in one more cold run of qpipe's.
 
 `bare` is a Hydra app that composes the same config as qpipe and does nothing: `beyond bare` is what qpipe's no-op run
 takes more, or less, since qpipe lets Hydra compose once and by libyaml. `bare-quick` is that app composing as qpipe
 does: `own` is what qpipe takes beyond it, its reading, hashing, looking up and reporting. qpipe runs its actions in its
-own process (`run.workers=0`), as joblib and doit do; DVC and Snakemake start a process for each.
+own process (`run.workers=0`), as joblib and doit do; DVC and Snakemake start a process for each. All run from compiled
+modules, as what is installed does (PYTHONDONTWRITEBYTECODE is not passed on), and once before they are timed.
 
 The peers are joblib.Memory, doit, DVC and Snakemake: `pip install doit joblib dvc snakemake`, into this environment or
 into another, whose `bin` is named by `--peers`. Who is not installed, or takes longer than `--limit` seconds for one
 run, is skipped from that size on, and the table says so. TMPDIR says where the pipelines and caches lie: on a disk that
-others write to at the same time, flushing costs several times as much. With all peers it takes about half an hour.
+others write to at the same time, flushing costs several times as much. What a tool remembers is moved aside before a
+cold run, and removed when all is measured: where ext4 has no journal, a file that is made within a minute or so of
+many others' removal takes up to 0.5 ms of searching among their inodes. With all peers it takes about half an hour.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import math
 import os
 import platform
 import resource
@@ -97,6 +103,17 @@ rule add:
     output: "n{{i}}.txt"
     wildcard_constraints: i="[1-9][0-9]*"
     shell: "expr $(cat {{input}}) + {{wildcards.i}} > {{output}}"
+"""
+
+
+COUNTER = """
+import os, runpy, sys
+flush, calls = os.fsync, []
+os.fsync = lambda descriptor: (calls.append(1), flush(descriptor))[1]
+try:
+    runpy.run_module("qpipe", run_name="__main__", alter_sys=True)
+finally:
+    open("flushes", "w").write(str(len(calls)))
 """
 
 
@@ -234,20 +251,26 @@ def _program(programs: Path, name: str) -> str:
 
 @dataclass(frozen=True)
 class Cost:
-    cpu_s: float
+    user_s: float
+    system_s: float
     wall_s: float
+
+    @property
+    def cpu_s(self) -> float:
+        return self.user_s + self.system_s
 
 
 def run(tool: Tool, limit_s: float) -> Cost:
     """One run of the tool. TimeoutError after `limit_s`; RuntimeError with its last words where it fails."""
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | tool.environment
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(
             tool.command, cwd=tool.folder, env=environment, stdout=said, stderr=said, start_new_session=True
         )
         try:
-            status = process.wait(limit_s)
+            status = process.wait(None if limit_s == math.inf else limit_s)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -257,30 +280,47 @@ def run(tool: Tool, limit_s: float) -> Cost:
             said.seek(0)
             words = said.read().decode(errors="replace").strip().splitlines() or [""]
             raise RuntimeError(f"failed ({status}): {words[-1][:100]}")
-    return Cost(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, wall_s)
+    return Cost(after.ru_utime - before.ru_utime, after.ru_stime - before.ru_stime, wall_s)
 
 
 def forget(tool: Tool) -> None:
-    """Remove all that the tool remembers, so that the next run is cold."""
+    """Move all that the tool remembers aside, so that the next run is cold."""
+    aside = Path(tempfile.mkdtemp(prefix="aside-", dir=tool.folder.parent))
     for pattern in tool.memory:
         for path in tool.folder.glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            target = aside / path.relative_to(tool.folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
+
+
+def flushes(tool: Tool) -> int:
+    """How often a cold run of qpipe's calls fsync."""
+    forget(tool)
+    counted = dataclasses.replace(tool, command=[tool.command[0], "-c", COUNTER, *tool.command[3:]])
+    run(counted, math.inf)
+    return int((tool.folder / "flushes").read_text())
 
 
 def measure(tools: Sequence[Tool], rounds: int, limit_s: float) -> dict[str, dict[str, Any]]:
-    """{tool: its cold and its no-op costs, or why it was skipped}; in each round every tool has its turn."""
+    """{tool: its cold and its no-op costs, or why it was skipped}; in each round every tool has its turn, and in one
+    before them, which does not count."""
     found: dict[str, dict[str, Any]] = {tool.name: {"cold": [], "noop": []} for tool in tools}
     for phase in ("cold", "noop"):
-        for _ in range(rounds):
+        for number in range(-1 if phase == "cold" else 0, rounds):
             for tool in tools:
                 if "skipped" in found[tool.name]:
                     continue
                 try:
                     if phase == "cold":
                         forget(tool)
-                    found[tool.name][phase].append(run(tool, limit_s))
+                    cost = run(tool, limit_s)
+                    if number >= 0:
+                        found[tool.name][phase].append(cost)
                 except (TimeoutError, RuntimeError) as error:
                     found[tool.name]["skipped"] = f"{phase} run: {error}"
+    for tool in tools:
+        if tool.name == "qpipe" and "skipped" not in found["qpipe"]:
+            found["qpipe"]["flushes"] = flushes(tool)
     return found
 
 
@@ -290,31 +330,45 @@ def rows_of(shape: str, nodes: int, found: dict[str, dict[str, Any]]) -> list[di
         row: dict[str, Any] = {"shape": shape, "nodes": nodes, "tool": name}
         for phase in ("cold", "noop"):
             if costs[phase] and "skipped" not in costs:
-                row[f"{phase}_cpu_s"] = statistics.median(cost.cpu_s for cost in costs[phase])
-                row[f"{phase}_wall_s"] = statistics.median(cost.wall_s for cost in costs[phase])
+                for figure in ("cpu_s", "user_s", "system_s", "wall_s"):
+                    row[f"{phase}_{figure}"] = statistics.median(getattr(cost, figure) for cost in costs[phase])
         if "skipped" in costs:
             row["skipped"] = costs["skipped"]
+        else:
+            for figure in ("cpu", "system"):
+                beyond_s = row[f"cold_{figure}_s"] - row[f"noop_{figure}_s"]
+                row[f"cold_{figure}_ms_per_node"] = 1000 * beyond_s / nodes
+        if "flushes" in costs:
+            row["flushes_per_node"] = costs["flushes"] / nodes
         rows.append(row)
+    for row in rows:
+        for other in rows if row["tool"] == "qpipe" else ():
+            if other["tool"] in REFERENCES and "skipped" not in row and "skipped" not in other:
+                row[REFERENCES[other["tool"]]] = row["noop_cpu_s"] - other["noop_cpu_s"]
     return rows
 
 
-def shown(row: dict[str, Any], references: dict[str, dict[str, Any]]) -> str:
+REFERENCES = {"bare": "beyond_bare_s", "bare-quick": "own_s"}
+"""What qpipe's no-op run is compared with, and the name of the difference."""
+
+
+def shown(row: dict[str, Any]) -> str:
     """One line of the table."""
     start = f"{row['shape']:8} {row['nodes']:>6}  {row['tool']:10}"
     if "skipped" in row:
         return f"{start}  skipped: {row['skipped']}"
-    each_ms = 1000 * (row["cold_cpu_s"] - row["noop_cpu_s"]) / row["nodes"]
-    line = f"{start}{row['noop_cpu_s']:>9.2f} s{row['cold_cpu_s']:>10.2f} s{each_ms:>13.2f} ms"
+    line = f"{start}{row['noop_cpu_s']:>9.2f} s{row['cold_cpu_s']:>10.2f} s"
+    line += f"{row['cold_cpu_ms_per_node']:>11.2f} ms{row['cold_system_ms_per_node']:>10.2f} ms"
     if row["tool"] == "qpipe":
-        for name in ("bare", "bare-quick"):
-            if "noop_cpu_s" in (reference := references.get(name, {})):
-                line += f"{row['noop_cpu_s'] - reference['noop_cpu_s']:>+11.2f} s"
+        line += f"{row['flushes_per_node']:>9.2f}"
+        for name in REFERENCES.values():
+            line += f"{row[name]:>+11.2f} s" if name in row else ""
     return line
 
 
 HEAD = (
-    f"{'shape':8} {'nodes':>6}  {'tool':10}{'no-op':>11}{'cold':>12}{'cold, a node':>16}"
-    f"{'beyond bare':>13}{'own':>13}"
+    f"{'shape':8} {'nodes':>6}  {'tool':10}{'no-op':>11}{'cold':>12}{'cold, a node':>14}{'of it system':>13}"
+    f"{'flushes':>9}{'beyond bare':>13}{'own':>13}"
 )
 
 
@@ -341,10 +395,8 @@ def compare(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]
                 if "skipped" in row and (row["tool"], shape) not in given_up:
                     known = row["skipped"].startswith("not installed")
                     given_up[row["tool"], shape] = row["skipped"] + ("" if known else f", at {nodes:,} nodes")
-                print(shown(row, {one["tool"]: one for one in new}), flush=True)
+                print(shown(row), flush=True)
             rows += new
-            shutil.rmtree(folder)
-            folder.mkdir()
     return rows
 
 
@@ -363,9 +415,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "pipelines"
-        folder.mkdir()
-        rows = compare(arguments, folder)
+        rows = compare(arguments, Path(name))
     if arguments.json:
         facts = {
             "python": platform.python_version(),
