@@ -108,12 +108,9 @@ rule add:
 
 COUNTER = """
 import os, runpy, sys
-flush, calls = os.fsync, []
-os.fsync = lambda descriptor: (calls.append(1), flush(descriptor))[1]
-try:
-    runpy.run_module("qpipe", run_name="__main__", alter_sys=True)
-finally:
-    open("flushes", "w").write(str(len(calls)))
+flush, counted = os.fsync, open("flushes", "wb", buffering=0)
+os.fsync = lambda descriptor: (counted.write(b"."), flush(descriptor))[1]
+runpy.run_module("qpipe", run_name="__main__", alter_sys=True)
 """
 
 
@@ -298,7 +295,7 @@ def flushes(tool: Tool) -> int:
     forget(tool)
     counted = dataclasses.replace(tool, command=[tool.command[0], "-c", COUNTER, *tool.command[3:]])
     run(counted, math.inf)
-    return int((tool.folder / "flushes").read_text())
+    return (tool.folder / "flushes").stat().st_size
 
 
 def measure(tools: Sequence[Tool], rounds: int, limit_s: float) -> dict[str, dict[str, Any]]:

@@ -9,10 +9,12 @@ done; 130 interrupted.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import secrets
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -43,7 +45,19 @@ Many = Callable[[Sequence[Job]], int]
 def main() -> None:
     """Entry point of the `qpipe` command."""
     gc.disable()  # a config of 10,000 nodes is a million objects that live on: a third of the time went into them
-    sys.exit(run(sys.argv[1:]))
+    status = run(sys.argv[1:])
+    if not gc.isenabled() and threading.active_count() == 1:
+        _end_at_once(status)  # nothing ran in this process (`sweep` collects garbage then): nobody's files are open
+    sys.exit(status)
+
+
+def _end_at_once(status: int) -> None:
+    """End the process without taking those objects apart one by one, which takes Python 0.3 s."""
+    atexit._run_exitfuncs()
+    with suppress(OSError, ValueError):  # closed, or nobody reads it: Python itself has words for that
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -212,7 +212,7 @@ def decide(
     if result is not None and not strange:
         missing, stale = store.complete(result), keyring.stale(result)
         if not missing and not stale:
-            return dataclasses.replace(hit(key, result), ingredients=ingredients)
+            return hit(key, result, ingredients=ingredients)
     previous = previous_result(store, node.stage.name, node.name)
     if node.stage.always:
         reasons: tuple[str, ...] = ("reads the outside world every time",)
@@ -256,10 +256,16 @@ def reasons_to_run(
     return tuple(differences(previous["ingredients"], ingredients, kept, keyring.listings(ingredients)))
 
 
-def hit(key: str, result: Mapping[str, Any], state: State = "hit", reasons: tuple[str, ...] = ()) -> Outcome:
+def hit(
+    key: str,
+    result: Mapping[str, Any],
+    state: State = "hit",
+    reasons: tuple[str, ...] = (),
+    ingredients: Mapping[str, Any] | None = None,
+) -> Outcome:
     """The Outcome of a node whose action result is at hand."""
     outputs = {name: Artifact(**fields) for name, fields in result["outputs"].items()}
-    return Outcome(state, outputs, key, reasons, result)
+    return Outcome(state, outputs, key, reasons, result, ingredients=ingredients)
 
 
 class Walk:
@@ -317,8 +323,7 @@ class Walk:
     def finish(self, name: str, result: Mapping[str, Any], state: State = "ran") -> None:
         """The action of `name` has its result."""
         action = self.running.pop(name)
-        outcome = hit(action.key, result, state, action.reasons)
-        self._settle(name, dataclasses.replace(outcome, ingredients=action.ingredients))
+        self._settle(name, hit(action.key, result, state, action.reasons, action.ingredients))
 
     def fail(self, name: str, error: Mapping[str, Any]) -> None:
         """The action of `name` failed; `error` holds message, exit_code and, where there is one, traceback."""
