@@ -242,7 +242,8 @@ class Kind:
 
     def load(self, meta: Json, read: Read) -> Any:
         """The value that was packed as `meta` and the blobs that `read` returns by name."""
-        return getattr(importlib.import_module(self.module), self.name).unpack(meta, read)
+        module = sys.modules.get(self.module) or importlib.import_module(self.module)
+        return getattr(module, self.name).unpack(meta, read)
 
 
 KINDS: Mapping[str, Kind] = {

@@ -71,11 +71,10 @@ def _write_plain(value: Any, parts: list[bytes], depth: int) -> bool:
     if kind is str:
         parts.append(_known_text(value) if len(value) < 256 else _text(value))
     elif kind is dict:
-        names = sorted(value) if all(type(name) is str for name in value) else None
-        if names is None or depth > _PLAIN_DEPTH:
+        if depth > _PLAIN_DEPTH or not set(map(type, value)) <= _TEXT_ALONE:
             return False
-        parts.append(b"{" + _LENGTH(len(names)))
-        for name in names:
+        parts.append(b"{" + _LENGTH(len(value)))
+        for name in sorted(value):
             parts.append(_known_text(name) if len(name) < 256 else _text(name))
             if not _write_plain(value[name], parts, depth + 1):
                 return False
@@ -92,6 +91,9 @@ def _write_plain(value: Any, parts: list[bytes], depth: int) -> bool:
     else:
         return False
     return True
+
+
+_TEXT_ALONE = {str}
 
 
 def _text(value: str) -> bytes:

@@ -486,7 +486,7 @@ def _check_result(result: dict[str, Json]) -> None:
         if output["size_bytes"] > sum(blobs.values()):
             raise ValueError(f"output {port!r} is larger than all its blobs")
     _check_history(result["ingredients"], result["provenance"])
-    if not all(type(note) is str for note in result.get("notes", ())):
+    if not set(map(type, result.get("notes", ()))) <= {str}:
         raise ValueError("its notes are no text")
     if not all(is_digest(part) for part in result.get("parts", ())):
         raise ValueError("its parts are no keys")
@@ -494,19 +494,17 @@ def _check_result(result: dict[str, Json]) -> None:
 
 def _check_history(ingredients: Json, provenance: Json) -> None:
     """ValueError where what others read without a further look is not there, or not of its type."""
-    for values, names in ((ingredients, _OF_INGREDIENTS), (provenance, _OF_PROVENANCE)):
-        if type(values) is not dict or not all(type(values.get(name, values)) is dict for name in names):
-            raise ValueError("its ingredients or its provenance are of another form")
+    mappings = [ingredients, provenance]
+    mappings += [ingredients.get(name, ingredients) for name in ("libraries", "params", "ports")]
+    mappings += [provenance.get(name, provenance) for name in ("listings", "makers", "written")]
+    if set(map(type, mappings)) != {dict}:
+        raise ValueError("its ingredients or its provenance are of another form")
     for name in ("duration_s", "cpu_s", "peak_rss_bytes", "started"):
         number = provenance.get(name, 0.0)
         if type(number) not in (int, float) or not 0 <= number < 1e15:
             raise ValueError(f"its {name} is impossible")
     if not {type(provenance.get("node")), type(ingredients.get("stage"))} <= {str, type(None)}:
         raise ValueError("its node or its stage is no text")
-
-
-_OF_INGREDIENTS = ("libraries", "params", "ports")
-_OF_PROVENANCE = ("listings", "makers", "written")
 
 
 def _refusal(root: Path, error: OSError, what: str) -> CacheError:
