@@ -328,7 +328,8 @@ def rows_of(shape: str, nodes: int, found: dict[str, dict[str, Any]]) -> list[di
         for phase in ("cold", "noop"):
             if costs[phase] and "skipped" not in costs:
                 for figure in ("cpu_s", "user_s", "system_s", "wall_s"):
-                    row[f"{phase}_{figure}"] = statistics.median(getattr(cost, figure) for cost in costs[phase])
+                    figures = [getattr(cost, figure) for cost in costs[phase]]
+                    row[f"{phase}_{figure}"] = statistics.median(figures)
         if "skipped" in costs:
             row["skipped"] = costs["skipped"]
         else:

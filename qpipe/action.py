@@ -7,7 +7,6 @@ action resumes; the action's own result goes back to the executor, which alone d
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import gc
 import os
@@ -276,6 +275,8 @@ def free_memory() -> None:
     with contextlib.suppress(OSError, AttributeError, IndexError, ValueError):  # Linux with glibc alone
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         if resident > _HELD:
+            import ctypes  # rarely needed
+
             gc.collect()
             ctypes.CDLL(None).malloc_trim(0)
 

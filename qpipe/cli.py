@@ -46,8 +46,9 @@ def main() -> None:
     """Entry point of the `qpipe` command."""
     gc.disable()  # a config of 10,000 nodes is a million objects that live on: a third of the time went into them
     status = run(sys.argv[1:])
+    # where an action ran, `sweep` enabled it again: what a stage left open is then closed in Python's own order
     if not gc.isenabled() and threading.active_count() == 1:
-        _end_at_once(status)  # nothing ran in this process (`sweep` collects garbage then): nobody's files are open
+        _end_at_once(status)
     sys.exit(status)
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.toy import Toy
+
 
 @pytest.mark.parametrize(
     "arguments",
@@ -71,3 +73,17 @@ def test_a_number_that_python_does_not_read_is_one_line(tmp_path: Path) -> None:
     assert run.returncode == 2
     assert run.stderr.startswith("qpipe: Exceeds the limit (4300 digits)")
     assert len(run.stderr.splitlines()) == 1
+
+
+def test_a_run_that_was_all_hits_still_tells_those_who_asked_for_the_end(toy: Toy) -> None:
+    """It leaves without taking its objects apart; what a plug-in registered runs, and all that was said arrives."""
+    with open(toy.folder / "plugin" / "toy_stages.py", "a") as source:
+        source.write("\nimport atexit\natexit.register(called, 'end')\n")
+    toy.pipeline({"a": {"uses": "toy_number", "value": 2}})
+    cold = toy.run("run", "run.workers=0")
+    assert (cold.returncode, toy.calls()) == (0, ["number", "end"]), cold.stderr
+    warm = toy.run("run", "run.workers=0", "run.expect=cached")
+    assert (warm.returncode, toy.calls()) == (0, ["end"]), warm.stderr
+    assert "0 ran, 1 from the cache" in warm.stdout
+    refused = toy.run("run", "run.workers=0", "run.expect=cached", "stages.a.value=3")
+    assert (refused.returncode, toy.calls()) == (4, ["end"])
