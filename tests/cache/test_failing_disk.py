@@ -46,6 +46,13 @@ class System:
         self.names: dict[int, str] = {}
         for name in CALLS:
             monkeypatch.setattr(os, name, self._watched(name, getattr(os, name)))
+        close = os.close
+
+        def forget(descriptor: int) -> None:
+            self.names.pop(descriptor, None)  # its number may next be that of somebody else's file
+            close(descriptor)
+
+        monkeypatch.setattr(os, "close", forget)
 
     def _watched(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **more: Any) -> Any:
