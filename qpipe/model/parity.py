@@ -185,9 +185,14 @@ def parity(
 
 
 def quantized_values(model: Model) -> tuple[str, ...]:
-    """The values with a grid that nodes produce, in the graph's order."""
-    produced = (str(output.name) for node in model.graph for output in node.outputs)
-    return tuple(name for name in produced if name in model.encodings)
+    """The values with a grid that nodes produce, in the graph's order; not what nobody reads of a node's outputs."""
+    produced = [
+        output
+        for node in model.graph
+        for index, output in enumerate(node.outputs)
+        if index == 0 or output.uses() or output.is_graph_output()
+    ]
+    return tuple(str(output.name) for output in produced if output.name in model.encodings)
 
 
 def unit_op_types(model: Model, names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:

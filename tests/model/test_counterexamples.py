@@ -125,3 +125,11 @@ def test_a_weight_that_is_an_output_can_be_quantized() -> None:
         simulated, leaves = rounded.to_torch()(torch.from_numpy(x["x"]))
     assert np.array_equal(leaves.numpy(), w)
     assert np.array_equal(simulated.numpy(), z)
+
+
+def test_parity_passes_over_what_nobody_reads() -> None:
+    text = "m (float[N,4] x) => (float[N,2] z) { a, b = Split<num_outputs=2, axis=1>(x) z = Add(a, a) }"
+    x = {"x": normal(16, 4)}
+    report = parity(quantized(Model.from_proto(parsed(text)), x), x)
+    assert report.agree
+    assert "b" not in {unit.value for unit in report.units}
