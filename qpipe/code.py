@@ -109,7 +109,7 @@ class CodeIndex:
             for module in finder.chain(pending.pop()):
                 top = module.name.partition(".")[0]
                 party = module.party(own)
-                if party == "library" and self._distributions(top, module.location()):
+                if party == "library" and (top in reach.libraries or self._distributions(top, module.location())):
                     reach.libraries[top] = module.location()
                 elif party == "library":
                     party = "first"  # no version says when it changes: a copy, a link
