@@ -1,9 +1,9 @@
 """A generated decoder of any size, as one ONNX file with external data: what a run over a large model takes.
 
-    python benchmarks/large_decoder.py FOLDER [--gigabytes 4]
+    python benchmarks/large_decoder.py FOLDER [--gigabytes 4] [--width 2048]
 
 writes FOLDER/decoder.onnx (and its data), calibration.npz and evaluation.npz. Blocks as Llama has them (RMSNorm,
-attention without positions, gated MLP), width 2048, float32, random but seeded; tensors are written one after another,
+attention without positions, gated MLP), float32, random but seeded; tensors are written one after another,
 so that making the file takes no memory.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-WIDTH, HIDDEN, HEADS, VOCABULARY, LENGTH = 2048, 5632, 16, 1024, 16
+HEADS, VOCABULARY, LENGTH = 16, 1024, 16
 
 
 class Writer:
@@ -46,8 +46,14 @@ class Writer:
         return name
 
 
-def block(writer: Writer, name: str, x: str, nodes: list[onnx.NodeProto]) -> str:
+def hidden_width(width: int) -> int:
+    """Of the MLP: 5632 behind 2048."""
+    return width * 11 // 4
+
+
+def block(writer: Writer, name: str, x: str, nodes: list[onnx.NodeProto], width: int) -> str:
     """The nodes of one block behind `x`; the name of its output."""
+    hidden = hidden_width(width)
 
     def node(op: str, *inputs: str, **attributes: object) -> str:
         output = f"{name}/{op}_{len(nodes)}"
@@ -66,35 +72,35 @@ def block(writer: Writer, name: str, x: str, nodes: list[onnx.NodeProto]) -> str
         return node("Transpose", node("Reshape", value, "split_heads"), perm=[0, 2, 1, 3])
 
     normed = norm(x)
-    q, k, v = (heads(linear(part, normed, WIDTH, WIDTH)) for part in ("q", "k", "v"))
+    q, k, v = (heads(linear(part, normed, width, width)) for part in ("q", "k", "v"))
     scores = node("Mul", node("MatMul", q, node("Transpose", k, perm=[0, 1, 3, 2])), "scale")
     mixed = node("MatMul", node("Softmax", scores, axis=-1), v)
     joined = node("Reshape", node("Transpose", mixed, perm=[0, 2, 1, 3]), "join_heads")
-    x = node("Add", x, linear("o", joined, WIDTH, WIDTH))
+    x = node("Add", x, linear("o", joined, width, width))
     normed = norm(x)
-    gate = linear("gate", normed, WIDTH, HIDDEN)
-    gated = node("Mul", node("Mul", gate, node("Sigmoid", gate)), linear("up", normed, WIDTH, HIDDEN))
-    return node("Add", x, linear("down", gated, HIDDEN, WIDTH))
+    gate = linear("gate", normed, width, hidden)
+    gated = node("Mul", node("Mul", gate, node("Sigmoid", gate)), linear("up", normed, width, hidden))
+    return node("Add", x, linear("down", gated, hidden, width))
 
 
-def write(folder: Path, gigabytes: float) -> Path:
+def write(folder: Path, gigabytes: float, width: int = 2048) -> Path:
     """The model's file; beside it the samples."""
     folder.mkdir(parents=True, exist_ok=True)
     nodes: list[onnx.NodeProto] = []
-    per_block = 4 * (4 * WIDTH * WIDTH + 3 * WIDTH * HIDDEN)
+    per_block = 4 * (4 * width * width + 3 * width * hidden_width(width))
     with open(folder / "decoder.onnx.data", "wb") as data:
         writer = Writer(data, "decoder.onnx.data")
         writer.constant("last_axis", np.array([-1]))
         writer.constant("epsilon", np.float32(1e-6))
-        writer.constant("scale", np.float32((WIDTH // HEADS) ** -0.5))
-        writer.constant("split_heads", np.array([0, 0, HEADS, WIDTH // HEADS]))
-        writer.constant("join_heads", np.array([0, 0, WIDTH]))
-        table = writer.add("embedding.weight", VOCABULARY, WIDTH, spread=1.0)
+        writer.constant("scale", np.float32((width // HEADS) ** -0.5))
+        writer.constant("split_heads", np.array([0, 0, HEADS, width // HEADS]))
+        writer.constant("join_heads", np.array([0, 0, width]))
+        table = writer.add("embedding.weight", VOCABULARY, width, spread=1.0)
         nodes.append(helper.make_node("Gather", [table, "tokens"], ["embedded"], name="embedding"))
         x = "embedded"
         for i in range(max(round(gigabytes * 1e9 / per_block), 1)):
-            x = block(writer, f"layers.{i}", x, nodes)
-        head = writer.add("head.weight", WIDTH, VOCABULARY, spread=WIDTH**-0.5)
+            x = block(writer, f"layers.{i}", x, nodes, width)
+        head = writer.add("head.weight", width, VOCABULARY, spread=width**-0.5)
         nodes.append(helper.make_node("MatMul", [x, head], ["logits"], name="head"))
     graph = helper.make_graph(
         nodes,
@@ -118,8 +124,9 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--gigabytes", type=float, default=4.0)
+    parser.add_argument("--width", type=int, default=2048)
     arguments = parser.parse_args()
-    path = write(arguments.folder, arguments.gigabytes)
+    path = write(arguments.folder, arguments.gigabytes, arguments.width)
     size = (arguments.folder / "decoder.onnx.data").stat().st_size
     print(f"{path}: {size / 1e9:.2f} GB of tensors")
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import mmap
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from qpipe.errors import CacheError, DamagedError, InputError
 from qpipe.hashing import digest_bytes, is_digest
+from qpipe.mapped import let_go, map_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -218,7 +218,9 @@ class Files:
         for name in self.contents:
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(self.read(name))
+            content = self.read(name)
+            target.write_bytes(content)
+            let_go(content)
 
     def pack(self) -> Packed:
         return {"names": list(self.contents)}, {name: self.read(name) for name in self.contents}
@@ -440,4 +442,4 @@ def _map_file(path: Path) -> memoryview:
     with open(path, "rb") as file:
         if not path.stat().st_size:
             return memoryview(b"")
-        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        return map_file(file.fileno(), path.stat().st_size, path)

@@ -10,12 +10,39 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _PASSING_S = 0.01  # between two times of letting go: a library looks at 50 MB or so meanwhile
+
+
+class FileMapping(mmap.mmap):
+    """A read-only mapping of a whole file that knows the file's `path`."""
+
+    path: str = ""
+
+
+def map_file(descriptor: int, size: int, path: str | Path) -> memoryview:
+    """The `size` bytes of an open file, not empty, mapped."""
+    mapping = FileMapping(descriptor, size, access=mmap.ACCESS_READ)
+    mapping.path = os.path.realpath(path)
+    return memoryview(mapping)
+
+
+def place_of(array: np.ndarray[Any, Any]) -> tuple[str, int] | None:
+    """The file that a contiguous array is a view of, and where in it the array begins; None where there is none."""
+    import numpy as np
+
+    mapping = mapping_behind(array)
+    if not isinstance(mapping, FileMapping) or not array.flags.c_contiguous:
+        return None
+    return mapping.path, array.ctypes.data - np.frombuffer(mapping, np.uint8).ctypes.data
 
 
 def mapping_behind(buffer: Any) -> mmap.mmap | None:
@@ -37,6 +64,23 @@ def let_go(buffer: Any) -> None:
     if mapping is not None and hasattr(mapping, "madvise"):
         with contextlib.suppress(OSError, ValueError):
             mapping.madvise(mmap.MADV_DONTNEED)
+
+
+def spooled(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """`array` as a read-only view of a mapped file without a name, of which the system may take back what nobody looks
+    at. The array itself where it is empty, or no file can be written."""
+    import numpy as np
+
+    if not array.nbytes:
+        return array
+    try:
+        with tempfile.TemporaryFile() as file:
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            file.flush()
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError:
+        return array
+    return np.frombuffer(mapping, array.dtype).reshape(array.shape)
 
 
 @contextlib.contextmanager

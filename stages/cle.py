@@ -212,9 +212,12 @@ def cle(
     reached = measured(model, behind, data.arrays if data is not None else None)
     moved = equalize_norms(editor, behind, layers, reached, max_scale)
     refused |= stay
-    peaks = {
-        name: np.abs(grouped(editor.param(layer.weight), layer.groups, layer.channel_axis)).max(axis=3)
-        for name, layer in layers.items()
+    linked = [layers[name] for name in sorted(set(links) | {link.second for link in links.values()})]
+    peaks = {  # float32 holds them exactly: of linear layers they are the whole weight
+        layer.name: np.abs(grouped(editor.param(layer.weight), layer.groups, layer.channel_axis))
+        .max(axis=3)
+        .astype(np.float32)
+        for layer in linked
     }
     rows = chains(links, layers)
     free: set[str] = set()

@@ -25,8 +25,11 @@ def loads(path: Path) -> str:
     """A sentence that says what onnxruntime takes; it raises where the file does not load."""
     import onnxruntime
 
+    from qpipe.model.session import set_lean
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    set_lean(options)
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     shapes = ", ".join(f"{value.name} {value.shape}" for value in session.get_inputs())
     return f"onnxruntime {onnxruntime.__version__} loads model.onnx; it takes {shapes}."

@@ -102,7 +102,7 @@ def largest_error(model: Model, fed: Arrays, wanted: list[Any]) -> float:
 
     found = model.session(quantized=False).run(None, fed)
     with torch.no_grad():
-        returned = model.to_torch(quantized=False)(
+        returned = model.to_torch(quantized=False, shared=True)(
             *(torch.as_tensor(fed[spec.name]) for spec in model.inputs)
         )
     computed = [returned] if isinstance(returned, torch.Tensor) else list(returned)

@@ -10,7 +10,6 @@ import contextlib
 import errno
 import fcntl
 import logging
-import mmap
 import os
 import secrets
 import stat
@@ -18,7 +17,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from qpipe.mapped import let_go
+from qpipe.mapped import let_go, map_file
 
 _LOG = logging.getLogger(__name__)
 _STALE_S = 60.0  # a temporary file younger than this may not have been locked yet
@@ -75,7 +74,7 @@ def view(path: str | Path) -> tuple[memoryview, os.stat_result]:
             return memoryview(os.read(descriptor, _MAPPED_SIZE)), status
         if status.st_size > _PLAUSIBLE_SIZE and status.st_size > _capacity(descriptor):
             raise StrangeFileError(errno.EFBIG, "it claims to be larger than the disk it is on")
-        return memoryview(mmap.mmap(descriptor, status.st_size, access=mmap.ACCESS_READ)), status
+        return map_file(descriptor, status.st_size, path), status
     finally:
         os.close(descriptor)
 
@@ -146,7 +145,9 @@ def make_folder(folder: str | Path, root: Path, flush: bool = True) -> None:
         try:
             place.mkdir()
         except FileExistsError:
-            if is_folder(place):  # another process was first; what it made is not to be moved away under its feet
+            if is_folder(
+                place
+            ):  # another process was first; what it made is not to be moved away under its feet
                 continue
             set_aside(place, root)
             with contextlib.suppress(FileExistsError):  # as above

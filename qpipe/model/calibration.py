@@ -52,7 +52,7 @@ def observe(
 
     observers = {group: HistogramObserver(name=group[0]) for group in groups}
     by_value = {name: observer for group, observer in observers.items() for name in group}
-    watcher = _watcher(model.to_torch(quantized=False, device=device), by_value)
+    watcher = _watcher(model.to_torch(quantized=False, device=device, shared=True), by_value)
     total = sample_count(model, arrays)
     done = 0
     for batch in batches(model, arrays, batch_size):

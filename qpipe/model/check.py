@@ -169,7 +169,7 @@ def _torch_values(model: Model, inputs: Mapping[str, Array]) -> dict[str, Array]
     """Every first output of a node, as the torch module computes it, by the name of its ONNX value."""
     import torch
 
-    module = model.to_torch(quantized=False)
+    module = model.to_torch(quantized=False, shared=True)
     values: dict[str, Array] = {}
 
     class Recorder(torch.fx.Interpreter):

@@ -25,5 +25,12 @@ def outputs_error(
     else:
         batch = next(batches(before, arrays, size))
         fed = dict(zip([spec.name for spec in before.inputs], batch.arrays, strict=True))
-    pairs = zip(*(model.session(quantized=False).run(None, fed) for model in (before, after)), strict=True)
+    pairs = zip(*(_outputs(model, fed) for model in (before, after)), strict=True)
     return max((relative_error(expected, found) for expected, found in pairs), default=0.0)
+
+
+def _outputs(model: Model, fed: Mapping[str, Array]) -> list[Array]:
+    from qpipe.model.session import make_session
+
+    found: list[Array] = make_session(model, quantized=False, lean=True).run(None, dict(fed))
+    return found

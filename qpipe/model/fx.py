@@ -59,17 +59,26 @@ def supported_ops() -> frozenset[tuple[str, str]]:
 
 
 def to_torch(
-    model: Model, quantized: bool = True, trainable: Iterable[str] = (), device: str = "cpu"
+    model: Model,
+    quantized: bool = True,
+    trainable: Iterable[str] = (),
+    device: str = "cpu",
+    shared: bool = False,
 ) -> fx.GraphModule:
     """`model` as a torch.fx module on `device`: its inputs in order -> one tensor, or a tuple of outputs.
 
     `quantized` inserts fake-quantize at the model's encodings. Parameters whose ONNX names are in `trainable`
-    require gradients. All tensors are copies. Raises InputError for unsupported operators, all listed, and
-    ValueError for a trainable name that is no float initializer.
+    require gradients. All tensors are copies, unless `shared`: then they are the model's own memory, to be
+    read alone (what is mapped from a file cannot be written to, and an attempt ends the process). Raises
+    InputError for unsupported operators, all listed, and ValueError for a trainable name that is no float
+    initializer, or for any together with `shared`.
     """
+    trainable = tuple(trainable)
+    if shared and trainable:
+        raise ValueError("a module that shares the model's tensors cannot train any of them.")
     encodings = effective_encodings(model) if quantized else {}
     biases = quantized_biases(model) if quantized else {}
-    module = build(model.graph, encodings, biases, tuple(trainable))
+    module = build(model.graph, encodings, biases, trainable, shared)
     return module.to(device)
 
 

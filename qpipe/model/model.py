@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir
 
+from qpipe.mapped import spooled
 from qpipe.model import packing
 from qpipe.model.invariants import restore
 
@@ -30,10 +31,13 @@ if TYPE_CHECKING:
     import onnxruntime
     import torch
 
+    from qpipe.model.blocks import Block
     from qpipe.model.layers import Layer
     from qpipe.numerics.grid import Encoding
 
 Array = npt.NDArray[Any]
+SPOOLED_BYTES = 1 << 27
+"""What one editor replaces beyond this goes into files."""
 
 
 @dataclass(frozen=True)
@@ -215,6 +219,13 @@ class Model:
 
         return block(self, inputs, outputs)
 
+    def blocks(self, by_name: bool = True) -> tuple[Block, ...]:
+        """The parts that blockwise methods tune, one behind the other: by the names of torch modules, or by the
+        articulation points of the graph alone. `block([b.input, *b.side_inputs], [b.output])` cuts one out."""
+        from qpipe.model.blocks import find_blocks
+
+        return find_blocks(self, by_name)
+
     def digraph(self) -> nx.DiGraph[str]:
         """The nodes by name, with an edge for each value that one reads from another (`values`: names)."""
         from qpipe.model.parts import digraph
@@ -222,12 +233,18 @@ class Model:
         return digraph(self)
 
     def to_torch(
-        self, quantized: bool = True, trainable: Iterable[str] = (), device: str = "cpu"
+        self,
+        quantized: bool = True,
+        trainable: Iterable[str] = (),
+        device: str = "cpu",
+        shared: bool = False,
     ) -> torch.fx.GraphModule:
-        """A torch.fx module, one fx node per ONNX node; fake-quantize at the encodings if `quantized`."""
+        """A torch.fx module, one fx node per ONNX node; fake-quantize at the encodings if `quantized`.
+
+        Its tensors are copies or, for a module that only runs, the model's own memory (`shared`)."""
         from qpipe.model.fx import to_torch
 
-        return to_torch(self, quantized, tuple(trainable), device)
+        return to_torch(self, quantized, tuple(trainable), device, shared)
 
     def to_qdq(self) -> onnx.ModelProto:
         """The ONNX model with QuantizeLinear and DequantizeLinear at the encodings."""
@@ -270,6 +287,7 @@ class Editor:
         self.encodings: dict[str, Encoding] = dict(source.encodings)
         self.metadata: dict[str, Any] = json.loads(json.dumps(dict(source.metadata)))
         self._known = set(value_names(source.graph))
+        self._replaced_bytes = 0
 
     @property
     def graph(self) -> onnx_ir.Graph:
@@ -294,11 +312,14 @@ class Editor:
         return Params(self.graph)[name]
 
     def set_param(self, name: str, array: npt.ArrayLike) -> None:
-        """Replace the initializer `name`; the array is copied, and cast to the type that it replaces."""
+        """Replace the initializer `name`; the array is copied, and cast to the type that it replaces. Where much is
+        replaced the rest of it is kept in files without names, so that memory holds one tensor of a large model."""
         value = self.graph.initializers.get(name)
         if value is None or value.const_value is None:
             raise KeyError(f"the model has no parameter {name!r}.")
-        _set(value, np.array(array, dtype=value.const_value.dtype.numpy(), order="C"))
+        copy = np.array(array, dtype=value.const_value.dtype.numpy(), order="C")
+        self._replaced_bytes += copy.nbytes
+        _set(value, spooled(copy) if self._replaced_bytes > SPOOLED_BYTES else copy)
 
     def add_param(self, name: str, array: npt.ArrayLike) -> onnx_ir.Value:
         """A new initializer under `name`, or under `name_1`, … where that is taken; the array is copied."""

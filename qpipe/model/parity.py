@@ -159,16 +159,17 @@ def parity(
     units = {name: _Count(name, op_types[name], model) for name in names}
     whole = {name: _Count(name, op_types[name], model) for name in names}
     outputs = {spec.name: _Difference(spec.name) for spec in model.outputs}
-    cut = _cut(model, names).session(mode="deploy", threads=threads)
+    cut = _cut(model, names).session(mode="deploy", threads=threads) if names else None
     wanted = [*names, *(name for name in outputs if name not in names)]
     deployed = model.session(mode="deploy", outputs=wanted, threads=threads)
-    simulated, samples = model.to_torch(), 0
+    simulated, samples = model.to_torch(shared=True), 0
     for batch in batches(model, inputs, batch_size):
         fed = {spec.name: array for spec, array in zip(model.inputs, batch.arrays, strict=True)}
         unrounded: dict[str, Array] = {}
         values = simulate(simulated, batch.arrays, {*names, *outputs}, unrounded)
         # The padding of the last batch of a fixed size repeats samples: comparing those again does no harm.
-        for name, theirs in _run(cut, names, {**fed, **{given(name): values[name] for name in names}}):
+        unit_inputs = {**fed, **{given(name): values[name] for name in names}}
+        for name, theirs in _run(cut, names, unit_inputs) if cut else ():
             units[name].add(values[name], theirs, unrounded.get(name))
         for name, theirs in _run(deployed, wanted, fed):
             if name in whole:

@@ -56,7 +56,10 @@ def to_qdq(model: Model) -> onnx.ModelProto:
 
 
 def qdq_model(model: Model) -> ir.Model:
-    """What `to_qdq` writes, as an onnx_ir model of its own; big tensors that stay float are shared."""
+    """What `to_qdq` writes, as an onnx_ir model of its own; big tensors that stay float are shared.
+
+    The codes of weights are computed when they are asked for, each time, so that a model that is written tensor by
+    tensor takes memory for one. A nan among the weights is found, and refused, then."""
     encodings = effective_encodings(model)
     clone = model.ir.clone()
     graph = clone.graph
@@ -174,12 +177,17 @@ def _insert_weight(graph: ir.Graph, weight: ir.Value, encoding: Encoding) -> Non
     """The initializer's integer codes and a DQ that takes over its name and its readers."""
     name = str(weight.name)
     assert weight.const_value is not None
-    codes = quantize(weight.const_value.numpy(), encoding, name)
     dtype = storage(encoding)
     if encoding.block_size is not None and dtype.bitwidth == 8:
         # onnxruntime (1.31) fuses these into an integer MatMul that cannot run with scales per block.
         dtype = storage(replace(encoding, bitwidth=16))
-    _replace_constant(graph, weight, name, codes, encoding, _uses(weight), dtype)
+    source, stored = weight.const_value, f"{name}__quantized"
+
+    def codes() -> ir.Tensor[Array]:
+        return _tensor(stored, quantize(source.numpy(), encoding, name), dtype)
+
+    tensor = ir.LazyTensor(codes, dtype, ir.Shape(source.shape.numpy()), name=stored)
+    _replace_constant(graph, weight, name, tensor, encoding, _uses(weight))
 
 
 def _insert_bias(graph: ir.Graph, node: ir.Node, bias: QuantizedBias, encodings: dict[str, Encoding]) -> None:
@@ -193,21 +201,21 @@ def _insert_bias(graph: ir.Graph, node: ir.Node, bias: QuantizedBias, encodings:
     grid = Encoding(32, True, True, scale, np.zeros(scale.shape, np.int32), axis)
     uses = ((node, bias.position),)
     name = bias.name if len(_uses(value)) == 1 else _fresh(graph, f"{bias.name}__{node.name}")
-    _replace_constant(graph, value, name, codes, grid, uses, ir.DataType.INT32)
+    tensor = _tensor(f"{name}__quantized", codes, ir.DataType.INT32)
+    _replace_constant(graph, value, name, tensor, grid, uses)
 
 
 def _replace_constant(
     graph: ir.Graph,
     value: ir.Value,
     name: str,
-    codes: Array,
+    codes: ir.TensorProtocol,
     encoding: Encoding,
     uses: Uses,
-    dtype: ir.DataType,
 ) -> None:
     """A DQ of `codes`, called `name`, for the given readers of the initializer `value`."""
-    stored = _constant(graph, f"{name}__quantized", codes, dtype)
-    inputs = [stored, *_constants(graph, name, encoding, dtype)]
+    dtype = codes.dtype
+    inputs = [_initializer(graph, codes), *_constants(graph, name, encoding, dtype)]
     if value.name == name and value.is_graph_output():
         name = _fresh(graph, f"{name}__dequantized")  # the output of the model stays what it was
     elif value.name == name and len(uses) == len(_uses(value)):
@@ -247,12 +255,19 @@ _NUMPY: dict[ir.DataType, Any] = {
 
 
 def _constant(graph: ir.Graph, name: str, array: Array, dtype: ir.DataType | None = None) -> ir.Value:
+    return _initializer(graph, _tensor(name, array, dtype))
+
+
+def _tensor(name: str, array: Array, dtype: ir.DataType | None = None) -> ir.Tensor[Array]:
     array = np.asarray(array, np.float32) if dtype is None else np.asarray(array).astype(_NUMPY[dtype])
-    name = _fresh(graph, name)
-    tensor = ir.Tensor(array, dtype=dtype, name=name)
-    value = ir.Value(
-        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor
-    )
+    return ir.Tensor(array, dtype=dtype, name=name)
+
+
+def _initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
+    """`tensor` as an initializer, under its name or one like it that is free."""
+    tensor.name = _fresh(graph, str(tensor.name))
+    shape = ir.Shape(tensor.shape.numpy())
+    value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
     graph.register_initializer(value)
     return value
 

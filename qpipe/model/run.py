@@ -159,7 +159,7 @@ def _simulation(model: Model, quantized: bool, device: str) -> Callable[[tuple[A
 
     from qpipe.model.constants import array_of, tensor_of
 
-    module = model.to_torch(quantized=quantized, device=device)
+    module = model.to_torch(quantized=quantized, device=device, shared=True)
 
     def infer(arrays: tuple[Array, ...]) -> list[Array]:
         with torch.inference_mode():

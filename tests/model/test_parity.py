@@ -58,7 +58,7 @@ def test_the_first_difference_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     model = quantized(cnn(), X)
     honest = Model.to_torch
 
-    def broken(self: Model, quantized: bool = True, trainable: object = (), device: str = "cpu") -> object:
+    def broken(self: Model, quantized: bool = True, **_: object) -> object:
         module = honest(self, quantized=quantized)
         with torch.no_grad():
             module.w3.mul_(1.2)  # from here on the simulation is another model
