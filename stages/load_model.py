@@ -73,25 +73,33 @@ def from_module(module: torch.nn.Module, example: Any, data: Samples | None) -> 
 
 
 def on_example(module: torch.nn.Module, example: Any, model: Model) -> tuple[Arrays, list[Any]]:
-    """The example as arrays by the model's input names, and the outputs of `module`, in eval mode, for it."""
+    """The example as arrays by the model's input names, and the outputs of `module`, in eval mode, for it.
+
+    Both in float32, which the model has whatever the module's type is.
+    """
     import copy
 
+    import numpy as np
     import torch
 
-    twin = copy.deepcopy(module).cpu().eval()
-    named = (
-        {str(name): torch.as_tensor(value) for name, value in example.items()}
-        if isinstance(example, Mapping)
-        else {}
-    )
-    listed = example if isinstance(example, tuple | list) else [example]
-    tensors = list(named.values()) if named else [torch.as_tensor(value) for value in listed]
-    with torch.no_grad():
-        returned = twin(**named) if named else twin(*tensors)
-    leaves = torch.utils._pytree.tree_leaves(returned)
-    outputs = [leaf.numpy() for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    def taken(value: Any) -> Any:
+        tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+        if not isinstance(tensor, torch.Tensor):
+            return value  # a constant of the export
+        tensor = tensor.detach().cpu().clone()
+        return tensor.float() if tensor.is_floating_point() else tensor
+
+    twin = copy.deepcopy(module).cpu().float().eval()
+    named = {str(name): taken(value) for name, value in example.items()} if isinstance(example, Mapping) else {}
+    listed = [] if named else [taken(v) for v in (example if isinstance(example, tuple | list) else [example])]
+    tensors = [value for value in [*named.values(), *listed] if isinstance(value, torch.Tensor)]
     pairs = zip(model.inputs, tensors, strict=True)
-    return {spec.name: named.get(spec.name, tensor).numpy() for spec, tensor in pairs}, outputs
+    # Copies, since a module may write into its inputs.
+    fed = {spec.name: named.get(spec.name, tensor).numpy().copy() for spec, tensor in pairs}
+    with torch.no_grad():
+        returned = twin(*listed, **named)
+    leaves = torch.utils._pytree.tree_leaves(returned)
+    return fed, [leaf.numpy() for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
 def largest_error(model: Model, fed: Arrays, wanted: list[Any]) -> float:

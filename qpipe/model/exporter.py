@@ -10,7 +10,6 @@ import contextlib
 import io
 import logging
 import re
-import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -22,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qpipe.errors import InputError
 from qpipe.model.canonical import canonicalize
+from qpipe.model.export_errors import explain, refuse_unfit_module, unwrapped
 from qpipe.model.invariants import OPSET
 from qpipe.model.model import Model
 from qpipe.model.naming import MODULE_CLASS, SCOPE
@@ -38,6 +38,8 @@ def from_torch(
     input_names: Sequence[str] | None = None,
 ) -> Model:
     """See `Model.from_torch`."""
+    module = unwrapped(module)
+    refuse_unfit_module(module)
     args, kwargs = _arguments(module, example_inputs)
     notes: list[str] = []
     with _evaluating(module):
@@ -45,6 +47,8 @@ def from_torch(
             source = _exported(module, args, kwargs, dynamic_shapes)
         else:
             source, notes = _exported_with_batch(module, args, kwargs)
+    if not source.graph.outputs:
+        raise InputError(f"{type(module).__name__} returns no tensor. Let its forward return what it computes.")
     parameters = [name for name, value in source.graph.initializers.items() if _is_parameter(value)]
     _own_tensors(source)
     _keep_scopes(source)
@@ -155,43 +159,10 @@ def _exported(
                 dynamic_shapes=dynamic_shapes,
             )
     except Exception as error:  # the exporter raises its own errors around torch's and python's
-        raise InputError(_failure(module, error)) from error
+        raise InputError(explain(module, args, kwargs, error)) from error
     assert program is not None
     model: ir.Model = program.model
     return model
-
-
-def _failure(module: torch.nn.Module, error: BaseException) -> str:
-    """What went wrong, where in the module, and what to do, in three sentences."""
-    chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
-        chain.append(cause)
-    root = chain[-1]
-    reason = next(
-        (line.strip() for line in str(root).splitlines() if line.strip()), "no reason given"
-    ).rstrip(".")
-    places = [place for e in chain if (place := _deepest_module(module, e)) is not None]
-    where = f" in its part {places[-1]!r}" if places else ""
-    calls = [found for e in chain for found in _CALL.findall(str(e))]
-    code = f" at `{calls[-1].strip()}`" if calls else ""
-    return (
-        f"torch cannot export {type(module).__name__} to ONNX: {type(root).__name__}{where}{code}: {reason}. "
-        "Rewrite what depends on the values of tensors or calls operators that ONNX lacks; "
-        "or export the model to ONNX yourself and load that file."
-    )
-
-
-_CALL = re.compile(r'File "[^"]+", line \d+, in forward\n\s+(.+)')
-
-
-def _deepest_module(module: torch.nn.Module, error: BaseException) -> str | None:
-    """The path of the innermost submodule whose code was running; None for the module itself or none."""
-    paths = {id(part): path for path, part in module.named_modules()}
-    found = None
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        path = paths.get(id(frame.f_locals.get("self")))
-        found = path or found
-    return found
 
 
 @contextlib.contextmanager

@@ -73,8 +73,10 @@ def test_the_blocks_are_the_layers_that_the_module_lists_name(net: str) -> None:
     assert len(blocks) == len(listed) + ALONE[net]
     for block in blocks:
         if block.name in listed:
-            inside = {str(n.name) for n in model.graph if f"{n.metadata_props.get(SCOPE)}.".startswith(block.name + ".")}
-            assert {layer.name for layer in model.layers()} & inside <= set(block.nodes)
+            scopes = {str(node.name): f"{node.metadata_props.get(SCOPE)}." for node in model.graph}
+            inside = {layer.name for layer in model.layers() if scopes[layer.name].startswith(f"{block.name}.")}
+            assert inside
+            assert inside <= set(block.nodes)
 
 
 @pytest.mark.parametrize("net", NETS)
@@ -122,6 +124,7 @@ def assert_same_one_by_one(model: Model, fed: dict[str, np.ndarray]) -> None:
 
 def test_masks_and_positions_are_side_inputs() -> None:
     from transformers import BertConfig, BertForSequenceClassification
+
     from tests.zoo import ENCODER
 
     class Masked(nn.Module):

@@ -1,0 +1,180 @@
+"""Why torch could not export a module, in one line: what failed, in which part, and the way out."""
+
+from __future__ import annotations
+
+import copy
+import re
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from qpipe.errors import InputError
+
+_OTHERWISE = "or export the model to ONNX yourself and load that file"
+_TORCH = str(Path(torch.__file__).parent)
+_CALL = re.compile(r'File "([^"]+)", line \d+, in \S+\n\s+(.+)')
+_NO_OPERATOR = re.compile(r"No ONNX function found for <OpOverload\(op='([\w.]+)'")
+
+
+def refuse_unfit_module(module: nn.Module) -> None:
+    """Raise InputError for a module of which torch's exporter is known to make nothing."""
+    name = type(module).__name__
+    if isinstance(module, torch.jit.ScriptModule):
+        raise InputError(f"{name} is a ScriptModule. Give the nn.Module that it was scripted or traced from.")
+    quantized = [path for path, part in module.named_modules() if ".quantized" in type(part).__module__]
+    if quantized:
+        raise InputError(f"{name} is quantized by torch already, in its part {quantized[0]!r}. Give the float module.")
+    empty = [path for path, value in module.state_dict(keep_vars=True).items() if value.is_meta]
+    if empty:
+        raise InputError(
+            f"{name} has {len(empty)} tensors without data (device meta), such as {empty[0]!r}. Fill them before: "
+            "build the module on the CPU, or call to_empty(device='cpu') and load the weights."
+        )
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside DataParallel, DistributedDataParallel and torch.compile."""
+    while True:
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            module = module.module
+        elif isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):
+            module = inner
+        else:
+            return module
+
+
+def explain(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], error: BaseException
+) -> str:
+    """What went wrong in the export, where in the module, and what to do.
+
+    The module is run once on its example, a copy of it where it can be copied: what fails there is no matter of ONNX.
+    """
+    name = type(module).__name__
+    twin, own = _run(module, args, kwargs)
+    if isinstance(own, BaseException):
+        return (
+            f"{name} does not run on its example inputs: {_reason(own)}{_place(twin, [own])}. Give inputs that it "
+            f"takes ({_signature(module)}); the example has {_described(args, kwargs)}."
+        )
+    if strange := _strange_output(own):
+        return (
+            f"{name} returns {strange}. Let forward return a tensor, or a tuple, list or dict of tensors, or wrap the "
+            f"module in one that does; {_OTHERWISE}."
+        )
+    chain = _chain(error)
+    said = f"torch cannot export {name} to ONNX: {_reason(chain[-1])}{_place(module, chain)}. "
+    return said + _way_out(chain)
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """The error and its causes, the first cause last."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    return chain
+
+
+def _reason(error: BaseException) -> str:
+    lines = (line.strip() for line in str(error).splitlines())
+    return f"{type(error).__name__}: {next(filter(None, lines), 'no reason given').rstrip('.')}"
+
+
+def _way_out(chain: list[BaseException]) -> str:
+    said = "\n".join(f"{type(error).__name__} {error}" for error in chain)
+    if found := _NO_OPERATOR.search(said):
+        operator = found[1].removeprefix("aten.").strip("_")
+        return f"ONNX has no operator for {operator}: replace it by others; {_OTHERWISE}."
+    if "DataDependent" in said or "data-dependent" in said:
+        return (
+            "Its code decides by the values of a tensor, which an ONNX graph cannot follow: use torch.where or "
+            f"torch.cond, and sizes that do not depend on values; {_OTHERWISE}."
+        )
+    return f"Rewrite what depends on the values of tensors or calls operators that ONNX lacks; {_OTHERWISE}."
+
+
+def _place(module: nn.Module, chain: list[BaseException]) -> str:
+    """ in its part 'a.b' at `code`, as far as it is known."""
+    places = [place for error in chain if (place := _deepest_module(module, error))]
+    where = f" in its part {places[-1]!r}" if places else ""
+    code = next((line for error in reversed(chain) if (line := _own_line(error))), "")
+    return where + (f" at `{code}`" if code else "")
+
+
+def _own_line(error: BaseException) -> str:
+    """The last line of code outside torch that was running, or that torch says was."""
+    told = [code.strip() for file, code in _CALL.findall(str(error)) if not _of_torch(file)]
+    if told:
+        return str(told[-1])
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not _of_torch(frame.filename) and "qpipe" not in frame.filename]
+    return str(own[-1].line or "") if own else ""
+
+
+def _of_torch(file: str) -> bool:
+    return file.startswith((_TORCH, "<")) or "site-packages" in file
+
+
+def _deepest_module(module: nn.Module, error: BaseException) -> str | None:
+    """The path of the innermost submodule whose code was running, or that the operator came from which was being
+    translated; None for the module itself or none."""
+    paths = {id(part): path for path, part in module.named_modules()}
+    found = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        path = paths.get(id(frame.f_locals.get("self")))
+        node = frame.f_locals.get("node")
+        if isinstance(node, fx.Node):
+            path = next(reversed([*_stack(node)]), path)
+        found = path or found
+    return found
+
+
+def _stack(node: fx.Node) -> Iterator[str]:
+    """The paths of the modules that a node of an exported program came from, the innermost last."""
+    for path, _ in (node.meta.get("nn_module_stack") or {}).values():
+        if isinstance(path, str) and path:
+            yield path.removeprefix("L['self'].")
+
+
+def _run(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[nn.Module, Any]:
+    """A copy of the module, where it can be copied, and what that returns for the example, or the error it raises."""
+    try:
+        twin = copy.deepcopy(module)
+    except Exception:  # whatever a module of the user's holds that cannot be copied
+        twin = module
+    own_args, own_kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (args, dict(kwargs)))
+    try:
+        with torch.no_grad():
+            return twin, twin(*own_args, **own_kwargs)
+    except Exception as error:  # the module is the user's: whatever it raises is theirs to read
+        return twin, error
+
+
+def _strange_output(returned: Any) -> str | None:
+    """What an output holds that is no tensor, in words; None where all are."""
+    for leaf in pytree.tree_leaves(returned):
+        if leaf is not None and not isinstance(leaf, torch.Tensor):
+            return f"an object of {type(leaf).__name__} (in its output)"
+    return None
+
+
+def _signature(module: nn.Module) -> str:
+    import inspect
+
+    names = ", ".join(inspect.signature(module.forward).parameters)
+    return f"forward takes {names or 'nothing'}"
+
+
+def _described(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    def one(value: Any) -> str:
+        if isinstance(value, torch.Tensor):
+            return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+        return type(value).__name__
+
+    named = [f"{name}: {one(value)}" for name, value in kwargs.items()]
+    return ", ".join([*map(one, args), *named]) or "none"
