@@ -28,8 +28,9 @@ Version = Literal["0.6.1", "1.0.0", "2.0.0"]
 
 
 def write_encodings(model: Model, path: Path, version: Version = "1.0.0") -> None:
-    """Writes the grids of `model` as JSON to `path`, a tensor a line. Errors: those of `encodings_document`."""
-    document = encodings_document(model, version)
+    """Writes the grids of `model` as JSON to `path`, a tensor a line, each made when its turn comes: a scale of a
+    block takes many times its bytes as an object of Python. Errors: those of `_document`."""
+    document = _document(model, version)
     with path.open("w", encoding="utf-8") as file:
         for i, (key, value) in enumerate(document.items()):
             file.write(f"{',' if i else '{'}\n  {json.dumps(key)}: ")
@@ -38,21 +39,30 @@ def write_encodings(model: Model, path: Path, version: Version = "1.0.0") -> Non
 
 
 def _lines(value: Any) -> Iterator[str]:
-    """`value` as JSON, each entry of a list or an object on a line of its own."""
-    if not isinstance(value, list | dict) or not value:
+    """`value` as JSON, each entry of an iterator (a list) or an object on a line of its own."""
+    if isinstance(value, Iterator):
+        edges, entries = "[]", (json.dumps(entry) for entry in value)
+    elif isinstance(value, dict):
+        edges, entries = "{}", (f"{json.dumps(key)}: {json.dumps(entry)}" for key, entry in value.items())
+    else:
         yield json.dumps(value)
         return
-    if isinstance(value, list):
-        edges, entries = "[]", (json.dumps(entry) for entry in value)
-    else:
-        edges, entries = "{}", (f"{json.dumps(key)}: {json.dumps(entry)}" for key, entry in value.items())
-    for i, entry in enumerate(entries):
-        yield f"{',' if i else edges[0]}\n    {entry}"
-    yield f"\n  {edges[1]}"
+    begun = False
+    for entry in entries:
+        yield f"{',' if begun else edges[0]}\n    {entry}"
+        begun = True
+    yield f"\n  {edges[1]}" if begun else edges
 
 
 def encodings_document(model: Model, version: Version = "1.0.0") -> dict[str, Any]:
-    """The grids of `model` as the JSON value that the format `version` prescribes, sorted by name.
+    """The grids of `model` as the JSON value that the format `version` prescribes, sorted by name. Errors: those of
+    `_document`."""
+    document = _document(model, version)
+    return {key: list(value) if isinstance(value, Iterator) else value for key, value in document.items()}
+
+
+def _document(model: Model, version: Version) -> dict[str, Any]:
+    """The same, lists of grids as iterators.
 
     How the ranges were found is said where the model's metadata have `quant_scheme`. Raises InputError for
     another version, and where 0.6.1 is asked for block scales, which it cannot express.
@@ -63,7 +73,7 @@ def encodings_document(model: Model, version: Version = "1.0.0") -> dict[str, An
     params = {name: e for name, e in sorted(encodings.items()) if name in model.params}
     activations = {name: e for name, e in sorted(encodings.items()) if name not in model.params}
     if version == "2.0.0":
-        listed = [{"name": name, **_onnx_terms(e)} for name, e in {**activations, **params}.items()]
+        listed = ({"name": name, **_onnx_terms(e)} for name, e in {**activations, **params}.items())
         return {"version": version, "encodings": listed}
     arguments = _quantizer_args(params, activations)
     if "quant_scheme" in model.metadata:
@@ -71,8 +81,8 @@ def encodings_document(model: Model, version: Version = "1.0.0") -> dict[str, An
     if version == "1.0.0":
         return {
             "version": version,
-            "activation_encodings": [{"name": name, **_aimet_1_0_0(e)} for name, e in activations.items()],
-            "param_encodings": [{"name": name, **_aimet_1_0_0(e)} for name, e in params.items()],
+            "activation_encodings": ({"name": name, **_aimet_1_0_0(e)} for name, e in activations.items()),
+            "param_encodings": ({"name": name, **_aimet_1_0_0(e)} for name, e in params.items()),
             "quantizer_args": arguments,
             "excluded_layers": [],
         }

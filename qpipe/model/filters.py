@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from qpipe.errors import InputError
 from qpipe.model.naming import SCOPE
-from qpipe.model.target import Nodes, split
+from qpipe.model.target import KINDS, Nodes, split
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _matched(
         known = {*names, *(str(node.name) for node in graph)}
     if not nodes and not values:
         raise InputError(
-            f"{address}: {text!r} matches nothing in the model{_nearest(pattern, known)}."
+            f"{address}: {text!r} matches nothing in the model{_nearest(pattern, known)}{_kinds(text)}"
         )
     return nodes, values
 
@@ -103,7 +103,7 @@ def _between(names: dict[str, ir.Value], first: str, last: str, said: str) -> li
     """The nodes that follow from the value `first` and lead to the value `last`."""
     for name in filter(None, (first, last)):
         if name not in names:
-            raise InputError(f"{said} names no value of the model: '{name}'{_nearest(name, names)}.")
+            raise InputError(f"{said} names no value of the model: '{name}'{_nearest(name, names)}")
     after = _reached([names[first]], forward=True) if first else None
     before = _reached([names[last]], forward=False) if last else None
     if after is None or before is None:
@@ -125,7 +125,16 @@ def _reached(values: list[ir.Value], forward: bool) -> dict[ir.Node, None]:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence that says that `name` is not known."""
     if not set(known) - {""}:
-        return " (its nodes say no modules)"
+        return " (its nodes say no modules)."
     close = difflib.get_close_matches(name, sorted(set(known) - {""}), 1, 0.5)
-    return f"; did you mean '{close[0]}'?" if close else ""
+    return f". Did you mean '{close[0]}'?" if close else "."
+
+
+def _kinds(text: str) -> str:
+    """What filters there are, for one that begins with a kind that is none."""
+    kind, colon, _ = text.partition(":")
+    if not colon or kind in KINDS or not kind.isidentifier():
+        return ""
+    return f" A filter is a regular expression of names, or one of {', '.join(f'{known}:' for known in KINDS)}."

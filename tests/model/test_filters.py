@@ -85,8 +85,9 @@ def test_a_module_and_what_is_below_it() -> None:
 
 
 SLIPS = {
-    "secnod": "exclude: 'secnod' matches nothing in the model; did you mean 'second'",
-    "type:Matmul": "'type:Matmul' matches nothing in the model; did you mean 'MatMul'",
+    "secnod": r"exclude: 'secnod' matches nothing in the model\. Did you mean 'second'",
+    "type:Matmul": r"'type:Matmul' matches nothing in the model\. Did you mean 'MatMul'",
+    "module:encoder": "matches nothing.* A filter is a regular expression of names, or one of name:",
     "scope:encoder": r"'scope:encoder' matches nothing in the model \(its nodes say no modules\)",
     "between:r..bb": "'between:r..bb' names no value of the model: 'bb'",
     "between:y..x": "'between:y..x' matches nothing",
