@@ -95,3 +95,24 @@ def shared(first: dict[str, Any], other: dict[str, Any]) -> list[dict[str, Any]]
 
 def same(row: dict[str, Any], known: dict[str, Any]) -> bool:
     return (row["share"], row["score"]) == (known["share"], known["score"])
+
+
+@pytest.mark.slow
+def test_autoquant_comes_to_amp_where_nothing_before_it_meets_the_goal(tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    given = [word for word in OVERRIDES if word.startswith(("model", "data", "run", "goal.metric"))]
+    command = [sys.executable, "-m", "qpipe", *given, "scheme=w4a8", "goal.max_drop=255"]
+    environment = os.environ | {"QPIPE_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("outputs/*/*/record.json")
+    record = json.loads(path.read_text())
+    assert record["best"]["node"] == "score_mixed"
+    nodes = record["nodes"]
+    assert nodes["score_adaround"]["scores"]["score"] < 45.0 <= nodes["score_mixed"]["scores"]["score"]
+    assert nodes["score_deployed"]["scores"]["score"] == pytest.approx(
+        nodes["score_mixed"]["scores"]["score"], abs=0.1
+    )
+    assert "Mixed precision" in (path.parent / "report.html").read_text()
