@@ -109,7 +109,7 @@ def test_autoquant_comes_to_amp_where_nothing_before_it_meets_the_goal(tmp_path:
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("outputs/*/*/record.json")
     record = json.loads(path.read_text())
-    assert record["best"]["node"] == "score_mixed"
+    assert record["best"]["node"] == "mixed"
     nodes = record["nodes"]
     assert nodes["score_adaround"]["scores"]["score"] < 45.0 <= nodes["score_mixed"]["scores"]["score"]
     assert nodes["score_deployed"]["scores"]["score"] == pytest.approx(
