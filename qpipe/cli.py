@@ -65,9 +65,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command line; its exit status."""
     command, rest = split_command(arguments)
     if sys.path[:1] not in ([os.getcwd()], [""]):
-        sys.path.insert(
-            0, os.getcwd()
-        )  # as in a worker, so that both find the same file under a module's name
+        sys.path.insert(0, os.getcwd())  # as in a worker: both find the same file under a module's name
     if command in arguments[:1] and {"--help", "-h"} & set(rest):
         print(usage(command), end="")
         return 0
@@ -238,11 +236,13 @@ def _compose(many: Many, command: str, rest: list[str]) -> int:
             hydra.main(version_base="1.3", config_path="pkg://qpipe.conf", config_name="config")(task)()
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(one_line(error)) from error
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         if begun:
             raise
-        if isinstance(error, ValueError):  # a number of thousands of digits
-            raise ConfigError(one_line(error)) from error
+        raise ConfigError(one_line(error)) from error  # a number of thousands of digits
+    except OSError as error:
+        if begun or error.filename is None:  # a pipe that nobody reads has no name
+            raise
         raise QpipeError(
             f"the folder of the run cannot be made ('{error.filename}': {error.strerror}). Choose another one with "
             "hydra.run.dir=…, or hydra.sweep.dir=… with -m."

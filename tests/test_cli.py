@@ -87,3 +87,18 @@ def test_a_run_that_was_all_hits_still_tells_those_who_asked_for_the_end(toy: To
     assert "0 ran, 1 from the cache" in warm.stdout
     refused = toy.run("run", "run.workers=0", "run.expect=cached", "stages.a.value=3")
     assert (refused.returncode, toy.calls()) == (4, ["end"])
+
+
+def test_help_that_nobody_reads_to_its_end_says_nothing_more(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "qpipe", "--help"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout
+    assert process.stderr
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait() == 141

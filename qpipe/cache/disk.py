@@ -145,9 +145,7 @@ def make_folder(folder: str | Path, root: Path, flush: bool = True) -> None:
         try:
             place.mkdir()
         except FileExistsError:
-            if is_folder(
-                place
-            ):  # another process was first; what it made is not to be moved away under its feet
+            if is_folder(place):  # another process was first: its folder is not moved away under its feet
                 continue
             set_aside(place, root)
             with contextlib.suppress(FileExistsError):  # as above
