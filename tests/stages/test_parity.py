@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from qpipe.stages.calibrate import calibrate
@@ -69,3 +71,14 @@ def test_it_says_where_differences_come_from():
 def test_a_model_without_encodings_is_refused(model, data):
     with pytest.raises(InputError, match="nothing to compare"):
         parity(model, data)
+
+
+@pytest.mark.parametrize("bias", ["float", "int32"])
+def test_float_biases_that_onnxruntime_rounds_are_told(network, data, target, notes, bias):
+    flat = network(
+        """m (float[N,3,6,6] x) => (float[N,2,6,6] y) { t = Conv(x, w, b)  y = Conv(t, v) }""",
+        {"w": np.ones((1, 3, 1, 1), np.float32), "b": np.float32([0.3]), "v": (2, 1, 1, 1)},
+    )
+    calibrated = calibrate(flat, data, scheme=SCHEME, target=replace(target, bias=bias))
+    assert parity(calibrated, data, ctx=notes).values["agree"] is (bias == "int32")
+    assert any("keeps biases in float" in note for note in notes.notes) is (bias == "float")
