@@ -32,6 +32,7 @@ from qpipe.completion import complete
 from qpipe.compose import quick_hydra
 from qpipe.errors import ConfigError, QpipeError
 from qpipe.manual import COMMANDS, OPTIONS, usage
+from qpipe.mistakes import one_line
 from qpipe.record import RECORD
 from qpipe.sweep import INTERRUPTED, Job
 
@@ -265,17 +266,6 @@ def _leaving_nothing(command: str) -> Iterator[list[str]]:
             f"hydra.sweep.dir='{folder}'",
             "hydra.sweep.subdir=.",
         ]
-
-
-def one_line(error: BaseException) -> str:
-    """An error of Hydra's or OmegaConf's in one line."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    kept = [
-        line
-        for line in lines
-        if line and not line.startswith(("full_key:", "object_type=", "reference_type="))
-    ]
-    return " ".join(kept)
 
 
 def _carry_out(many: Many, build: Callable[[], Sequence[Job]], folders: Sequence[Path]) -> int:

@@ -21,7 +21,8 @@ COLUMN = [
     *(f"cache.{name}" for name in CACHE),
     *("changes", "history", "param", "stage", "catalog", "spec", "graph", "plan", "estimate"),
     *("action", "workers", "executor", "record", "runs", "explain", "difference", "differing", "verify", "sweep"),
-    *("commands", "cache_commands", "explain_commands", "compose", "manual", "completion", "cli", "__main__"),
+    *("commands", "cache_commands", "explain_commands", "compose", "mistakes", "manual", "completion", "cli"),
+    "__main__",
 ]
 """The engine; each file may import only what stands before it."""
 
