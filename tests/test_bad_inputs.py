@@ -154,7 +154,7 @@ def test_an_unsupported_operator_is_named_with_its_node(bench: Bench, op: str, d
 
 
 MANY_PROBLEMS = """<ir_version: 10, opset_import: ["": 21, "my.domain": 1]>
-net (float[batch,3,8,8] image, string[batch] title, float8e4m3fn[4] code, int64 count) => (float[batch,3] logits) {
+net (float[batch,3,8,8] image, string[batch] title, float4e2m1[4] code, int64 count) => (float[batch,3] logits) {
     [pool] pooled = GlobalAveragePool(image)
     [flatten] last = Flatten(pooled)
     [mystery] odd = my.domain.Mystery(last)
@@ -169,7 +169,7 @@ net (float[batch,3,8,8] image, string[batch] title, float8e4m3fn[4] code, int64 
 
 MANY_REASONS = """\
 - input 'title': it holds strings; text is not supported. Process it before the model.
-- input 'code': it holds float8e4m3fn, which torch cannot compute with. Give the model in float32.
+- input 'code': it holds float4e2m1, which torch cannot compute with. Give the model in float32.
 - node 'mystery' (op Mystery, domain my.domain): operators of the domain 'my.domain' are not known. \
 Write it in standard operators, or add its definition to the model as a function.
 - node 'noise' (op RandomNormalLike, domain ai.onnx): it draws random numbers. Export the model in eval mode.

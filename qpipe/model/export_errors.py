@@ -26,10 +26,12 @@ def refuse_unfit_module(module: nn.Module) -> None:
     name = type(module).__name__
     if isinstance(module, torch.jit.ScriptModule):
         raise InputError(f"{name} is a ScriptModule. Give the nn.Module that it was scripted or traced from.")
-    quantized = [path for path, part in module.named_modules() if ".quantized" in type(part).__module__]
+    parts = ((path, type(part).__module__) for path, part in module.named_modules())
+    quantized = [path for path, where in parts if ".quantized" in where and ".quantized.reference" not in where]
     if quantized:
         raise InputError(f"{name} is quantized by torch already, in its part {quantized[0]!r}. Give the float module.")
-    empty = [path for path, value in module.state_dict(keep_vars=True).items() if value.is_meta]
+    state = module.state_dict(keep_vars=True)  # of quantized modules, also settings
+    empty = [path for path, value in state.items() if isinstance(value, torch.Tensor) and value.is_meta]
     if empty:
         raise InputError(
             f"{name} has {len(empty)} tensors without data (device meta), such as {empty[0]!r}. Fill them before: "
