@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 
 
 def difference(report: ParityReport) -> str | None:
-    """A sentence about the units that do not agree, with the worst of them; None where all agree."""
+    """A sentence about the units that do not agree, with the worst of them; of a model without quantized activations
+    about its outputs; None where all agree."""
+    if not report.units:
+        outputs = [output for output in report.outputs if not output.agree]
+        told = (f"'{o.name}' by {o.max_difference:.3g} of {o.largest:.3g}" for o in outputs)
+        return f"Outputs differ from the deployed ones: {', '.join(told)}." if outputs else None
     apart = [unit for unit in report.units if not unit.agree]
     if not apart:
         return None

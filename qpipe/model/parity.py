@@ -33,6 +33,8 @@ LIMIT = 0.999
 """The share of a unit's values of 8 bits that has to agree exactly; none may be more than one step away."""
 TIE = 1e-3
 """In steps: nearer to the middle between two codes than this, no float32 arithmetic of 8 bits decides."""
+FLOAT = 1e-4
+"""The share of its largest value by which an output may differ where no activation is rounded."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,18 @@ class Steps:
 
 @dataclass(frozen=True)
 class Output:
-    """One output of the model, end to end: the largest difference and the direction's agreement."""
+    """One output of the model, end to end: the largest difference, the largest deployed value (both absolute), and the
+    direction's agreement."""
 
     name: str
     max_difference: float
     cosine: float
+    largest: float = 0.0
+
+    @property
+    def agree(self) -> bool:
+        """Whether it differs by no more than two computations in float32 do."""
+        return self.max_difference <= FLOAT * self.largest
 
 
 @dataclass(frozen=True)
@@ -98,8 +107,9 @@ class ParityReport:
 
     @property
     def agree(self) -> bool:
-        """Whether every unit agrees; end to end a flipped rounding may grow."""
-        return all(unit.agree for unit in self.units)
+        """Whether every unit agrees; end to end a flipped rounding may grow. Where weights alone are quantized nothing
+        is flipped: there every output agrees."""
+        return all(part.agree for part in self.units or self.outputs)
 
     @property
     def within_one(self) -> float:
@@ -310,17 +320,18 @@ class _Difference:
     """The largest difference and the cosine between two arrays, batch after batch."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.largest = name, 0.0
+        self.name, self.apart, self.largest = name, 0.0, 0.0
         self.products = np.zeros(3)
 
     def add(self, ours: Array, theirs: Array) -> None:
         """Both of one shape."""
         a, b = ours.astype(np.float64).reshape(-1), theirs.astype(np.float64).reshape(-1)
-        self.largest = max(self.largest, float(np.abs(a - b).max(initial=0.0)))
+        self.apart = max(self.apart, float(np.abs(a - b).max(initial=0.0)))
+        self.largest = max(self.largest, float(np.abs(b).max(initial=0.0)))
         self.products += np.array([a @ b, a @ a, b @ b])
 
     def output(self) -> Output:
         """What was found; two vectors of zeros point the same way."""
         dot, ours, theirs = self.products
         norm = float(np.sqrt(ours * theirs))
-        return Output(self.name, self.largest, float(dot / norm) if norm else 1.0)
+        return Output(self.name, self.apart, float(dot / norm) if norm else 1.0, self.largest)

@@ -77,11 +77,15 @@ class Parity:
     end_to_end: Distances
     worst: tuple[tuple[str, str, Distances], ...]
     facts: tuple[tuple[str, str], ...]
+    outputs: float | None
+    """The largest difference of an output, as a share of its largest value."""
 
     @property
     def sentence(self) -> str:
-        """Both comparisons in one sentence."""
+        """Both comparisons in one sentence; the outputs' where no activation is quantized."""
         verdict = {True: "agrees; ", False: "does not agree; ", None: ""}[self.agree]
+        if self.outputs is not None and not (self.units.shares or self.end_to_end.shares):
+            return f"{verdict}no activation is quantized; the outputs differ by at most {self.outputs:.1e} (relative)"
         return f"{verdict}op by op {self.units.sentence}; end to end {self.end_to_end.sentence}"
 
 
@@ -273,9 +277,12 @@ def _parity(name: str, scores: Mapping[str, Any]) -> Parity:
         (text.clean(key).replace("_", " "), fact) for key, fact in scalars(scores) if key not in hidden
     )
     end_to_end = _distances(_mappings(scores.get("end_to_end")))
+    pairs = [(real(row.get("max_difference")), real(row.get("largest"))) for row in _mappings(scores.get("outputs"))]
+    outputs = [apart / largest for apart, largest in pairs if apart is not None and largest]
     return Parity(
-        name, agree if isinstance(agree, bool) else None, _distances(rows), end_to_end, tuple(worst), facts
-    )
+        name, agree if isinstance(agree, bool) else None, _distances(rows), end_to_end, tuple(worst), facts,
+        max(outputs, default=None),
+    )  # fmt: skip
 
 
 def _distances(rows: Sequence[Mapping[str, Any]]) -> Distances:

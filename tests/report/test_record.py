@@ -78,6 +78,14 @@ def test_a_parity_without_counts_compared_nothing(record: dict[str, Any]) -> Non
     assert facts.parities(record)[0].sentence.startswith("does not agree; op by op nothing compared")
 
 
+def test_a_parity_of_weights_alone_tells_of_the_outputs(record: dict[str, Any]) -> None:
+    outputs = [{"name": "y", "max_difference": 3e-6, "largest": 2.0, "cosine": 1.0}, {"name": "z"}]
+    record["nodes"]["parity"]["scores"] = {"agree": True, "units": [], "outputs": outputs}
+    assert facts.parities(record)[0].sentence == (
+        "agrees; no activation is quantized; the outputs differ by at most 1.5e-06 (relative)"
+    )
+
+
 @pytest.mark.parametrize(
     "broken", [{}, {"nodes": None, "goal": None, "ladder": None}, {"nodes": {"a": {}}, "totals": {}}]
 )

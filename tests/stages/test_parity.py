@@ -10,7 +10,7 @@ from qpipe.stages.calibrate import calibrate
 from qpipe.stages.parity import difference, origin, parity
 
 from qpipe.errors import InputError
-from qpipe.model.parity import ParityReport, Steps
+from qpipe.model.parity import Output, ParityReport, Steps
 from qpipe.numerics.scheme import Scheme, TensorScheme
 from qpipe.stage import Samples
 
@@ -82,3 +82,15 @@ def test_float_biases_that_onnxruntime_rounds_are_told(network, data, target, no
     calibrated = calibrate(flat, data, scheme=SCHEME, target=replace(target, bias=bias))
     assert parity(calibrated, data, ctx=notes).values["agree"] is (bias == "int32")
     assert any("keeps biases in float" in note for note in notes.notes) is (bias == "float")
+
+
+def test_of_weights_alone_the_outputs_are_compared(model, data, target, notes):
+    calibrated = calibrate(model, data, scheme=Scheme(SCHEME.weight, None), target=target)
+    values = parity(calibrated, data, ctx=notes).values
+    (output,) = values["outputs"]
+    assert values["units"] == notes.notes == []
+    assert values["agree"] is True
+    assert 0 <= output["max_difference"] <= 1e-5 * output["largest"]
+    report = ParityReport((), (), (Output("y", 0.5, 1.0, 2.0),), 10)
+    assert not report.agree
+    assert difference(report) == "Outputs differ from the deployed ones: 'y' by 0.5 of 2."
