@@ -4,8 +4,9 @@ Given DQ -> Conv, ConvTranspose or Gemm with a float weight -> Q (Relu or Clip m
 onnxruntime rounds the weight to 8 bits per tensor by itself (WeightBiasQuantization, at every level of optimization
 from basic on): a layer that a target's filters leave in float, or one whose bias is computed, would run on integers
 and nobody would have said so. Its integer Softmax over a single element is 0 (1 is code 256, which wraps), and a
-graph with a quantized AveragePool that has dilations does not load. A Clip without bounds behind the DQ changes no
-value, and is no part of what onnxruntime looks for.
+graph with a quantized AveragePool that has dilations does not load. It sees DQ -> node -> Q there also once it has
+taken out what changes nothing between them, a mask of zeros, say. A Clip without bounds in front of the node changes
+no value either, and stays.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import onnx_ir as ir
 from qpipe.model.naming import Names
 
 _ROUNDED = frozenset({"Conv", "ConvTranspose", "Gemm"})
-_PASSED = frozenset({"Relu", "Clip"})
+_TAKEN_OUT = frozenset({"Identity", "Dropout", "Add", "Sub", "Mul", "Div"})
+"""What onnxruntime takes out of a graph where it changes nothing."""
+_PASSED = frozenset({"Relu", "Clip"}) | _TAKEN_OUT
 
 
 def guard_float_layers(graph: ir.Graph, names: Names) -> None:
@@ -24,8 +27,7 @@ def guard_float_layers(graph: ir.Graph, names: Names) -> None:
         if node.domain or not (_has_float_weight(node) or _wrong_on_integers(node)):
             continue
         value = node.inputs[0]
-        before = None if value is None else value.producer()
-        if value is None or before is None or before.op_type != "DequantizeLinear" or not _rounded_after(node):
+        if value is None or not _dequantized(value) or not _rounded_after(node):
             continue
         result = ir.Value(name=names.fresh(f"{node.name}__input"), type=value.type, shape=value.shape)
         guard = ir.node("Clip", [value], outputs=[result], name=names.fresh(f"{node.name}__guard"))
@@ -44,6 +46,21 @@ def _wrong_on_integers(node: ir.Node) -> bool:
     shape = node.outputs[0].shape
     axis: int = node.attributes.get_int("axis", -1)
     return node.op_type == "Softmax" and shape is not None and shape[axis] == 1
+
+
+def _dequantized(value: ir.Value) -> bool:
+    """Whether `value` comes from a DequantizeLinear, at once or through what may be taken out."""
+    node = value.producer()
+    while node is not None and node.op_type in _TAKEN_OUT:
+        node = next((v.producer() for v in node.inputs if v is not None and not _constant(v)), None)
+    return node is not None and node.op_type == "DequantizeLinear"
+
+
+def _constant(value: ir.Value) -> bool:
+    """Whether `value` is a parameter, quantized or not."""
+    node = value.producer()
+    first = value if node is None or node.op_type != "DequantizeLinear" else node.inputs[0]
+    return first is not None and first.is_initializer()
 
 
 def _rounded_after(node: ir.Node) -> bool:

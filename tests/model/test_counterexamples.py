@@ -83,6 +83,22 @@ def test_a_layer_that_stays_float_does_so_in_onnxruntime(layer: str, excluded: t
     assert set(again.encodings) == set(rounded.encodings)
 
 
+@pytest.mark.parametrize("between", ["a = Add(m, nought) z = Gemm(a, w)", "a = Gemm(m, w) z = Mul(a, one)"])
+def test_it_does_so_too_behind_and_before_what_onnxruntime_takes_out(between: str) -> None:
+    text = f"""m (float[N,4] x) => (float[N,4] y) {{
+        m = MatMul(x, v) {between} y = MatMul(z, v) }}"""
+    tensors = {"w": normal(4, 4), "v": normal(4, 4, seed=1)}
+    tensors |= {"one": np.ones((1, 1), np.float32)} if "one" in between else {"nought": np.zeros((1, 1), np.float32)}
+    target = replace(ONNXRUNTIME, nodes=Nodes(exclude=("type:Gemm", "a")))
+    x = {"x": normal(300, 4)}
+    model = Model.from_proto(parsed(text, **tensors))
+    assert len(op_types(model)) == 4
+    rounded = quantized(model, x, target=target)
+    assert {"m", "z"} <= set(rounded.encodings)
+    assert not {"a", "w"} & set(rounded.encodings)
+    assert parity(rounded, x).agree
+
+
 def test_an_input_that_is_an_output_leaves_as_it_came() -> None:
     model = Model.from_proto(parsed("m (float[N,4] x) => (float[N,4] y, float[N,4] x) { y = Relu(x) }"))
     x = normal(8, 4)
@@ -104,12 +120,14 @@ def test_names_that_the_export_would_make_up_may_be_taken(other: str) -> None:
 
 
 @pytest.mark.parametrize("last", ["Add(y, a)", "Clip(y, nought)"])
-def test_a_softmax_over_one_element_is_one(last: str) -> None:
+@pytest.mark.parametrize("scores", ["Identity(a)", "Add(a, mask)"])
+def test_a_softmax_over_one_element_is_one(scores: str, last: str) -> None:
     """onnxruntime's integer one makes 0 of it: 1 is code 256, which wraps."""
     text = f"""m (float[N,4,1] x) => (float[N,4,1] z) {{
-        nought = Constant<value_float = 0.0>() a = Mul(x, x) y = Softmax(a) z = {last} }}"""
+        nought = Constant<value_float = 0.0>() a = Mul(x, x) s = {scores} y = Softmax(s) z = {last} }}"""
     x = {"x": normal(16, 4, 1)}
-    rounded = quantized(Model.from_proto(parsed(text)), x)
+    tensors = {"mask": np.zeros((1, 1), np.float32)} if "mask" in scores else {}
+    rounded = quantized(Model.from_proto(parsed(text, **tensors)), x)
     assert parity(rounded, x).agree
 
 
