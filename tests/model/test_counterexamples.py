@@ -131,6 +131,16 @@ def test_a_softmax_over_one_element_is_one(scores: str, last: str) -> None:
     assert parity(rounded, x).agree
 
 
+def test_a_pool_nothing_of_which_passes_a_relu_is_deployed() -> None:
+    """onnxruntime's integer GlobalAveragePool does not take grids so far apart."""
+    text = "m (float[N,4,3,3] x) => (float[N,4,1,1] y) { a = Neg(x) p = GlobalAveragePool(a) y = Relu(p) }"
+    x = {"x": abs(normal(8, 4, 3, 3))}
+    rounded = quantized(Model.from_proto(parsed(text)), x)
+    assert "y" in rounded.encodings
+    assert not rounded.session().run(None, x)[0].any()
+    assert parity(rounded, x).agree
+
+
 def test_a_weight_that_is_an_output_can_be_quantized() -> None:
     text = "m (float[N,4] x) => (float[N,4] z, float[4,4] w) { z = Gemm(x, w) }"
     x, w = {"x": normal(16, 4)}, normal(4, 4)
