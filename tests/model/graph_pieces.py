@@ -14,6 +14,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from tests.model.graphs import BATCH, Net, Value
+from tests.model.recent_pieces import attention_of_heads, attention_operator, rms_norm, rotary
 
 Write = Callable[[Net, Value], object]
 
@@ -68,13 +69,21 @@ def _conv_transpose(net: Net, x: Value) -> Value:
     extra = [net.int(0, stride - 1) for stride in strides]
     reach = [d * (k - 1) + 1 for d, k in zip(dilations, kernel, strict=True)]
     full = [(n - 1) * s + r + e for n, s, r, e in zip(spatial, strides, reach, extra, strict=True)]
-    pads = [net.int(0, 1) if size > 2 else 0 for size in full * 2]
+    auto = net.of("NOTSET", "SAME_UPPER", "SAME_LOWER", "VALID")
+    pads = [net.int(0, 1) if size > 2 and auto == "NOTSET" else 0 for size in full * 2]
     sizes = [size - a - b for size, a, b in zip(full, pads, pads[len(full) :], strict=False)]
+    if auto[:4] == "SAME":
+        # Where the kernel does not reach over a stride, onnxruntime gives less than the n * s that ONNX asks for.
+        strides = [min(s, r + e) for s, r, e in zip(strides, reach, extra, strict=True)]
+        extra = [min(e, s - 1) for e, s in zip(extra, strides, strict=True)]
+        sizes = [n * s for n, s in zip(spatial, strides, strict=True)]
+    asked = net.flag() and auto != "VALID"
     inputs = [x.name, net.weight(channels, out, *kernel), *_bias(net, out * groups)]
     return net.add(
         "ConvTranspose", inputs, (BATCH, out * groups, *sizes), group=_unless(net, groups, 1),
-        strides=_unless(net, strides, 1), dilations=_unless(net, dilations, 1), pads=_unless(net, pads, 0),
-        output_padding=_unless(net, extra, 0),
+        strides=_unless(net, strides, 1), dilations=_unless(net, dilations, 1),
+        pads=_unless(net, pads, 0) if auto == "NOTSET" and not asked else None, output_padding=_unless(net, extra, 0),
+        auto_pad=None if auto == "NOTSET" else auto, output_shape=sizes if asked else None,
     )  # fmt: skip
 
 
@@ -360,7 +369,7 @@ def _attention(net: Net, x: Value) -> Value:
 
 def _resize(net: Net, x: Value) -> Value:
     factor = net.of(2, 1)
-    scales = net.param(np.array([1, 1, *(factor,) * (x.rank - 2)], np.float32), "scales")
+    scales = net.param(np.array([1, 1, *(factor,) * (x.rank - 2)], np.float32), f"scales{factor}_")
     shape = [*x.shape[:2], *(size * factor for size in x.shape[2:])]
     mode = net.of("nearest", "linear") if x.rank == 4 else "nearest"
     return net.add("Resize", [x.name, "", scales], shape, mode=mode)
@@ -385,6 +394,8 @@ PIECES = (
     Piece("squeeze", _squeeze), Piece("slice", _slice), Piece("split", _split), Piece("smooth", _smooth),
     Piece("gelu", _gelu), Piece("swish", _swish), Piece("softmax", _softmax), Piece("layer_norm", _layer_norm),
     Piece("other_norm", _other_norm, SPATIAL), Piece("attention", _attention, (3,)), Piece("resize", _resize, (3, 4)),
+    Piece("attention_operator", attention_operator, (3,), 23), Piece("rms_norm", rms_norm, opset=23),
+    Piece("attention_of_heads", attention_of_heads, (4,), 23), Piece("rotary", rotary, (3, 4), 23),
 )  # fmt: skip
 FOLDABLE = frozenset({
     "relu", "conv", "gemm", "linear", "batch_norm", "clip", "leaky", "prelu", "conv_again", "conv_transpose", "join",
@@ -392,3 +403,7 @@ FOLDABLE = frozenset({
     "constant", "layer_norm", "split", "resize",
 })  # fmt: skip
 """What bnf, cle and hbf move channels through, or have to refuse."""
+RECENT = frozenset({
+    "attention_operator", "attention_of_heads", "rms_norm", "rotary", "linear", "reshape", "transpose", "join",
+})  # fmt: skip
+"""What opset 23 brought, and what leads to it."""

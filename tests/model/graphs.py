@@ -7,7 +7,7 @@ or an output. Every model is one that onnxruntime runs, and whose outputs do not
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -141,14 +141,16 @@ def _alike(name: str, prefix: str, other: Array, array: Array) -> bool:
 
 
 @st.composite
-def cases(draw: Any, kinds: Sequence[str] | None = None, largest: int = 8, strange: bool = True) -> Case:
-    """A model of up to `largest` pieces, of all kinds or of `kinds`, with inputs that it can run.
+def cases(
+    draw: Any, kinds: Collection[str] | None = None, largest: int = 8, strange: bool = True, oldest: int = 13
+) -> Case:
+    """A model of up to `largest` pieces, of all kinds or of `kinds`, of opset `oldest` or later, with inputs for it.
 
     Without `strange` it has plain names, one place for constants, and nothing dead or doubled."""
     from tests.model.graph_pieces import PIECES, fits
 
     seed = draw(st.integers(0, 2**16))
-    opset = draw(st.integers(13, NEWEST_OPSET)) if strange else 21
+    opset = draw(st.integers(oldest, NEWEST_OPSET)) if strange else 21
     net = Net(draw, np.random.default_rng(seed), opset, nasty=strange and draw(st.booleans()))
     inputs = [_input(net) for _ in range(2 if strange and net.int(0, 3) == 3 else 1)]
     for _ in range(net.int(1, largest)):

@@ -21,7 +21,7 @@ from qpipe.model import Model
 from qpipe.model.parity import parity
 from qpipe.model.target import Target
 from qpipe.numerics.scheme import BITWIDTHS, Scheme, TensorScheme
-from tests.model.graph_pieces import FOLDABLE
+from tests.model.graph_pieces import FOLDABLE, RECENT
 from tests.model.graphs import Array, Case, cases, distance, reference
 from tests.model.quantized import shipped
 
@@ -268,6 +268,7 @@ def what_is_written_reads_back(drawn: tuple[Case, tuple[Target, Scheme]]) -> Non
 
 PROPERTIES: dict[str, tuple[Callable[[Any], None], st.SearchStrategy[Any]]] = {
     "import": (import_keeps_the_function, cases()),
+    "import_recent": (import_keeps_the_function, cases(RECENT, oldest=23)),
     "gradients": (gradients_are_slopes, cases()),
     "stages": (folding_and_equalizing_keep_the_function, cases(FOLDABLE)),
     "parity": (simulation_is_deployment, st.tuples(cases(strange=False), schemes())),
