@@ -73,9 +73,9 @@ def _conv_transpose(net: Net, x: Value) -> Value:
     pads = [net.int(0, 1) if size > 2 and auto == "NOTSET" else 0 for size in full * 2]
     sizes = [size - a - b for size, a, b in zip(full, pads, pads[len(full) :], strict=False)]
     if auto[:4] == "SAME":
-        # Where the kernel does not reach over a stride, onnxruntime gives less than the n * s that ONNX asks for.
-        strides = [min(s, r + e) for s, r, e in zip(strides, reach, extra, strict=True)]
-        extra = [min(e, s - 1) for e, s in zip(extra, strides, strict=True)]
+        # ONNX asks for n * s. onnxruntime gives less where the kernel does not reach over a stride, and onnx's shape
+        # inference adds output_padding.
+        strides, extra = [min(s, r) for s, r in zip(strides, reach, strict=True)], [0] * len(spatial)
         sizes = [n * s for n, s in zip(spatial, strides, strict=True)]
     asked = net.flag() and auto != "VALID"
     inputs = [x.name, net.weight(channels, out, *kernel), *_bias(net, out * groups)]

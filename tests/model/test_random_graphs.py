@@ -17,7 +17,7 @@ from tests.model.graphs import Case, cases
 from tests.model.properties import PROPERTIES
 
 EXAMPLES = {"import": 80, "import_recent": 30, "gradients": 60, "stages": 120, "parity": 70, "round_trip": 50}
-MANY = {"import": 250, "import_recent": 100, "gradients": 150, "stages": 300, "parity": 150, "round_trip": 80}
+MANY = {"import": 200, "import_recent": 60, "gradients": 150, "stages": 300, "parity": 150, "round_trip": 80}
 
 
 def search(name: str, examples: Mapping[str, int]) -> None:
