@@ -161,3 +161,17 @@ def test_parity_passes_over_what_nobody_reads() -> None:
     report = parity(quantized(Model.from_proto(parsed(text)), x), x)
     assert report.agree
     assert "b" not in {unit.value for unit in report.units}
+
+
+def test_an_output_that_a_node_passes_on_reads_back_without_a_grid_of_its_own() -> None:
+    text = """m (float[3,4] x) => (float[3,4] y, float[3,4] z) {
+        start = Constant<value_ints = [0]>() end = Constant<value_ints = [4]>() axis = Constant<value_ints = [1]>()
+        z = Slice(x, start, end, axis) y = Sigmoid(z) }"""
+    x = normal(3, 4)
+    rounded = quantized(Model.from_proto(parsed(text)), {"x": x})
+    again = Model.from_proto(rounded.to_qdq())
+    assert op_types(again) == ["Identity", "Sigmoid"]
+    assert {"x", "y"} == set(again.encodings)
+    with torch.no_grad():
+        ours, theirs = (model.to_torch()(torch.from_numpy(x)) for model in (rounded, again))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
