@@ -3,7 +3,7 @@
 Given DQ -> Conv, ConvTranspose or Gemm with a float weight -> Q (Relu or Clip may stand in front of the Q),
 onnxruntime rounds the weight to 8 bits per tensor by itself (WeightBiasQuantization, at every level of optimization
 from basic on): a layer that a target's filters leave in float, or one whose bias is computed, would run on integers
-and nobody would have said so. Its integer Softmax over a single element is 0 (1 is code 256, which wraps), a graph
+and nobody would have said so. Its integer Softmax wraps where 1 is beyond its grid, and over a single element, a graph
 with a quantized AveragePool that has dilations does not load, and a GlobalAveragePool whose output has a far finer
 grid than its input, since nothing of it passes a Relu, say, does not run. It sees DQ -> node -> Q there also once it
 has taken out what changes nothing between them, a mask of zeros, say. A Clip without bounds in front of the node
@@ -54,7 +54,16 @@ def _wrong(before: ir.Node, node: ir.Node, after: ir.Node) -> bool:
         return not _POOLED[0] <= _scale(before) / _scale(after) < _POOLED[1]
     shape = node.outputs[0].shape
     axis: int = node.attributes.get_int("axis", -1)
-    return node.op_type == "Softmax" and shape is not None and shape[axis] == 1
+    return node.op_type == "Softmax" and (_ends_before_one(after) or (shape is not None and shape[axis] == 1))
+
+
+def _ends_before_one(quantizer: ir.Node) -> bool:
+    """Whether 1 is further than one step beyond the largest code."""
+    tensor = quantizer.inputs[2].const_value if len(quantizer.inputs) > 2 and quantizer.inputs[2] is not None else None
+    if tensor is None or tensor.dtype.bitwidth < 8:
+        return False
+    largest: int = 2 ** (tensor.dtype.bitwidth - tensor.dtype.is_signed()) - int(tensor.numpy().reshape(-1)[0])
+    return largest * _scale(quantizer) < 1
 
 
 def _scale(node: ir.Node) -> float:

@@ -11,7 +11,7 @@ from qpipe.stages.bnf import bnf
 
 from qpipe.model import Model
 from qpipe.model.parity import parity
-from qpipe.model.target import Nodes
+from qpipe.model.target import Nodes, OpRule
 from tests.model.nets import error_of_import, normal, op_types, parsed
 from tests.model.quantized import ONNXRUNTIME, quantized
 
@@ -129,6 +129,19 @@ def test_a_softmax_over_one_element_is_one(scores: str, last: str) -> None:
     tensors = {"mask": np.zeros((1, 1), np.float32)} if "mask" in scores else {}
     rounded = quantized(Model.from_proto(parsed(text, **tensors)), x)
     assert parity(rounded, x).agree
+
+
+def test_a_softmax_that_was_never_near_one_ends_where_its_grid_does() -> None:
+    """onnxruntime's integer one wraps around instead."""
+    x = {"x": normal(16, 8)}
+    rounded = quantized(
+        Model.from_proto(parsed("m (float[N,8] x) => (float[N,8] y) { y = Softmax(x) }")),
+        {"x": x["x"] / 100},
+        target=replace(ONNXRUNTIME, softmax=False, quantize={"Softmax": OpRule(inputs=None, outputs=True)}),
+    )
+    wide = rounded.with_encodings({**rounded.encodings, "x": replace(rounded.encodings["x"], scale=np.float32(0.1))})
+    assert float(rounded.encodings["y"].scale) < 2**-9
+    assert parity(wide, {"x": 5 * x["x"]}).agree
 
 
 def test_a_pool_nothing_of_which_passes_a_relu_is_deployed() -> None:
