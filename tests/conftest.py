@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -13,9 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # before torch is imported: the tests' tensors are tiny, and they run side by side
-)
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: the tensors are tiny, and tests run side by side
 
 from qpipe.catalog import catalog
 from tests.s3_server import ENVIRONMENT
@@ -24,6 +23,7 @@ from tests.toy import Toy
 settings.register_profile("suite", derandomize=True, deadline=None)  # the same examples in every run
 settings.register_profile("search", derandomize=False, deadline=None, max_examples=2000, print_blob=True)
 settings.load_profile("suite")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell starts in the background
 
 
 @pytest.fixture

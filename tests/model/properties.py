@@ -235,6 +235,8 @@ def simulation_is_deployment(drawn: tuple[Case, tuple[Target, Scheme]]) -> None:
     model = quantized(case, target, scheme)
     report = parity(model, case.feeds)
     bad = [unit for unit in report.units if not unit.agree]
+    if target.bias == "float":  # onnxruntime rounds these biases to int32, which can flip a value far from a tie
+        bad = [unit for unit in bad if unit.largest > 1]
     assert not bad, bad
     simulated = in_torch(model, case, quantized=True)
     deployed = reference(model.to_qdq(), case.feeds)
@@ -259,6 +261,8 @@ def what_is_written_reads_back(drawn: tuple[Case, tuple[Target, Scheme]]) -> Non
     for name, encoding in model.encodings.items():  # an input that is an output too leaves the graph unrounded
         if name in values and not values[name].uses() and not values[name].is_graph_output():
             continue  # the other half of a Split, which nobody reads
+        if name in values and values[name].is_graph_input() and values[name].is_graph_output():
+            continue  # leaves the graph unrounded, and what is read has the name of a node that passes it on
         if name in model.params and model.graph.initializers[name].is_graph_output():
             continue  # a weight that is an output keeps its name there
         again = read.encodings.get(name, read.encodings.get(f"{name}_rounded"))
