@@ -63,6 +63,8 @@ def test_from_torch_to_onnxruntime(net: str) -> None:
     small = quantized(model, entry.name, samples(example, 24, seed=2).numpy())
     assert {layer.weight for layer in small.layers()} <= set(small.encodings)
     assert_agrees(parity(small, {entry.name: samples(example, 12, seed=3).numpy()}))
+    # As on an accelerator, no value of the meta device is read on the way, and none of the host's mixes with them.
+    assert small.to_torch().to("meta")(three.to("meta")).shape == wanted.shape
 
 
 @pytest.mark.slow

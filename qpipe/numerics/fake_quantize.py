@@ -154,7 +154,7 @@ def _constant(x: Tensor, scale: float, zero_point: int, qmin: int, qmax: int) ->
 def _onto_grid(x: Tensor, scale: float, zero_point: int, qmin: int, qmax: int) -> Tensor:
     steps = torch.div(x, scale).round_().clamp_(qmin - zero_point, qmax - zero_point)
     # 0 + scale * steps in one pass: the same product, and -0 becomes the +0 that integer codes give.
-    return torch.add(torch.zeros((), dtype=x.dtype), steps, alpha=scale, out=steps)
+    return torch.add(torch.zeros((), dtype=x.dtype, device=x.device), steps, alpha=scale, out=steps)
 
 
 class _ConstantGrid(torch.autograd.Function):

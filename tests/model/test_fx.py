@@ -123,9 +123,10 @@ def test_shape_arithmetic_stays_on_the_host_and_the_batch_dynamic() -> None:
         np.testing.assert_allclose(module(torch.tensor(x)).numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_no_operator_waits_for_the_device() -> None:
-    # The meta device has no values: whatever reads one of them there fails.
-    module = quantized(attention(), {"x": normal(2, 5, 8)}).to_torch(quantized=False).to("meta")
+@pytest.mark.parametrize("simulated", [False, True])
+def test_no_operator_waits_for_the_device(simulated: bool) -> None:
+    # The meta device has no values: whatever reads one of them there fails, and so does what mixes it with the CPU's.
+    module = quantized(attention(), {"x": normal(2, 5, 8)}).to_torch(quantized=simulated).to("meta")
     assert module(torch.empty(4, 3, 8, device="meta")).shape == (4, 3, 8)
 
 
