@@ -175,7 +175,7 @@ def amp(
     from qpipe.model.judge import Judge
     from qpipe.model.mixing import Problem, report, solve
     from qpipe.model.run import thinned
-    from qpipe.model.sensitivity import GramSensitivity, by_outputs, loss_of
+    from qpipe.model.sensitivity import GramSensitivity, loss_of, score_alone
 
     if target.bias != model.metadata.get("biases", "int32"):
         model = model.with_metadata({"biases": target.bias})
@@ -201,9 +201,9 @@ def amp(
     if method == "gram":
         samples = thinned(calibration.arrays, limit)
         gram = GramSensitivity(model, samples, observers, ctx.memo, seed=seed, device=ctx.device)
-        alone = gram.scores(choices, ctx.progress)
+        alone = score_alone(choices, gram.score, ctx.progress)
     else:
-        alone = by_outputs(single, choices, ctx.progress)
+        alone = score_alone(choices, lambda _, grids: single.score(grids), ctx.progress)
     reference = single.float_score() if by != "sqnr_db" else 0.0
     problem = Problem(choices, [[loss_of(by, score, reference) for score in row] for row in alone], cost)
     reached = whole.float_score()

@@ -26,7 +26,6 @@ from qpipe.numerics.unfold import Unfold, sample_positions
 
 if TYPE_CHECKING:
     from qpipe.model.calibration import Observers
-    from qpipe.model.judge import Judge
     from qpipe.model.layers import Layer
     from qpipe.model.model import Model
     from qpipe.model.precision import Choices, Group
@@ -38,7 +37,9 @@ POSITIONS = 25
 """Places per sample at which a layer's inputs are looked at."""
 
 
-def by_outputs(judge: Judge, choices: Choices, progress: Progress) -> list[list[float]]:
+def score_alone(
+    choices: Choices, score: Callable[[Group, Mapping[str, Encoding]], float], progress: Progress
+) -> list[list[float]]:
     """The score of each group alone, for each of its options."""
     total, done = sum(len(group.options) for group in choices.groups), 0
     scores: list[list[float]] = []
@@ -46,7 +47,7 @@ def by_outputs(judge: Judge, choices: Choices, progress: Progress) -> list[list[
         scores.append([])
         for option in range(len(group.options)):
             progress(done, total, f"{group.name} {group.options[option]}")
-            scores[-1].append(judge.score(choices.alone(group, option)))
+            scores[-1].append(score(group, choices.alone(group, option)))
             done += 1
     return scores
 
@@ -76,29 +77,25 @@ class GramSensitivity:
         self._content = float_fingerprint(model, arrays)
         self._moments: Mapping[str, Array] | None = None
 
-    def scores(self, choices: Choices, progress: Progress) -> list[list[float]]:
-        """The estimated sqnr_db of each group alone, for each of its options."""
-        total, done = sum(len(group.options) for group in choices.groups), 0
-        found: list[list[float]] = []
-        for group in choices.groups:
-            found.append([])
-            for option in range(len(group.options)):
-                progress(done, total, f"{group.name} {group.options[option]}")
-                found[-1].append(self._score(group, choices.alone(group, option)))
-                done += 1
-        return found
+    def score(self, group: Group, encodings: Mapping[str, Encoding]) -> float:
+        """The estimated sqnr_db of a group alone on these grids."""
+        noise = sum(self._noise(names, encodings) for names in self._observers)  # they saw more than the samples here
+        weights = {name: encodings[name] for name in group.weights if name in encodings}
+        return -10.0 * math.log10(max(self._weight_losses(weights) + noise, 1e-30))
 
-    def _score(self, group: Group, encodings: Mapping[str, Encoding]) -> float:
+    def _weight_losses(self, weights: Mapping[str, Encoding]) -> float:
+        """The sum over the layers whose weights have these grids."""
+        if not weights:
+            return 0.0
+
         def run(*_: Any) -> float:
-            loss = sum(
-                self._weight_loss(number, layer, encodings[layer.weight])
+            return sum(
+                self._weight_loss(number, layer, weights[layer.weight])
                 for number, layer in enumerate(self._layers)
-                if layer.weight in encodings
-            ) + sum(self._noise(names, encodings) for names in self._observers)
-            return -10.0 * math.log10(max(loss, 1e-30))
+                if layer.weight in weights
+            )
 
-        key = [self._content, grids_fingerprint(encodings), list(group.tensors), self._seed]
-        return float(self._memo("gram", run, *key))
+        return float(self._memo("gram", run, self._content, grids_fingerprint(weights), self._seed))
 
     def _noise(self, names: tuple[str, ...], encodings: Mapping[str, Encoding]) -> float:
         """The noise in the values that one observer watched, over their energy; 0 where they stay float."""

@@ -13,7 +13,7 @@ from qpipe.model import Model
 from qpipe.model.calibration import activation_encodings, observe, observed_groups, weight_encodings
 from qpipe.model.placement import place
 from qpipe.model.precision import Choices, fewer_conversions, find_choices, measure_work
-from qpipe.model.sensitivity import GramSensitivity
+from qpipe.model.sensitivity import GramSensitivity, score_alone
 from qpipe.numerics.grid import quantize_dequantize
 from qpipe.numerics.scheme import Scheme, TensorScheme
 from tests.model.nets import normal, parsed
@@ -123,7 +123,7 @@ def test_the_estimate_is_the_layerwise_error_on_the_second_moments() -> None:
     model = chain(3)
     choices, observers = found(model, X)
     gram = GramSensitivity(model, X, observers, lambda name, fn, *inputs: fn(*inputs), seed=0)
-    scores = gram.scores(choices, lambda *_: None)
+    scores = score_alone(choices, gram.score, lambda *_: None)
     x = X["x"].astype(np.float64)
     for i in range(3):
         group, w = choices.groups[i], model.param(f"w{i}").astype(np.float64)
@@ -154,5 +154,5 @@ def test_the_estimate_needs_no_pass_of_the_data_when_all_is_known(monkeypatch: p
     monkeypatch.setattr(sensitivity, "Walk", lambda *a, **k: walks.append(1) or walk(*a, **k))
     for names in (("w4a8", "w8a8"), ("w4a8", "w8a8"), ("w4a8", "w8a16")):
         choices, observers = found(model, X, names)
-        GramSensitivity(model, X, observers, memo, seed=0).scores(choices, lambda *_: None)
+        score_alone(choices, GramSensitivity(model, X, observers, memo, seed=0).score, lambda *_: None)
     assert len(walks) == 1

@@ -455,6 +455,19 @@ def test_where_the_target_leaves_nothing_to_mix_the_scheme_comes_out_with_a_note
     assert ctx.notes[0] == "All candidates (w4a8) come to the same grids in this model."
 
 
+def test_gram_sees_samples_that_only_the_observers_saw(model, target):
+    data, fainter = samples(0, 16).arrays["x"], samples(0, 16).arrays["x"].copy()
+    fainter[5] *= 0.01  # the ranges stay, and of the four samples that `limit` takes it is none
+    options = {"scheme": SCHEME, "target": target, "method": "gram", "limit": 4, "max_drop": 272.0, **OPEN}
+    ctx = Kept()
+    found = [
+        amp(model, Samples({"x": x}), samples(1, 8), ctx=ctx, **options).scores.values for x in (data, fainter)
+    ]
+    fresh = amp(model, Samples({"x": fainter}), samples(1, 8), ctx=Kept(), **options).scores.values
+    assert found[0]["groups"] != found[1]["groups"]
+    assert found[1] == fresh
+
+
 def test_gram_finds_a_mix_without_a_pass_per_candidate(model, target, forwards):
     ctx = Kept()
     found = mixed(model, target, method="gram", max_drop=272.0, ctx=ctx)
