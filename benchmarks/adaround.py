@@ -23,20 +23,20 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from qpipe.stages.adaround import adaround
-from qpipe.stages.bnf import bnf
-from qpipe.stages.calibrate import calibrate
-from qpipe.stages.nearest import nearest
 
 from qpipe.demo import MODEL_PATH
 from qpipe.demo.data import load
+from qpipe.methods.placement.target import Target
 from qpipe.model import Model
-from qpipe.model.run import run
-from qpipe.model.target import Target
+from qpipe.model.simulation.run import run
 from qpipe.numerics.metrics import top1
 from qpipe.numerics.scheme import Scheme, TensorScheme
 from qpipe.param import coerce
 from qpipe.stage import Samples
+from qpipe.stages.adaround import adaround
+from qpipe.stages.bnf import bnf
+from qpipe.stages.calibrate import calibrate
+from qpipe.stages.nearest import nearest
 
 WEIGHT = TensorScheme(4, True, True, "per_channel")
 SCHEMES = {"W4": Scheme(WEIGHT, None), "W4A8": Scheme(WEIGHT, TensorScheme(8, False, False))}

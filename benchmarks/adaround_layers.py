@@ -27,14 +27,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qpipe.numerics.gradient import GradientOptions, Rounding, optimize, samples_of
-from qpipe.numerics.gram import GramOptions, solve
 from qpipe.numerics.grid import Encoding
-from qpipe.numerics.moments import LayerMoments
 from qpipe.numerics.observers import weight_encoding
-from qpipe.numerics.rows import row_grid
+from qpipe.numerics.rounding.gradient import GradientOptions, Rounding, optimize, samples_of
+from qpipe.numerics.rounding.gram import GramOptions, solve
+from qpipe.numerics.rounding.moments import LayerMoments
+from qpipe.numerics.rounding.rows import row_grid
+from qpipe.numerics.rounding.unfold import Unfold, sample_positions
 from qpipe.numerics.scheme import TensorScheme
-from qpipe.numerics.unfold import Unfold, sample_positions
 
 LAYERS = ("conv 3x3 64->64", "depthwise 3x3", "linear 512x512")
 POSITIONS = 25

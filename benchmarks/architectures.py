@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 
+from qpipe.methods.comparison.parity import parity
 from qpipe.model import Model
-from qpipe.model.parity import parity
-from tests.test_zoo import quantized, relative
+from tests.whole.test_zoo import quantized, relative
 from tests.zoo import ZOO, built, samples
 
 BATCH = 16

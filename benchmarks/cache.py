@@ -148,7 +148,7 @@ def write_bare_quick(folder: Path, shape: str, nodes: int, programs: Path) -> To
     bare = write_bare(folder, shape, nodes, programs)
     app = Path(bare.command[1])
     quick = (
-        "import gc\ngc.disable()\nfrom qpipe.compose import quick_hydra\nwith quick_hydra():\n    main()\n"
+        "import gc\ngc.disable()\nfrom qpipe.cli.compose import quick_hydra\nwith quick_hydra():\n    main()\n"
     )
     app.write_text(app.read_text().replace("\nmain()\n", "\n" + quick))
     return Tool("bare-quick", bare.command, folder, bare.memory)

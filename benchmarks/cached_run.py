@@ -22,7 +22,7 @@ from pathlib import Path
 
 import yaml
 
-from qpipe.catalog import catalog, schema
+from qpipe.language.catalog import catalog, schema
 
 CONF = Path(__file__).parent.parent / "conf"
 APP = """

@@ -8,7 +8,7 @@ import sys
 def main() -> None:
     """Entry point; ends with the exit status."""
     try:
-        from qpipe.cli import main as command
+        from qpipe.cli.main import main as command
 
         command()
     except KeyboardInterrupt:

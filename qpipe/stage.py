@@ -20,7 +20,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar, Union, get_args, get_origin
 
-from qpipe.artifact import Encodings, Files, Samples, Scores, Statistics
+from qpipe.artifacts.artifact import Encodings, Files, Samples, Scores, Statistics
 from qpipe.param import Factory, Range, is_ambiguous
 
 __all__ = [
@@ -68,7 +68,7 @@ class Context:
     def seed(self, *names: str) -> int:
         """A seed in [0, 2**63) that depends on the stage's own `seed` param and on `names` alone, so that skipping or
         reordering layers changes nothing."""
-        from qpipe.hashing import digest
+        from qpipe.keys.hashing import digest
 
         return int(digest("seed", *names)[:15], 16)
 

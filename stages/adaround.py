@@ -11,7 +11,7 @@ weights lie on their grids, and their encodings are frozen.
 Assumes: weights have encodings (`calibrate`); some hundred samples like those the model will see. A MatMul
 without a bias gets none.
 Source: Nagel, Amjad, van Baalen, Louizos, Blankevoort, "Up or Down? Adaptive Rounding for Post-Training
-Quantization", arXiv 2004.10568; for the closed form see qpipe.numerics.gram and its sources.
+Quantization", arXiv 2004.10568; for the closed form see qpipe.numerics.rounding.gram and its sources.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from qpipe.stage import NULL, Context, Range, Samples, stage
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from qpipe.methods.rounding.layerwise import Rounded
     from qpipe.model import Layer, Model
-    from qpipe.model.rounding import Rounded
 
 READ_BY = {
     "gram": ("beam", "scale_search", "bias_correction", "positions"),
@@ -51,8 +51,8 @@ def refuse_unread(given: Mapping[str, Any]) -> None:
 
 def with_biases(model: Model) -> Model:
     """The model with a bias of its own for each layer to be tuned; a MatMul without one stays without."""
-    from qpipe.model.channels import bias_vector, own_bias, set_bias
-    from qpipe.model.walk import tunable_layers
+    from qpipe.methods.rounding.walk import tunable_layers
+    from qpipe.model.structure.channels import bias_vector, own_bias, set_bias
 
     editor = model.edit()
     for layer in tunable_layers(model)[0]:
@@ -104,11 +104,11 @@ def adaround(
     read, a model in which nothing can be tuned, and data that do not fit.
     """
     refuse_unread(locals())
-    from qpipe.model.rounding import round_by_gradient, round_by_gram
-    from qpipe.model.run import thinned
-    from qpipe.model.walk import Walk, tunable_layers
-    from qpipe.numerics.gradient import GradientOptions
-    from qpipe.numerics.gram import GramOptions
+    from qpipe.methods.rounding.layerwise import round_by_gradient, round_by_gram
+    from qpipe.methods.rounding.walk import Walk, tunable_layers
+    from qpipe.model.simulation.run import thinned
+    from qpipe.numerics.rounding.gradient import GradientOptions
+    from qpipe.numerics.rounding.gram import GramOptions
 
     source = with_biases(model) if solver == "gram" and bias_correction else model
     layers, reasons = tunable_layers(source)

@@ -23,7 +23,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args
 
 from qpipe.errors import InputError
-from qpipe.model.target import Target
+from qpipe.methods.placement.target import Target
 from qpipe.numerics.scheme import Scheme, with_observers
 from qpipe.param import load_factory
 from qpipe.stage import NULL, Context, Factory, Range, Samples, Scores, stage
@@ -31,8 +31,8 @@ from qpipe.stage import NULL, Context, Factory, Range, Samples, Scores, stage
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from qpipe.methods.mixing.choices import Choices
     from qpipe.model import Model
-    from qpipe.model.precision import Choices
     from qpipe.numerics.grid import Encoding
 
 Metric = Literal["top1", "top5", "sqnr_db", "cosine", "mse"]
@@ -112,9 +112,14 @@ def find(
     batch_size: int, ctx: Context,
 ) -> tuple[Choices, Any]:  # fmt: skip
     """The groups of `model` with the grids of every candidate, and the observers that made them."""
-    from qpipe.model.calibration import activation_encodings, observed, observed_groups, weight_encodings
-    from qpipe.model.placement import place
-    from qpipe.model.precision import find_choices
+    from qpipe.methods.mixing.choices import find_choices
+    from qpipe.methods.placement.calibration import (
+        activation_encodings,
+        observed,
+        observed_groups,
+        weight_encodings,
+    )
+    from qpipe.methods.placement.placement import place
 
     placements = {name: place(model, target, s) for name, s in schemes.items() if s is not None}
     first = next(iter(placements.values()))
@@ -172,10 +177,10 @@ def amp(
     budget below the cheapest mix.
     """
     refuse(locals())
-    from qpipe.model.judge import Judge
-    from qpipe.model.mixing import Problem, report, solve
-    from qpipe.model.run import thinned
-    from qpipe.model.sensitivity import GramSensitivity, loss_of, score_alone
+    from qpipe.methods.mixing.judge import Judge
+    from qpipe.methods.mixing.mix import Problem, report, solve
+    from qpipe.methods.mixing.sensitivity import GramSensitivity, loss_of, score_alone
+    from qpipe.model.simulation.run import thinned
 
     if target.bias != model.metadata.get("biases", "int32"):
         model = model.with_metadata({"biases": target.bias})

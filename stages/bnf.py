@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from qpipe.model import Editor, Layer, Model
-    from qpipe.model.channels import Way
+    from qpipe.model.structure.channels import Way
 
     Vector = NDArray[np.float64]
     Fold = Callable[[Vector, Vector, Vector, Vector], tuple[Vector, Vector]]
@@ -67,7 +67,7 @@ def read_affine(node: ir.Node) -> tuple[Vector, Vector, Vector, Vector] | None:
     """
     import numpy as np
 
-    from qpipe.model.channels import constant
+    from qpipe.model.structure.channels import constant
 
     arrays = [constant(value) for value in node.inputs[1:5]]
     trains: int = node.attributes.get_int("training_mode", 0)
@@ -100,7 +100,7 @@ def layer_before(value: ir.Value, layers: Mapping[str, Layer]) -> Layer | None:
     """The layer whose output feeds `value` alone, directly or through what only reshapes, its channels on axis
     1 of `value`; None where there is none.
     """
-    from qpipe.model.channels import Blocked, Channels, dims, passed
+    from qpipe.model.structure.channels import Blocked, Channels, dims, passed
 
     steps: list[ir.Node] = []
     while True:
@@ -124,7 +124,7 @@ def layer_before(value: ir.Value, layers: Mapping[str, Layer]) -> Layer | None:
 
 def way_behind(norm: ir.Node, ends: Collection[ir.Node], shift: Vector) -> Way:
     """The way from `norm` to the layer that can take it. Raises Blocked with the reason why there is none."""
-    from qpipe.model.channels import Blocked, follow
+    from qpipe.model.structure.channels import Blocked, follow
 
     way = follow(norm.outputs[0], 1, ends, commutes)
     if shift.any() and pads_with_zeros(way.end):
@@ -134,7 +134,7 @@ def way_behind(norm: ir.Node, ends: Collection[ir.Node], shift: Vector) -> Way:
 
 def rewrite(editor: Editor, layer: Layer, fold: Fold, factor: Vector, shift: Vector) -> Layer:
     """Set the layer's weight and bias to what `fold` makes of them; the layer as it is then."""
-    from qpipe.model.channels import bias_vector, grouped, own, set_bias, ungrouped
+    from qpipe.model.structure.channels import bias_vector, grouped, own, set_bias, ungrouped
 
     layer = own(editor, layer)
     shape, axis = layer.weight_shape, layer.channel_axis
@@ -150,7 +150,7 @@ def write_out(editor: Editor, norm: ir.Node, factor: Vector, shift: Vector) -> i
     import numpy as np
     import onnx_ir
 
-    from qpipe.model.channels import dims
+    from qpipe.model.structure.channels import dims
 
     output = norm.outputs[0]
     shape = (-1, *(1,) * (len(dims(norm.inputs[0])) - 2))
@@ -180,7 +180,7 @@ def fold(editor: Editor, norm: ir.Node, layers: dict[str, Layer]) -> tuple[str, 
     """
     from dataclasses import replace
 
-    from qpipe.model.channels import Blocked, dims
+    from qpipe.model.structure.channels import Blocked, dims
 
     found = read_affine(norm)
     if found is None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
-from qpipe.model.target import Target
+from qpipe.methods.placement.target import Target
 from qpipe.numerics.scheme import Granularity, Scheme, with_observers
 from qpipe.stage import NULL, Context, Range, Samples, Scores, stage
 
@@ -67,9 +67,14 @@ def calibrate(
     not fit the model or hold nan, naming the tensor, and for a model in which the target quantizes nothing.
     """
     from qpipe.errors import InputError
-    from qpipe.model.calibration import activation_encodings, observed, observed_groups, weight_encodings
-    from qpipe.model.placement import place
-    from qpipe.model.run import thinned
+    from qpipe.methods.placement.calibration import (
+        activation_encodings,
+        observed,
+        observed_groups,
+        weight_encodings,
+    )
+    from qpipe.methods.placement.placement import place
+    from qpipe.model.simulation.run import thinned
 
     target.check(scheme)
     placement = place(model, target, chosen(scheme, choice, weight_granularity))

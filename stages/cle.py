@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from qpipe.methods.equalization.links import Link
     from qpipe.model import Editor, Layer, Model
-    from qpipe.model.links import Link
 
     Vector = NDArray[np.float64]
 
@@ -142,7 +142,7 @@ def apply(
     """
     import numpy as np
 
-    from qpipe.model.channels import bias_vector, grouped, own, set_bias, ungrouped
+    from qpipe.model.structure.channels import bias_vector, grouped, own, set_bias, ungrouped
 
     into = {link.second: link for link in links.values()}
     statistics = editor.metadata.get("folded_statistics", {})
@@ -199,11 +199,11 @@ def cle(
         )
     import numpy as np
 
-    from qpipe.model.channels import grouped
-    from qpipe.model.compare import outputs_error
-    from qpipe.model.links import chains, find_links, rescale_bounds
-    from qpipe.model.norm_links import equalize_norms, find_norm_links, measured
-    from qpipe.model.reach import expected_reach, measured_reach, unreached
+    from qpipe.methods.comparison.compare import outputs_error
+    from qpipe.methods.equalization.links import chains, find_links, rescale_bounds
+    from qpipe.methods.equalization.norm_links import equalize_norms, find_norm_links, measured
+    from qpipe.methods.equalization.reach import expected_reach, measured_reach, unreached
+    from qpipe.model.structure.channels import grouped
 
     editor = model.edit()
     layers = {layer.name: layer for layer in model.layers()}

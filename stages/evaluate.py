@@ -33,7 +33,7 @@ Metric = Literal["top1", "top5", "sqnr_db", "cosine", "mse"]
 
 def spread(data: Samples, limit: int | None) -> Samples:
     """At most `limit` of the samples, evenly spread, with their labels."""
-    from qpipe.model.run import thinned
+    from qpipe.model.simulation.run import thinned
 
     labels = None if data.labels is None else thinned({"labels": data.labels}, limit)["labels"]
     return data if limit is None else Samples(thinned(data.arrays, limit), labels)
@@ -59,7 +59,7 @@ def evaluate(
     Errors: InputError for labels or a float model that are missing, and data that do not fit; StageError
     where a metric of the user's fails.
     """
-    from qpipe.model.run import run
+    from qpipe.model.simulation.run import run
     from qpipe.numerics.metrics import LABELLED, refuse_missing, score_by_function, score_outputs
 
     data = spread(data, limit)

@@ -25,7 +25,7 @@ def loads(path: Path) -> str:
     """A sentence that says what onnxruntime takes; it raises where the file does not load."""
     import onnxruntime
 
-    from qpipe.model.session import set_lean
+    from qpipe.model.runtime.session import set_lean
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -46,7 +46,7 @@ def export(
     import tempfile
     from pathlib import Path
 
-    from qpipe.model.writer import save
+    from qpipe.model.files.onnx_writer import save
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

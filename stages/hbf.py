@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
 
+    from qpipe.methods.equalization.links import Link
     from qpipe.model import Editor, Layer, Model
-    from qpipe.model.links import Link
 
     Vector = NDArray[np.float64]
 
@@ -77,7 +77,7 @@ def hindrance(link: Link) -> str | None:
 
 def rectifies(node: ir.Node) -> bool | None:
     """Whether `node` cuts off below 0; None where a constant cannot pass it."""
-    from qpipe.model.links import bounds
+    from qpipe.methods.equalization.links import bounds
 
     if node.op_type == "Relu":
         return True
@@ -98,7 +98,7 @@ def capped(link: Link, constant: Vector) -> Vector:
     """`constant` (C,), at most the upper bounds on the way: above them there is nothing to hand on."""
     import numpy as np
 
-    from qpipe.model.links import along, bounds
+    from qpipe.methods.equalization.links import along, bounds
 
     for step in link.way.steps:
         upper = bounds(step.node)[1] if step.node.op_type in ("Clip", "Min") else None
@@ -112,8 +112,8 @@ def hand_on(editor: Editor, layers: dict[str, Layer], link: Link, constant: Vect
     """Take `constant` (C,) out of the first layer of `link` and the bounds on the way, and into the second
     layer.
     """
-    from qpipe.model.channels import bias_vector, grouped, own_bias, set_bias
-    from qpipe.model.links import along, bounds, set_bounds
+    from qpipe.methods.equalization.links import along, bounds, set_bounds
+    from qpipe.model.structure.channels import bias_vector, grouped, own_bias, set_bias
 
     first, second = (own_bias(editor, layers[name]) for name in (link.first, link.second))
     weight = grouped(editor.param(second.weight), second.groups, second.channel_axis)
@@ -145,8 +145,8 @@ def hbf(
     """
     import numpy as np
 
-    from qpipe.model.compare import outputs_error
-    from qpipe.model.links import find_links
+    from qpipe.methods.comparison.compare import outputs_error
+    from qpipe.methods.equalization.links import find_links
 
     if model.metadata.get("quantized_source"):
         ctx.note("The model came quantized, and its weights stay on their grids: hbf leaves it as it is.")

@@ -106,7 +106,7 @@ def largest_error(model: Model, fed: Arrays, wanted: list[Any]) -> float:
     """max |y - y'| / max |y| over the outputs, of the model in onnxruntime and of its torch module."""
     import torch
 
-    from qpipe.model.check import relative_error
+    from qpipe.methods.comparison.check import relative_error
 
     found = model.session(quantized=False).run(None, fed)
     with torch.no_grad():
@@ -167,8 +167,8 @@ def load_model(
     or a module that cannot be taken, for weights that do not fit, and for an import that computes something
     else.
     """
+    from qpipe.methods.comparison.check import TOLERANCE, first_difference, verify_import
     from qpipe.model import Model
-    from qpipe.model.check import TOLERANCE, first_difference, verify_import
 
     refuse_sources(locals())
     if path is not None:
@@ -179,7 +179,7 @@ def load_model(
         error = max(found["onnxruntime"], found["torch"])
     else:
         assert factory is not None
-        from qpipe.model.torch_weights import fill, read_weights
+        from qpipe.model.files.state_dict import fill, read_weights
 
         module, example = built(factory)
         if weights is not None:

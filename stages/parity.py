@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Annotated
 from qpipe.stage import NULL, Context, Range, Samples, Scores, stage
 
 if TYPE_CHECKING:
+    from qpipe.methods.comparison.parity import ParityReport
     from qpipe.model import Model
-    from qpipe.model.parity import ParityReport
 
 
 def difference(report: ParityReport) -> str | None:
@@ -88,8 +88,8 @@ def parity(
     `limit` samples, evenly spread, are compared. Units that do not agree are noted, and where differences
     come from. Errors: InputError for a model without encodings, or data that do not fit.
     """
-    from qpipe.model.parity import parity as compare
-    from qpipe.model.run import thinned
+    from qpipe.methods.comparison.parity import parity as compare
+    from qpipe.model.simulation.run import thinned
 
     report = compare(model, thinned(data.arrays, limit), batch_size=batch_size)
     for sentence in (difference(report), bias_rounding(model, report), origin(report)):

@@ -61,8 +61,8 @@ def widen_bias(editor: Editor, node: ir.Node) -> bool:
 
 def separate(model: Model, weights: bool) -> tuple[Model, list[str]]:
     """The model whose layers each have a bias (and a weight) of their own, and the names that were shared."""
-    from qpipe.model.channels import own_bias
-    from qpipe.model.sharing import shared_weights, with_own_weights
+    from qpipe.model.structure.channels import own_bias
+    from qpipe.model.structure.sharing import shared_weights, with_own_weights
 
     if weights:
         return with_own_weights(model), list(shared_weights(model))
@@ -89,10 +89,10 @@ def prepare(
     for a quantized model and for samples that do not fit its inputs; StageError where the outputs moved by
     more than `tolerance`.
     """
+    from qpipe.methods.comparison.compare import outputs_error
     from qpipe.model import Model
-    from qpipe.model.compare import outputs_error
-    from qpipe.model.run import fitting
-    from qpipe.model.sharing import shared_weights
+    from qpipe.model.simulation.run import fitting
+    from qpipe.model.structure.sharing import shared_weights
 
     if model.metadata.get("quantized_source"):
         ctx.note("The model came quantized, and its weights stay on their grids: prepare leaves it as it is.")

@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from qpipe.model.target import Target
+from qpipe.methods.placement.target import Target
 from qpipe.numerics.scheme import Granularity, Observer, Scheme, TensorScheme
 from qpipe.stage import NULL, Context, Range, Samples, Scores, stage
 
@@ -108,7 +108,7 @@ def scored(
     model: Model, data: Samples, metric: str, batch_size: int, limit: int | None, ctx: Context
 ) -> Callable[[Encodings], float]:
     """A function that scores the model with given encodings against the float model, on `data`."""
-    from qpipe.model.run import run, thinned
+    from qpipe.model.simulation.run import run, thinned
     from qpipe.numerics.metrics import METRICS
 
     samples = thinned(data.arrays, limit)
@@ -153,9 +153,14 @@ def quantscheme_select(
     evaluation, evenly spread. Errors: InputError for data that do not fit the model.
     """
     refuse_trials(locals())
-    from qpipe.model.calibration import activation_encodings, observed, observed_groups, weight_encodings
-    from qpipe.model.placement import place
-    from qpipe.model.run import thinned
+    from qpipe.methods.placement.calibration import (
+        activation_encodings,
+        observed,
+        observed_groups,
+        weight_encodings,
+    )
+    from qpipe.methods.placement.placement import place
+    from qpipe.model.simulation.run import thinned
 
     scheme = with_granularity(scheme, weight_granularity)
     observers = observed(

@@ -16,7 +16,7 @@ from hypothesis import settings
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: the tensors are tiny, and tests run side by side
 
-from qpipe.catalog import catalog
+from qpipe.language.catalog import catalog
 from tests.s3_server import ENVIRONMENT
 from tests.toy import Toy
 

@@ -9,9 +9,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from qpipe.cache.store import Store
-from qpipe.plan import Walk
-from qpipe.spec import read_spec
-from qpipe.sweep import Job, plan_jobs, run_jobs
+from qpipe.language.spec import read_spec
+from qpipe.plan.walk import Walk
+from qpipe.run.sweep import Job, plan_jobs, run_jobs
 
 
 class Quiet:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qpipe.catalog import MISSING, catalog, schema
+from qpipe.language.catalog import MISSING, catalog, schema
 from qpipe.param import coerce
 from qpipe.stage import REQUIRED
 

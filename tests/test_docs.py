@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import yaml
 
-from qpipe.cache_commands import COMMANDS as CACHE_COMMANDS
-from qpipe.manual import COMMANDS
-from qpipe.spec import RunSpec
-from qpipe.sweep import BUDGET_SPENT, GOAL_MISSED, NOT_CACHED
+from qpipe.cli.cache_commands import COMMANDS as CACHE_COMMANDS
+from qpipe.cli.manual import COMMANDS
+from qpipe.language.spec import RunSpec
+from qpipe.run.sweep import BUDGET_SPENT, GOAL_MISSED, NOT_CACHED
 from tests.toy import Toy
 
 ROOT = Path(__file__).parent.parent

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qpipe.syntax import Import, analyse
+from qpipe.keys.syntax import Import, analyse
 
 ROOT = Path(__file__).parents[1]
 CACHE = [
@@ -114,8 +114,8 @@ def test_a_stage_imports_no_other_stage_and_nothing_of_the_engine_but_its_words(
 
 def test_the_vocabulary_loads_nothing_that_a_fully_cached_run_can_do_without() -> None:
     stages = [f"qpipe.stages.{path.stem}" for path in files("stages") if path.stem != "__init__"]
-    light = ["qpipe.model.target", "qpipe.numerics.scheme"]
-    modules = ["qpipe.model", *light, "qpipe.cache.store", "qpipe.code", *stages, "qpipe.cli"]
+    light = ["qpipe.methods.placement.target", "qpipe.numerics.scheme"]
+    modules = ["qpipe.model", *light, "qpipe.cache.store", "qpipe.keys.code", *stages, "qpipe.cli.main"]
     program = (
         "import importlib, json, sys\n"
         "heavy, modules = json.loads(sys.argv[1])\n"

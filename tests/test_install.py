@@ -32,7 +32,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_code_configs_and_the_built_in_model(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {
-        "qpipe/cli.py",
+        "qpipe/cli/main.py",
         "qpipe/stages/adaround.py",
         "qpipe/conf/config.yaml",
         "qpipe/conf/pipeline/ptq.yaml",

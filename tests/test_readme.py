@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qpipe.catalog import catalog
-from tests.test_bad_inputs import net
+from qpipe.language.catalog import catalog
+from tests.whole.test_bad_inputs import net
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import pytest
 
-from qpipe.catalog import schema
+from qpipe.language.catalog import schema
 from qpipe.stage import NULL, REQUIRED, Context, Port, Range, Samples, Scores, describe_function, stage
 
 if TYPE_CHECKING:

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qpipe.artifact import references, root_kind
+from qpipe.artifacts.artifact import references, root_kind
 from qpipe.cache import disk
 from qpipe.cache.store import Store
 from qpipe.errors import CacheError, DamagedError
-from qpipe.hashing import is_digest
+from qpipe.keys.hashing import is_digest
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from typing import Any
 
 import diskcache
 
-from qpipe.hashing import digest_bytes
+from qpipe.keys.hashing import digest_bytes
 
 Json = Any
 _LOG = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def _text(value: object) -> str:
 
 
 class IndexMemo:
-    """The values of one kind in an index, as a `qpipe.hashing.Memo`."""
+    """The values of one kind in an index, as a `qpipe.keys.hashing.Memo`."""
 
     def __init__(self, index: Index, kind: str) -> None:
         self._index = index

@@ -12,12 +12,12 @@ import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from qpipe.artifact import canonical_json
+from qpipe.artifacts.artifact import canonical_json
 from qpipe.cache import disk
 from qpipe.cache.store import Store
 from qpipe.cache.usage import alone
 from qpipe.errors import CacheError
-from qpipe.hashing import digest, is_digest
+from qpipe.keys.hashing import digest, is_digest
 
 _LOG = logging.getLogger(__name__)
 _LIMIT = 64 << 20  # bytes

@@ -31,12 +31,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qpipe.artifact import KINDS, canonical_json, references
+from qpipe.artifacts.artifact import KINDS, canonical_json, references
 from qpipe.cache import disk
 from qpipe.cache.lock import Lock
 from qpipe.cache.usage import Usage
 from qpipe.errors import CacheError, DamagedError
-from qpipe.hashing import digest_bytes, digest_chunks, is_digest
+from qpipe.keys.hashing import digest_bytes, digest_chunks, is_digest
 from qpipe.mapped import mapping_behind
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class Store:
             self._usage.close()
             self._usage = None
 
-    # what a store with a remote behind it does more (qpipe.cache.tier)
+    # what a store with a remote behind it does more (qpipe.cache.shared.tier)
 
     is_far = False
     """Whether looking something up has meant asking another machine, so that `expect` is worth its while."""

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from qpipe.cache.disk import is_file, is_folder, make_folder, open_regular, set_aside
 from qpipe.errors import CacheError
-from qpipe.hashing import is_digest
+from qpipe.keys.hashing import is_digest
 
 _PATIENCE_S = 60.0  # how long a cleanup waits for processes that look something up; that takes milliseconds
 _POLL_S = 0.02

@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qpipe.model.layers import Layer
     from qpipe.model.model import Editor, Model, ValueSpec
+    from qpipe.model.structure.layers import Layer
 
 __all__ = ["Editor", "Layer", "Model", "ValueSpec"]
 
@@ -28,7 +28,7 @@ def __getattr__(name: str) -> Any:
 
         return ValueSpec
     if name == "Layer":
-        from qpipe.model.layers import Layer
+        from qpipe.model.structure.layers import Layer
 
         return Layer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

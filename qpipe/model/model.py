@@ -22,8 +22,8 @@ import numpy.typing as npt
 import onnx_ir
 
 from qpipe.mapped import spooled
-from qpipe.model import packing
-from qpipe.model.invariants import restore
+from qpipe.model.network import packing
+from qpipe.model.network.invariants import restore
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     import onnxruntime
     import torch
 
-    from qpipe.model.blocks import Block
-    from qpipe.model.layers import Layer
+    from qpipe.model.structure.blocks import Block
+    from qpipe.model.structure.layers import Layer
     from qpipe.numerics.grid import Encoding
 
 Array = npt.NDArray[Any]
@@ -94,7 +94,7 @@ class Model:
     @classmethod
     def load(cls, path: str | Path) -> Model:
         """The model in an ONNX file (external data beside it). Raises InputError with the reason."""
-        from qpipe.model.reader import read_onnx
+        from qpipe.model.files.onnx_reader import read_onnx
 
         return cls.from_proto(read_onnx(Path(path)))
 
@@ -103,8 +103,8 @@ class Model:
         """The model in canonical form, with the encodings that its QDQ nodes say.
 
         Raises InputError for what cannot be taken, all of it listed."""
-        from qpipe.model.canonical import canonicalize
-        from qpipe.model.reader import deserialized
+        from qpipe.model.canon.form import canonicalize
+        from qpipe.model.files.onnx_reader import deserialized
 
         source = proto.clone() if isinstance(proto, onnx_ir.Model) else deserialized(proto)
         model, notes, grids = canonicalize(source)
@@ -123,7 +123,7 @@ class Model:
 
         `example_inputs` is a tensor, a tuple of them or a dict by argument name; `dynamic_shapes`, if given,
         goes to torch.export as it is. Raises InputError where torch cannot export the module."""
-        from qpipe.model.exporter import from_torch
+        from qpipe.model.torch_export.exporter import from_torch
 
         return from_torch(module, example_inputs, dynamic_shapes, input_names)
 
@@ -198,7 +198,7 @@ class Model:
     def with_encodings_file(self, path: str | Path) -> Model:
         """The model with exactly the grids of an AIMET encodings file (0.6.1, 1.0.0, 2.0.0), those of weights
         frozen. Raises InputError for names that the graph lacks and grids that do not fit."""
-        from qpipe.model.encodings_reader import read_encodings
+        from qpipe.model.files.encodings_reader import read_encodings
 
         encodings = read_encodings(self, Path(path))
         return Model(self._ir, encodings, {**self._metadata, "quantized_source": True})
@@ -209,26 +209,26 @@ class Model:
 
     def layers(self) -> tuple[Layer, ...]:
         """The layers that have weights, in topological order, each with the activation that follows it."""
-        from qpipe.model.layers import find_layers
+        from qpipe.model.structure.layers import find_layers
 
         return find_layers(self)
 
     def block(self, inputs: Sequence[str], outputs: Sequence[str]) -> Model:
         """The part of the model between two sets of values. Raises ValueError where they do not bound one."""
-        from qpipe.model.parts import block
+        from qpipe.model.network.parts import block
 
         return block(self, inputs, outputs)
 
     def blocks(self, by_name: bool = True) -> tuple[Block, ...]:
         """The parts that blockwise methods tune, one behind the other: by the names of torch modules, or by the
         articulation points of the graph alone. `block([b.input, *b.side_inputs], [b.output])` cuts one out."""
-        from qpipe.model.blocks import find_blocks
+        from qpipe.model.structure.blocks import find_blocks
 
         return find_blocks(self, by_name)
 
     def digraph(self) -> nx.DiGraph[str]:
         """The nodes by name, with an edge for each value that one reads from another (`values`: names)."""
-        from qpipe.model.parts import digraph
+        from qpipe.model.network.parts import digraph
 
         return digraph(self)
 
@@ -242,13 +242,13 @@ class Model:
         """A torch.fx module, one fx node per ONNX node; fake-quantize at the encodings if `quantized`.
 
         Its tensors are copies or, for a module that only runs, the model's own memory (`shared`)."""
-        from qpipe.model.fx import to_torch
+        from qpipe.model.simulation.module import to_torch
 
         return to_torch(self, quantized, tuple(trainable), device, shared)
 
     def to_qdq(self) -> onnx.ModelProto:
         """The ONNX model with QuantizeLinear and DequantizeLinear at the encodings."""
-        from qpipe.model.qdq import to_qdq
+        from qpipe.model.qdq.writer import to_qdq
 
         return to_qdq(self)
 
@@ -260,13 +260,13 @@ class Model:
         threads: int | None = None,
     ) -> onnxruntime.InferenceSession:
         """An onnxruntime session: `reference` with basic optimizations, `deploy` with all."""
-        from qpipe.model.session import make_session
+        from qpipe.model.runtime.session import make_session
 
         return make_session(self, mode, quantized, outputs, threads)
 
     def save(self, folder: str | Path) -> Path:
         """Write model.onnx (QDQ where there are encodings) and encodings.json; returns the model's path."""
-        from qpipe.model.writer import save
+        from qpipe.model.files.onnx_writer import save
 
         return save(self, Path(folder))
 
@@ -323,7 +323,7 @@ class Editor:
 
     def add_param(self, name: str, array: npt.ArrayLike) -> onnx_ir.Value:
         """A new initializer under `name`, or under `name_1`, … where that is taken; the array is copied."""
-        from qpipe.model.invariants import fresh_initializer_name
+        from qpipe.model.network.invariants import fresh_initializer_name
 
         value = onnx_ir.Value(name=fresh_initializer_name(self.graph, name))
         _set(value, np.array(array, order="C"))

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from qpipe.artifact import Artifact, Files, Scores, canonical_json, load, save
+from qpipe.artifacts.artifact import Artifact, Files, Scores, canonical_json, load, save
 from qpipe.cache.archive import Exported, Imported, export, import_archive
 from qpipe.cache.audit import verify
 from qpipe.cache.store import Store, sealed
-from qpipe.cache_commands import cache_command
+from qpipe.cli.cache_commands import cache_command
 from qpipe.errors import CacheError, InputError
-from qpipe.hashing import digest, digest_bytes
+from qpipe.keys.hashing import digest, digest_bytes
 from tests.inprocess import carry_out, job
 from tests.toy import Toy
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qpipe.artifact import Artifact, Samples, Scores, load, save
+from qpipe.artifacts.artifact import Artifact, Samples, Scores, load, save
 from qpipe.cache.cleanup import Removed, collect
 from qpipe.cache.store import Store
 from qpipe.errors import CacheError
-from qpipe.hashing import digest
+from qpipe.keys.hashing import digest
 
 
 @pytest.fixture

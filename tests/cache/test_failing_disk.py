@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qpipe.artifact import Artifact, Samples, load, save
+from qpipe.artifacts.artifact import Artifact, Samples, load, save
 from qpipe.cache.audit import verify
 from qpipe.cache.store import Store
 from qpipe.errors import CacheError
-from qpipe.hashing import digest
+from qpipe.keys.hashing import digest
 
 KEY = digest("key")
 CALLS = ("open", "write", "fchmod", "fsync", "replace", "link", "mkdir", "utime")
@@ -83,7 +83,9 @@ def left_over(store: Store) -> list[Path]:
 @pytest.fixture
 def serial(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blobs one after another, so that the steps have an order."""
-    monkeypatch.setattr("qpipe.artifact._put_all", lambda buffers, store: [store.put(item) for item in buffers])
+    monkeypatch.setattr(
+        "qpipe.artifacts.artifact._put_all", lambda buffers, store: [store.put(item) for item in buffers]
+    )
 
 
 @pytest.mark.usefixtures("serial")

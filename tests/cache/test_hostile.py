@@ -22,14 +22,14 @@ import numpy as np
 import onnx
 import pytest
 
-from qpipe.artifact import Artifact, Samples, canonical_json, load, save
+from qpipe.artifacts.artifact import Artifact, Samples, canonical_json, load, save
 from qpipe.cache.audit import verify
 from qpipe.cache.cleanup import collect
 from qpipe.cache.store import Store, sealed
-from qpipe.cache_commands import COMMANDS, cache_command
+from qpipe.cli.cache_commands import COMMANDS, cache_command
 from qpipe.errors import DamagedError
-from qpipe.hashing import digest_bytes
-from qpipe.sweep import Job
+from qpipe.keys.hashing import digest_bytes
+from qpipe.run.sweep import Job
 from tests.inprocess import carry_out, job, keys
 from tests.toy import Toy
 
@@ -489,7 +489,7 @@ def test_a_good_model_made_by_hand_is_read(tmp_path: Path) -> None:
 def test_a_root_of_absurd_size_is_not_read_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(tmp_path)
     artifact = save(Samples({"x": np.zeros((3, 1))}), store)
-    monkeypatch.setattr("qpipe.artifact.ROOT_LIMIT", 10)
+    monkeypatch.setattr("qpipe.artifacts.artifact.ROOT_LIMIT", 10)
     with pytest.raises(DamagedError, match="too large"):
         load(artifact, store)
     with pytest.raises(ValueError, match="keep large values as arrays"):

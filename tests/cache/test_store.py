@@ -17,10 +17,10 @@ import filelock
 import numpy as np
 import pytest
 
-from qpipe.artifact import Artifact, Samples, Scores, load, save
+from qpipe.artifacts.artifact import Artifact, Samples, Scores, load, save
 from qpipe.cache.store import Store, sealed
 from qpipe.errors import CacheError, DamagedError
-from qpipe.hashing import digest, digest_bytes
+from qpipe.keys.hashing import digest, digest_bytes
 
 KEY = digest("key")
 
@@ -270,8 +270,8 @@ def test_a_result_of_absurd_size_is_not_read(store: Store, monkeypatch: pytest.M
 _WRITER = """
 import sys, random, pathlib, os
 from qpipe.cache.store import Store
-from qpipe.artifact import Files, save
-from qpipe.hashing import digest
+from qpipe.artifacts.artifact import Files, save
+from qpipe.keys.hashing import digest
 store, start = Store(pathlib.Path(sys.argv[1])), int(sys.argv[2])
 print("ready", flush=True)
 for i in range(start, start + 100_000):
@@ -329,7 +329,7 @@ def test_two_processes_that_publish_one_key_agree_on_one_result(store: Store) ->
     program = """
 import sys, pathlib, json
 from qpipe.cache.store import Store
-from qpipe.artifact import Scores, save
+from qpipe.artifacts.artifact import Scores, save
 store = Store(pathlib.Path(sys.argv[1]))
 artifact = save(Scores({"score": float(sys.argv[2])}), store)
 output = {"kind": artifact.kind, "digest": artifact.digest, "size_bytes": artifact.size_bytes}

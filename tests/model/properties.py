@@ -15,11 +15,11 @@ import numpy as np
 from hypothesis import assume
 from hypothesis import strategies as st
 
-from qpipe.artifact import Samples
+from qpipe.artifacts.artifact import Samples
 from qpipe.errors import InputError
+from qpipe.methods.comparison.parity import parity
+from qpipe.methods.placement.target import Target
 from qpipe.model import Model
-from qpipe.model.parity import parity
-from qpipe.model.target import Target
 from qpipe.numerics.scheme import BITWIDTHS, Scheme, TensorScheme
 from tests.model.graph_pieces import FOLDABLE, RECENT
 from tests.model.graphs import Array, Case, cases, distance, reference

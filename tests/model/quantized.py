@@ -9,9 +9,9 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
+from qpipe.methods.placement.placement import place
+from qpipe.methods.placement.target import Target
 from qpipe.model import Model
-from qpipe.model.placement import place
-from qpipe.model.target import Target
 from qpipe.numerics.grid import Encoding, encoding_from_range
 from qpipe.numerics.observers import weight_encoding
 from qpipe.numerics.scheme import Scheme, TensorScheme

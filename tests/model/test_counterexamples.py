@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from qpipe.stages.bnf import bnf
 
+from qpipe.methods.comparison.parity import parity
+from qpipe.methods.placement.target import Nodes, OpRule
 from qpipe.model import Model
-from qpipe.model.parity import parity
-from qpipe.model.target import Nodes, OpRule
+from qpipe.stages.bnf import bnf
 from tests.model.nets import error_of_import, normal, op_types, parsed
 from tests.model.quantized import ONNXRUNTIME, quantized
 

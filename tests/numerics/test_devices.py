@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from qpipe.numerics.fake_quantize import FakeQuantize
-from qpipe.numerics.gram import GramOptions, solve
 from qpipe.numerics.grid import encoding_from_range, quantize_dequantize
-from qpipe.numerics.moments import LayerMoments
 from qpipe.numerics.observers import HistogramObserver
-from qpipe.numerics.rows import RowGrid
+from qpipe.numerics.rounding.gram import GramOptions, solve
+from qpipe.numerics.rounding.moments import LayerMoments
+from qpipe.numerics.rounding.rows import RowGrid
+from qpipe.numerics.rounding.unfold import Unfold, sample_positions
 from qpipe.numerics.scheme import TensorScheme
-from qpipe.numerics.unfold import Unfold, sample_positions
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

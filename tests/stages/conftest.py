@@ -15,8 +15,8 @@ import pytest
 import yaml
 from numpy.typing import NDArray
 
+from qpipe.methods.placement.target import Target
 from qpipe.model import Model
-from qpipe.model.target import Target
 from qpipe.param import coerce
 from qpipe.stage import Context
 

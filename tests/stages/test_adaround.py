@@ -6,15 +6,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from qpipe.stages.adaround import adaround
-from qpipe.stages.calibrate import calibrate
-from qpipe.stages.nearest import nearest
 
 from qpipe.errors import InputError
-from qpipe.model.target import Nodes
+from qpipe.methods.placement.target import Nodes
 from qpipe.numerics.grid import quantize_dequantize
 from qpipe.numerics.scheme import Scheme, TensorScheme
 from qpipe.stage import Context, Samples
+from qpipe.stages.adaround import adaround
+from qpipe.stages.calibrate import calibrate
+from qpipe.stages.nearest import nearest
 
 ACTIVATION = TensorScheme(8, False, False)
 W4 = Scheme(TensorScheme(4, True, True, "per_channel"), None)
@@ -176,7 +176,7 @@ class Resuming(Context):
         self.kept, self.lives, self.new, self.notes, self.steps = {}, lives, 0, [], []
 
     def memo(self, name, fn, *inputs):
-        from qpipe.hashing import digest
+        from qpipe.keys.hashing import digest
 
         key = digest(name, list(inputs))
         if key not in self.kept:

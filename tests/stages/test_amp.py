@@ -8,19 +8,19 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from qpipe.stages.adaround import adaround
-from qpipe.stages.amp import admitted, amp
-from qpipe.stages.calibrate import calibrate
-from qpipe.stages.evaluate import evaluate
-from qpipe.stages.parity import parity
 
 from qpipe.errors import ConfigError, InputError
-from qpipe.model.target import Limits
+from qpipe.methods.placement.target import Limits
 from qpipe.numerics.grid import quantize_dequantize, same_grid
 from qpipe.numerics.metrics import sqnr_db
 from qpipe.numerics.scheme import Scheme, TensorScheme
 from qpipe.param import coerce
 from qpipe.stage import Context, Samples, Scores
+from qpipe.stages.adaround import adaround
+from qpipe.stages.amp import admitted, amp
+from qpipe.stages.calibrate import calibrate
+from qpipe.stages.evaluate import evaluate
+from qpipe.stages.parity import parity
 
 WEIGHT, ACTIVATION = TensorScheme(4, True, True, "per_channel"), TensorScheme(8, False, False)
 SCHEME = Scheme(WEIGHT, ACTIVATION)
@@ -40,7 +40,7 @@ class Kept(Context):
         self.kept, self.lives, self.new, self.notes = {}, lives, [], []
 
     def memo(self, name, fn, *inputs):
-        from qpipe.hashing import digest
+        from qpipe.keys.hashing import digest
 
         key = digest(name, list(inputs))
         if key not in self.kept:
@@ -67,7 +67,7 @@ def samples(seed, count, labels=False):
 @pytest.fixture
 def forwards(monkeypatch):
     """The number of samples of each pass of a model, in the order of the passes."""
-    import qpipe.model.judge as judge
+    import qpipe.methods.mixing.judge as judge
 
     counted, run = [], judge.run
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from qpipe.stages.bnf import affine, bnf, fold_before, fold_behind
 
 BN = {"g": (6,), "b": (6,), "m": (6,), "bnvar": (6,)}

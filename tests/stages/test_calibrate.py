@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from qpipe.stages.calibrate import calibrate
 
 from qpipe.errors import InputError
-from qpipe.model.target import Nodes
+from qpipe.methods.placement.target import Nodes
 from qpipe.numerics.grid import encoding_from_range, same_grid
 from qpipe.numerics.observers import HistogramObserver, weight_encoding
 from qpipe.numerics.scheme import Scheme, TensorScheme
 from qpipe.stage import Context, Samples, Scores
+from qpipe.stages.calibrate import calibrate
 
 WEIGHT, ACTIVATION = TensorScheme(8, True, True), TensorScheme(8, False, False)
 SCHEME = Scheme(WEIGHT, ACTIVATION)
@@ -125,7 +125,7 @@ class Remembering(Context):
         self.calls = 0
 
     def memo(self, name, fn, *inputs):
-        from qpipe.hashing import digest
+        from qpipe.keys.hashing import digest
 
         key = digest(name, list(inputs))
         if key not in self.kept:

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qpipe.stages.cle import bounded, cle, scales
 
 from qpipe.errors import InputError
 from qpipe.stage import Samples
+from qpipe.stages.cle import bounded, cle, scales
 
 UNEVEN = np.exp(np.random.default_rng(3).normal(size=8) * 1.5).astype(np.float32)
 

@@ -6,11 +6,11 @@ import sys
 
 import numpy as np
 import pytest
-from qpipe.stages.evaluate import evaluate
 
 from qpipe.errors import InputError, StageError
 from qpipe.numerics.grid import Encoding
 from qpipe.stage import Samples
+from qpipe.stages.evaluate import evaluate
 
 RNG = np.random.default_rng(3)
 
@@ -161,9 +161,8 @@ def test_several_outputs_count_alike(network):
 
 
 def test_the_simulation_scores_as_the_deployed_model_does(classifier, data, target):
-    from qpipe.stages.calibrate import calibrate
-
     from qpipe.numerics.scheme import Scheme, TensorScheme
+    from qpipe.stages.calibrate import calibrate
 
     scheme = Scheme(TensorScheme(8, True, True), TensorScheme(8, False, False))
     model = calibrate(classifier, data, scheme=scheme, target=target)

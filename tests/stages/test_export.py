@@ -8,12 +8,12 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from qpipe.stages.export import export
 from safetensors.numpy import load
 
 from qpipe.model import Model
 from qpipe.numerics.grid import encoding_from_range
 from qpipe.numerics.scheme import TensorScheme
+from qpipe.stages.export import export
 
 WEIGHT = TensorScheme(8, signed=True, symmetric=True)
 ACTIVATION = TensorScheme(8, signed=False, symmetric=False)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from qpipe.stages.hbf import absorbed, hbf
 
 from qpipe.errors import InputError
 from qpipe.stage import Samples
+from qpipe.stages.hbf import absorbed, hbf
 
 BETA = np.array([3.0, 0.5, 5.0, 0.0])
 GAMMA = np.array([0.5, 0.5, -1.0, 1.0])

@@ -7,9 +7,9 @@ import itertools
 import numpy as np
 import pytest
 from PIL import Image
-from qpipe.stages.load_data import load_data, thinned
 
 from qpipe.errors import InputError
+from qpipe.stages.load_data import load_data, thinned
 
 RNG = np.random.default_rng(0)
 _COUNT = itertools.count()

@@ -8,11 +8,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from qpipe.stages.load_model import load_model
 from safetensors.torch import save_file
 
 from qpipe.errors import InputError
 from qpipe.stage import Samples
+from qpipe.stages.load_model import load_model
 
 NETS = """
 import torch
@@ -185,13 +185,12 @@ def test_a_bad_source_is_one_sentence(nets, tmp_path, params, reason):
 
 
 def test_a_quantized_file_comes_in_with_its_grids_and_stays_as_it_is(tmp_path, network, notes, target):
+    from qpipe.numerics.scheme import Scheme, TensorScheme
     from qpipe.stages.adaround import adaround
     from qpipe.stages.bnf import bnf
     from qpipe.stages.calibrate import calibrate
     from qpipe.stages.cle import cle
     from qpipe.stages.prepare import prepare
-
-    from qpipe.numerics.scheme import Scheme, TensorScheme
 
     text = "n (float[N,3,8,8] x) => (float[N,4,6,6] y) { t = Conv(x, w, b)  y = Relu(t) }"
     samples = Samples({"x": np.random.default_rng(0).normal(size=(8, 3, 8, 8)).astype(np.float32)})
@@ -214,7 +213,7 @@ def test_a_quantized_file_comes_in_with_its_grids_and_stays_as_it_is(tmp_path, n
 
 
 def test_an_encodings_file_gives_a_float_model_its_grids(tmp_path, notes):
-    from qpipe.model.encodings_file import write_encodings
+    from qpipe.model.files.encodings_writer import write_encodings
     from tests.model.quantized import quantized
 
     onnx_file(tmp_path / "net.onnx")

@@ -6,10 +6,10 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from qpipe.stages.nearest import nearest
 
 from qpipe.errors import InputError
 from qpipe.numerics.grid import Encoding
+from qpipe.stages.nearest import nearest
 
 GRAPH = """n (float[N,3,5,5] x) => (float[N,6] y) {
     t = Conv(x, w, b)  r = Relu(t)  m = GlobalAveragePool(r)  f = Flatten(m)  y = Gemm<transB=1>(f, v, c) }"""

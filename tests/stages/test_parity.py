@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from qpipe.stages.calibrate import calibrate
-from qpipe.stages.parity import difference, origin, parity
 
 from qpipe.errors import InputError
-from qpipe.model.parity import Output, ParityReport, Steps
+from qpipe.methods.comparison.parity import Output, ParityReport, Steps
 from qpipe.numerics.scheme import Scheme, TensorScheme
 from qpipe.stage import Samples
+from qpipe.stages.calibrate import calibrate
+from qpipe.stages.parity import difference, origin, parity
 
 SCHEME = Scheme(TensorScheme(8, True, True), TensorScheme(8, False, False))
 

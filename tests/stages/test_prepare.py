@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from qpipe.stages import prepare as module
-from qpipe.stages.prepare import prepare
 
 from qpipe.errors import InputError, StageError
 from qpipe.stage import Samples
+from qpipe.stages import prepare as module
+from qpipe.stages.prepare import prepare
 
 
 def feeds(*shape):

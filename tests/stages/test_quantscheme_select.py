@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from qpipe.stages.calibrate import calibrate
-from qpipe.stages.evaluate import evaluate
-from qpipe.stages.quantscheme_select import quantscheme_select
 
 from qpipe.numerics.metrics import sqnr_db
 from qpipe.numerics.scheme import Scheme, TensorScheme
 from qpipe.stage import Samples
+from qpipe.stages.calibrate import calibrate
+from qpipe.stages.evaluate import evaluate
+from qpipe.stages.quantscheme_select import quantscheme_select
 
 WEIGHT, ACTIVATION = TensorScheme(4, True, True), TensorScheme(8, False, False)
 SCHEME = Scheme(WEIGHT, ACTIVATION)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from qpipe.stages.bnf import bnf
 from qpipe.stages.cle import cle
 from qpipe.stages.prepare import prepare

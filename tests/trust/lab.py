@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qpipe.cache.store import Store
-from qpipe.hashing import digest_file, is_digest
+from qpipe.keys.hashing import digest_file, is_digest
 from tests.toy import Toy
 from tests.trust.nursery import MARK, Child, Nursery, marked
 

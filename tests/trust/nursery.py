@@ -152,7 +152,7 @@ def _warm_up() -> None:
         importlib.import_module(f"qpipe.{name}")
     for name in ("filelock", "networkx", "numpy", "safetensors.numpy", "yaml", "platformdirs"):
         importlib.import_module(name)
-    from qpipe.catalog import catalog
+    from qpipe.language.catalog import catalog
 
     list(catalog().values())
     catalog.cache_clear()
@@ -197,7 +197,7 @@ def _be_child(order: Order) -> None:
 
 
 def _run_words(words: Sequence[str]) -> int:
-    from qpipe.cli import run
+    from qpipe.cli.main import run
 
     sys.argv = ["qpipe", *words]
     return run(words)
@@ -207,10 +207,10 @@ def run_config(config: Mapping[str, Any]) -> int:
     """What `qpipe` does with a composed config, without Hydra; the record is left in `config["folder"]`."""
     from omegaconf import OmegaConf
 
-    from qpipe.commands import run
+    from qpipe.cli.run_commands import run
     from qpipe.errors import QpipeError
-    from qpipe.spec import read_spec
-    from qpipe.sweep import Job
+    from qpipe.language.spec import read_spec
+    from qpipe.run.sweep import Job
 
     plain = {"goal": {"metric": "toy", "max_drop": 0.5}, **config}
     folder = Path(plain.pop("folder", "outputs/run"))

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from qpipe.hashing import digest_bytes
+from qpipe.keys.hashing import digest_bytes
 from tests.trust.lab import FORMULA, Lab, blobs, outputs
 
 CHAIN: dict[str, dict[str, Any]] = {
@@ -132,7 +132,7 @@ def _may_switch() -> bool:
         "--clear-groups",
         sys.executable,
         "-c",
-        "import qpipe.cli",
+        "import qpipe.cli.main",
     ]
     return subprocess.run(probe, capture_output=True, cwd="/").returncode == 0
 
@@ -293,8 +293,8 @@ OTHER_KEYS = """
 import json, sys
 from pathlib import Path
 sys.path[:0] = json.loads(sys.argv[1])
-from qpipe.code import CodeIndex
-from qpipe.hashing import digest
+from qpipe.keys.code import CodeIndex
+from qpipe.keys.hashing import digest
 class Memo(dict):
     def set(self, key, value): self[key] = value
 index = CodeIndex(Memo())

@@ -178,7 +178,7 @@ def test_a_sub_result_is_the_same_made_and_found(lab: Lab) -> None:
 
 
 def scores(lab: Lab, record: dict[str, Any]) -> dict[str, Any]:
-    from qpipe.artifact import Artifact, load
+    from qpipe.artifacts.artifact import Artifact, load
     from qpipe.cache.store import Store
 
     found = record["nodes"]["o"]["outputs"]["scores"]

@@ -1,0 +1,1 @@
+"""The kinds of value that travel between stages, and how each is saved and named."""

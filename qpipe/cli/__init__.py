@@ -1,0 +1,1 @@
+"""The edge: Hydra, commands, completion, and mistakes told in one line."""

@@ -1,0 +1,320 @@
+"""The edge: the command line, Hydra, and what a person sees.
+
+    qpipe [run|plan|why NODE|diff RUN RUN|verify NODE|graph [FILE]|stages [NAME]|report [RUN]|cache …] [overrides] [-m]
+
+Exit status: 0 all done; 1 a node failed; 2 the config or an input is wrong; 3 the goal was not met; 4
+`run.expect=cached` (or `run.max_misses`) and something (or more) had to run; 5 `run.budget_s` was spent before all was
+done; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import os
+import secrets
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from qpipe.cli.completion import complete
+from qpipe.cli.compose import quick_hydra
+from qpipe.cli.manual import COMMANDS, OPTIONS, usage
+from qpipe.cli.mistakes import one_line
+from qpipe.errors import ConfigError, QpipeError
+from qpipe.language.catalog import catalog, schema
+from qpipe.run.record import RECORD
+from qpipe.run.sweep import INTERRUPTED, Job
+
+UNREAD = 141  # as of a process that SIGPIPE ended
+PACKAGE = Path(__file__).parents[1]
+
+Many = Callable[[Sequence[Job]], int]
+"""A command: it takes the composed jobs (one, or all of a sweep) and returns the exit status."""
+
+
+def main() -> None:
+    """Entry point of the `qpipe` command."""
+    gc.disable()  # a config of 10,000 nodes is a million objects that live on: a third of the time went into them
+    status = run(sys.argv[1:])
+    # where an action ran, `sweep` enabled it again: what a stage left open is then closed in Python's own order
+    if not gc.isenabled() and threading.active_count() == 1:
+        _end_at_once(status)
+    sys.exit(status)
+
+
+def _end_at_once(status: int) -> None:
+    """End the process without taking those objects apart one by one, which takes Python 0.3 s."""
+    atexit._run_exitfuncs()
+    with suppress(OSError, ValueError):  # closed, or nobody reads it: Python itself has words for that
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line; its exit status."""
+    command, rest = split_command(arguments)
+    if sys.path[:1] not in ([os.getcwd()], [""]):
+        sys.path.insert(0, os.getcwd())  # as in a worker: both find the same file under a module's name
+    if command in arguments[:1] and {"--help", "-h"} & set(rest):
+        print(usage(command), end="")
+        return 0
+    try:
+        _register()
+        if {"-sc", "--shell-completion"} & set(arguments):
+            found, hydra_too = complete(os.environ)
+            print("".join(f"{word}\n" for word in found), end="")
+            if not hydra_too:
+                return 0
+        many, rest = _command(command, rest)
+        if isinstance(many, int):
+            return many
+        return _compose(many, command, rest)
+    except QpipeError as error:
+        say(f"qpipe: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        say("qpipe: interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:
+        return _unread()
+
+
+def _unread() -> int:
+    """Nobody reads our output any more (`| head`): nothing is left to say, to anyone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return UNREAD
+
+
+def say(line: str) -> None:
+    """One line to the person, on standard error."""
+    print(line, file=sys.stderr)
+
+
+def split_command(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """(command, the other arguments); without a command it is `run`."""
+    if arguments and arguments[0] in COMMANDS:
+        return arguments[0], list(arguments[1:])
+    return "run", list(arguments)
+
+
+def _command(name: str, rest: list[str]) -> tuple[Many | int, list[str]]:
+    """The function behind a command, and the arguments that are left for Hydra; the exit status where all is done."""
+    if name == "diff":
+        from qpipe.cli.explain_commands import diff
+
+        return diff(rest), []
+    if name == "why":
+        return _why(rest)
+    if name == "verify":
+        return _verify(rest)
+    if name == "cache":
+        from qpipe.cli.cache_commands import cache_command
+
+        return cache_command(rest)
+    from qpipe.cli import run_commands as commands
+
+    if name in ("stages", "report"):
+        print({"stages": commands.show_stages, "report": commands.show_report}[name](rest))
+        return 0, []
+    if name == "graph":
+        file = None
+        if _is_subject(rest):
+            file, *rest = rest
+        return lambda jobs: commands.graph(jobs, file), rest
+    return {"run": commands.run, "plan": commands.plan}[name], rest
+
+
+def _why(rest: list[str]) -> tuple[Many, list[str]]:
+    from qpipe.cli.explain_commands import why
+
+    options, rest = take_options(rest, OPTIONS["why"])
+    if not _is_subject(rest):
+        raise ConfigError("why: names nothing. Say `qpipe why NODE`.")
+    return lambda jobs: why(jobs, rest[0], options.get("--against")), rest[1:]
+
+
+def _verify(rest: list[str]) -> tuple[Many, list[str]]:
+    from qpipe.cli.explain_commands import verify_nodes
+
+    options, rest = take_options(rest, OPTIONS["verify"])
+    if not _is_subject(rest):
+        raise ConfigError("verify: names nothing. Say `qpipe verify NODE` or `qpipe verify all`.")
+    repeat = options.get("--repeat", "2")
+    if not repeat.isdecimal() or not int(repeat):
+        raise ConfigError(f"--repeat: how often to compute each node, at least 1, got {repeat!r}.")
+    return lambda jobs: verify_nodes(jobs, rest[0], int(repeat)), rest[1:]
+
+
+def _is_subject(words: Sequence[str]) -> bool:
+    """Whether the first word is the name of a thing, rather than an override or an option."""
+    return bool(words) and "=" not in words[0] and words[0][:1] not in ("-", "+", "~")
+
+
+def take_options(words: Sequence[str], known: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """The options among `words`, `--name VALUE` or `--name=VALUE`, and the other words. `known` is {option: what its
+    value is called}, "" for an option that takes none. Errors: ConfigError for a value that is missing."""
+    found: dict[str, str] = {}
+    rest: list[str] = []
+    pending = list(reversed(words))
+    while pending:
+        word = pending.pop()
+        name, equals, value = word.partition("=")
+        if name not in known or (equals and not known[name]):
+            rest.append(word)
+        elif not known[name] or equals:
+            found[name] = value
+        elif pending and not pending[-1].startswith("--"):
+            found[name] = pending.pop()
+        else:
+            raise ConfigError(f"{name}: has no value. Say `{name} {known[name]}`.")
+    return found, rest
+
+
+def _register() -> None:
+    """Tell Hydra what a qpipe config may hold: the resolvers, a schema for every stage, the launcher."""
+    from hydra_plugins.qpipe.launcher import QpipeLauncher
+
+    OmegaConf.register_new_resolver("qpipe.file", lambda name: str(PACKAGE / name), replace=True)
+    OmegaConf.register_new_resolver(
+        "qpipe.run_id", lambda: secrets.token_hex(2), use_cache=True, replace=True
+    )
+    store = ConfigStore.instance()
+    base = OmegaConf.create({"stages": {}})
+    OmegaConf.set_struct(
+        base["stages"], False
+    )  # nodes and params are checked by qpipe.language.spec, in its own words
+    store.store(name="qpipe_base", node=base)
+    for name in catalog():
+        try:
+            store.store(group="stage", name=name, node=schema(catalog()[name]))
+        except ConfigError as error:  # one broken stage does not stop pipelines that do not use it
+            say(f"qpipe: {error}")
+    Plugins.instance().register(QpipeLauncher)
+    store.store(
+        group="hydra/launcher", name="qpipe", node={"_target_": "hydra_plugins.qpipe.launcher.QpipeLauncher"}
+    )
+
+
+def _compose(many: Many, command: str, rest: list[str]) -> int:
+    """Let Hydra compose the config and hand the jobs to `many`; mistakes that Hydra finds become one line."""
+    status: list[int] = []
+    begun: list[str] = []
+
+    def task(config: DictConfig) -> None:
+        begun.append(command)
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        overrides = tuple(HydraConfig.get().overrides.task)
+        left = [folder] if command == "run" else []
+        status.append(_carry_out(many, lambda: [make_job(config, folder, overrides)], left))
+
+    def sweep(configs: Sequence[tuple[DictConfig, Path, tuple[str, ...]]]) -> None:
+        begun.append(command)
+        label = "#{} " if len(configs) > 1 else ""
+
+        def build() -> list[Job]:
+            return [make_job(*config, label.format(i)) for i, config in enumerate(configs)]
+
+        left = [folder for _, folder, _ in configs] if command == "run" else []
+        status.append(_carry_out(many, build, left))
+
+    task.qpipe_sweep = sweep  # type: ignore[attr-defined]  # the launcher finds it here
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us, not as Hydra's traceback
+    try:
+        with quick_hydra(), _leaving_nothing(command) as quiet:
+            sys.argv = [sys.argv[0], *rest, *quiet]
+            hydra.main(version_base="1.3", config_path="pkg://qpipe.conf", config_name="config")(task)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(one_line(error)) from error
+    except ValueError as error:
+        if begun:
+            raise
+        raise ConfigError(one_line(error)) from error  # a number of thousands of digits
+    except OSError as error:
+        if begun or error.filename is None:  # a pipe that nobody reads has no name
+            raise
+        raise QpipeError(
+            f"the folder of the run cannot be made ('{error.filename}': {error.strerror}). Choose another one with "
+            "hydra.run.dir=…, or hydra.sweep.dir=… with -m."
+        ) from error
+    return max(status, default=0)
+
+
+@contextmanager
+def _leaving_nothing(command: str) -> Iterator[list[str]]:
+    """The overrides with which Hydra leaves no file: only a run has a folder, and a sweep writes multirun.yaml."""
+    if command == "run":
+        yield []
+        return
+    from tempfile import TemporaryDirectory
+
+    with TemporaryDirectory(prefix="qpipe-") as folder:
+        yield [
+            "hydra.run.dir=.",
+            "hydra.output_subdir=null",
+            f"hydra.sweep.dir='{folder}'",
+            "hydra.sweep.subdir=.",
+        ]
+
+
+def _carry_out(many: Many, build: Callable[[], Sequence[Job]], folders: Sequence[Path]) -> int:
+    """Build the jobs and run the command; a folder in which no record came to lie is not left behind."""
+    try:
+        status = many(build())
+    except BrokenPipeError:
+        status = _unread()
+    except QpipeError as error:
+        say(f"qpipe: {error}")
+        status = error.exit_code
+    for folder in folders:
+        if not (folder / RECORD).exists():
+            remove_folder(folder)
+    return status
+
+
+LEFT_BY_US = (
+    ".hydra/config.yaml",
+    ".hydra/hydra.yaml",
+    ".hydra/overrides.yaml",
+    "workers.log",
+    "../multirun.yaml",
+)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove what Hydra and we put into a run folder, then the folders that are empty, up to the working directory.
+
+    Nothing else is touched: the folder may be one that the person named, with other things in it.
+    """
+    if folder.resolve() == Path.cwd():
+        return
+    for name in LEFT_BY_US:
+        (folder / name).unlink(missing_ok=True)
+    for place in [folder / ".hydra", folder, *folder.parents]:
+        if place.resolve() == Path.cwd() or not place.resolve().is_relative_to(Path.cwd()):
+            return
+        with suppress(OSError):
+            place.rmdir()
+
+
+def make_job(config: DictConfig, folder: Path, overrides: tuple[str, ...], label: str = "") -> Job:
+    """The job of one composed config. Errors: ConfigError."""
+    from qpipe.language.spec import read_spec
+
+    return Job(read_spec(config), folder, overrides, label)
+
+
+def command_line() -> list[str]:
+    """The command as it was typed, for the record."""
+    return ["qpipe", *sys.argv[1:]]

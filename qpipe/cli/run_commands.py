@@ -1,0 +1,200 @@
+"""The commands behind `qpipe`, each a function from jobs (one, or all of a sweep) to an exit status."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qpipe.cache.store import Store
+from qpipe.errors import ConfigError
+from qpipe.explain.past_runs import LAST, find_record, read_record
+from qpipe.language.catalog import catalog, plain
+from qpipe.language.spec import FirstWithin
+from qpipe.param import describe
+from qpipe.plan.estimate import Estimate, estimate
+from qpipe.plan.history import expected_s, rebuild
+from qpipe.plan.walk import Outcome, Walk
+from qpipe.report.terminal.plain import PlainDisplay
+from qpipe.report.terminal.table import table
+from qpipe.report.terminal.terminal import Row, Terminal
+from qpipe.report.text import duration, plural
+from qpipe.run.executor import worker_count
+from qpipe.run.sweep import NOT_CACHED, Job, open_store, plan_jobs, refusal, run_jobs
+from qpipe.stage import REQUIRED
+
+
+class Screen(Terminal):
+    """A Terminal that is shown plans and records of jobs."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__()
+        self._store = store
+
+    def __enter__(self) -> Screen:
+        return self
+
+    def planned_jobs(self, plans: Sequence[tuple[Job, Walk]]) -> None:
+        shown = [row for _, walk in plans for row in rows(walk, self._store)]
+        wall_s = None
+        if any(row.verdict in ("run", "wait") for row in shown):
+            workers = worker_count(plans[0][0].spec.run)
+            wall_s = estimate([walk for _, walk in plans], self._store, workers).wall_s
+        self.planned(shown, wall_s)
+        budget_s = plans[0][0].spec.run.budget_s
+        if wall_s is not None and budget_s is not None and wall_s > budget_s:
+            self.message(
+                f"run.budget_s={budget_s:g} will not do: this takes about {duration(wall_s)}. What is done by then "
+                f"is kept."
+            )
+
+    def ended_jobs(self, records: Sequence[tuple[Job, dict[str, Any]]]) -> None:
+        self.close()
+        for job, record in records:
+            _write_report(record, job.folder)
+        if len(records) == 1:
+            self.show(records[0][1], sys.stdout)
+        else:
+            print("\n".join(sweep_table(records)))
+
+
+def run(jobs: Sequence[Job]) -> int:
+    """Carry the pipelines out, show how it goes, leave a record of each."""
+    with open_store(jobs[0].spec) as store, Screen(store) as screen:
+        return run_jobs(jobs, store, screen, ["qpipe", *jobs[0].overrides])
+
+
+def plan(jobs: Sequence[Job]) -> int:
+    """Say what would run, what the cache has, why, and what it costs. Writes nothing but the index."""
+    options = jobs[0].spec.run
+    with open_store(jobs[0].spec) as store:
+        rebuild(store)
+        walks = plan_jobs(jobs, store)
+        costs = estimate(walks, store, worker_count(options))
+        screen = Terminal(sys.stdout, live=False)
+        screen.planned([row for walk in walks for row in rows(walk, store)], costs.wall_s)
+        for line in cost_lines(costs, worker_count(options)):
+            screen.message(line)
+        return 0 if (refused := refusal(walks, options)) is None else _refused(screen, refused)
+
+
+def _refused(screen: Terminal, message: str) -> int:
+    screen.message(message)
+    return NOT_CACHED
+
+
+def cost_lines(costs: Estimate, workers: int) -> list[str]:
+    """The Estimate in sentences."""
+    lines = []
+    if costs.compute_s is not None:
+        side_by_side = f", {duration(costs.wall_s)} on {plural(workers, 'worker')}" if workers > 1 else ""
+        lines.append(f"at most {duration(costs.compute_s)} of computing{side_by_side}")
+        if len(costs.longest) > 1:
+            way = costs.longest if len(costs.longest) <= 8 else (*costs.longest[:4], "…", *costs.longest[-3:])
+            lines.append(f"the longest way takes {duration(costs.longest_s)}: {' -> '.join(way)}")
+    if costs.unknown:
+        more = len(costs.unknown) - 8
+        named = ", ".join(costs.unknown[:8]) + (f" and {more} more" if more > 0 else "")
+        lines.append(f"never run, so without an estimate: {named}")
+    if costs.saved_s >= 0.001:
+        lines.append(f"the cache saves {duration(costs.saved_s)}")
+    return [f"  {line}" for line in lines]
+
+
+def rows(walk: Walk, store: Store) -> list[Row]:
+    """The plan's lines for one walk, in the order of the config."""
+    return [_row(walk, name, outcome, store) for name, outcome in walk.verdicts().items()]
+
+
+def _row(walk: Walk, name: str, outcome: Outcome, store: Store) -> Row:
+    node = walk.graph.node(name)
+    if isinstance(node, FirstWithin):
+        return Row(walk.label + name, "first_within", outcome.state, outcome.reasons)
+    expected = None
+    if outcome.state in ("run", "wait"):
+        expected = expected_s(store, node.stage.name, name)
+    return Row(walk.label + name, node.stage.name, outcome.state, outcome.reasons, expected)
+
+
+def graph(jobs: Sequence[Job], file: str | None) -> int:
+    """Print the pipeline with its verdicts, or draw it to an .svg or .png file."""
+    from qpipe.report.drawing.picture import draw_graph, graph_text
+
+    with open_store(jobs[0].spec) as store:
+        walk = plan_jobs(jobs[:1], store)[0]
+        nodes = {
+            row.node: {"stage": row.stage, "verdict": row.verdict, "label": row.node}
+            for row in rows(walk, store)
+        }
+    edges = [(source, target, port) for source, target, port in walk.graph.edges()]
+    if file is None:
+        display = PlainDisplay(sys.stdout)
+        print(graph_text(nodes, edges, width=display.width, fancy=display.fancy))
+        return 0
+    if Path(file).suffix not in (".svg", ".png"):
+        raise ConfigError(f"graph: draws to .svg or .png, got '{file}'. Give the file one of these endings.")
+    draw_graph(nodes, edges, Path(file))
+    print(f"drawn to {file}")
+    return 0
+
+
+def show_stages(arguments: Sequence[str]) -> str:
+    """The list of stages, or one with its ports and params."""
+    if not arguments:
+        lines = table([(name, stage.summary) for name, stage in catalog().items()], 110, flexible=1)
+        return "\n".join(line for block in lines for line in block)
+    stage = catalog().find(arguments[0], "stages")
+    found = [
+        ("port", port.name, port.kind + (" (optional)" if port.optional else ""), "")
+        for port in stage.ports.values()
+    ]
+    for param in stage.params.values():
+        default = "required" if param.default is REQUIRED else json.dumps(plain(param.default))
+        found.append(("param", param.name, describe(param.hint), str(stage.config.get(param.name, default))))
+    found += [("output", name, kind, "") for name, kind in stage.outputs.items()]
+    lines = table(found, 110, flexible=2)
+    return "\n".join([f"{stage.name}: {stage.summary}", "", *(line for block in lines for line in block)])
+
+
+def show_report(arguments: Sequence[str]) -> str:
+    """The closing table of a run again; without a folder, of the last run below outputs/."""
+    from qpipe.report.terminal.closing import closing_table
+
+    path = find_record(arguments[0] if arguments else LAST, "report")
+    record = read_record(path, "report")
+    display = PlainDisplay(sys.stdout)
+    closing = closing_table(record, display.width, fancy=display.fancy, colour=display.colour)
+    return closing + f"\nthe whole report: {_write_report(record, path.parent)}"
+
+
+def _write_report(record: Mapping[str, Any], folder: Path) -> Path:
+    from qpipe.report.page.html import write_report
+
+    path = folder / "report.html"
+    if folder.is_dir():
+        write_report(record, path)
+    return path
+
+
+def sweep_table(records: Sequence[tuple[Job, Mapping[str, Any]]]) -> list[str]:
+    """One line a trial: what it overrode, its best score, its distance from float, what ran and what hit."""
+    found: list[tuple[str, ...]] = [("#", "overrides", "score", "drop", "goal", "ran", "hit", "folder")]
+    for i, (job, record) in enumerate(records):
+        goal, totals = record["goal"], record["totals"]
+        drop = None if goal["reached"] is None or goal["float"] is None else goal["float"] - goal["reached"]
+        verdict = {True: "met", False: "missed", None: "-"}[goal["met"]]
+        figures = [f"{value:.4f}" if value is not None else "-" for value in (goal["reached"], drop)]
+        found.append(
+            (
+                str(i),
+                " ".join(job.overrides),
+                *figures,
+                verdict,
+                str(totals["ran"]),
+                str(totals["hit"]),
+                str(job.folder),
+            )
+        )
+    return [line for block in table(found, 140, right=(2, 3, 5, 6), flexible=1) for line in block]

@@ -1,0 +1,85 @@
+"""Files that belong to a file: an ONNX model may keep its tensors in others beside it.
+
+The content of such a model is that of all of them. The names are read off the bytes of the protobuf (each is the value
+of an `external_data` entry with the key `location`), because planning imports no onnx.
+"""
+
+from __future__ import annotations
+
+import mmap
+import re
+from pathlib import Path
+
+from qpipe.keys.hashing import Memo, digest, digest_file, file_identity, tree_contents
+
+_LOCATION = re.compile(rb"\x0a\x08location\x12")
+"""StringStringEntryProto: field 1 (key) = "location", then field 2 (value), a length and the text."""
+
+
+def digest_with_companions(path: Path, memo: Memo | None = None) -> str:
+    """`digest_tree(path)`; for an ONNX file with external data, a digest of it and of every file it names.
+
+    Errors: OSError, as for `digest_tree`. A companion that is missing counts as missing; loading refuses it.
+    """
+    return content(path, memo)[0]
+
+
+def content(path: Path, memo: Memo | None = None) -> tuple[str, dict[str, str | None]]:
+    """The digest of `digest_with_companions`, and what it is made of: {name: digest} of every file.
+
+    Errors: as there.
+    """
+    if path.is_dir():
+        contents = tree_contents(path, memo)
+        return digest("tree", contents), contents
+    own = digest_file(path, memo)
+    if not path.is_file() or not _may_be_onnx(path):
+        return own, {path.name: own}
+    folder = path.resolve().parent  # as the reader: what a link names lies beside the file, not beside the link
+    files = {name: folder / name for name in _remembered_locations(path, memo)}
+    if not files:
+        return own, {path.name: own}
+    beside = {name: digest_file(file, memo) if file.is_file() else None for name, file in files.items()}
+    return digest("onnx", own, beside), {path.name: own, **beside}
+
+
+def locations(path: Path) -> list[str]:
+    """The files that the ONNX file at `path` says its tensors are in, relative to its folder, each once."""
+    if not path.stat().st_size:
+        return []
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        found = {_text(content, match.end()) for match in _LOCATION.finditer(content)}
+    folder = path.resolve().parent
+    return sorted(name for name in found if name and (folder / name).resolve().is_relative_to(folder))
+
+
+def _may_be_onnx(path: Path) -> bool:
+    """By its name, or by its first byte: writers of protobuf begin with field 1, the IR version."""
+    if path.suffix == ".onnx":
+        return True
+    with open(path, "rb") as file:
+        return file.read(1) == b"\x08"
+
+
+def _remembered_locations(path: Path, memo: Memo | None) -> list[str]:
+    identity = None if memo is None else file_identity(path)
+    if memo is None or identity is None:
+        return locations(path)
+    key = f"locations {identity}"
+    known = memo.get(key)
+    if not isinstance(known, list):
+        known = locations(path)
+        memo.set(key, known)
+    return [str(name) for name in known]
+
+
+def _text(content: mmap.mmap, start: int) -> str:
+    """The length-prefixed text at `start`; "" where it is not one."""
+    size = shift = 0
+    for position in range(start, min(start + 3, len(content))):
+        byte = content[position]
+        size |= (byte & 0x7F) << shift
+        shift += 7
+        if byte < 0x80:
+            return content[position + 1 : position + 1 + size].decode("utf-8", "replace")
+    return ""

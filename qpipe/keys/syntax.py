@@ -1,0 +1,195 @@
+"""The normal form of Python source: its digest, and the imports it makes.
+
+Two sources share a digest when they differ in comments, docstrings, type comments and layout alone, under
+every Python version that can parse both. `ast.dump` and bytecode were rejected: they differ between versions.
+So the syntax tree is written as a flat list of tokens, in which empty fields do not occur (a version that
+adds a field to a node changes nothing) and fields come in the order of their names.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qpipe.errors import ConfigError
+from qpipe.keys.hashing import digest
+
+_UNCOUNTED_FIELDS = frozenset({"type_comment", "type_ignores", "kind", "ctx"})
+_IMPORTERS = frozenset({"import_module", "__import__", "resolve_name", "run_module", "locate", "attach"})
+"""What imports by name: importlib, builtins, pkgutil, runpy, pydoc, lazy_loader."""
+_LISTERS = frozenset({"iter_modules", "walk_packages"})
+_DOTTED = re.compile(r"(\.*)([^\W\d]\w*(?:\.[^\W\d]\w*)*)")
+_PREFIX = re.compile(r"(\.*)((?:[^\W\d]\w*\.)*)(?:\W.*)?", re.DOTALL)
+EVERY = "**"
+"""Stands among the names of an Import for every submodule there is."""
+
+
+@dataclass(frozen=True)
+class Import:
+    """An import as written: `from ..a import b` is level 2, module "a", names ("b",).
+
+    Level 0 without a module stands for the package itself whose `__init__` says so: its submodules `names`.
+    """
+
+    level: int
+    module: str
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What counts of one source file; imports may name what is no module (an attribute, a chance string)."""
+
+    digest: str
+    imports: tuple[Import, ...]
+
+
+def analyse(source: bytes, file: str) -> Analysis:
+    """The analysis of the source in `file`. ConfigError where it is not Python of this version."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(source, file)
+    except SyntaxError as error:
+        raise ConfigError(f"{file}:{error.lineno or 1}: not Python, {error.msg}.") from error
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise ConfigError(f"{file}: cannot be parsed as Python, {error or type(error).__name__}.") from error
+    return Analysis(digest("syntax", list(_tokens(tree))), tuple(dict.fromkeys(_imports(tree))))
+
+
+def _tokens(tree: ast.AST) -> Iterator[object]:
+    """The tree in preorder; every node and list comes with its size, so that no two trees read the same."""
+    stack: list[Any] = [tree]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, ast.AST):
+            fields = _fields(item)
+            yield from (type(item).__name__, len(fields))
+            for name, value in reversed(fields):
+                stack += [value, _Label(name)]
+        elif isinstance(item, list):
+            yield from ("[]", len(item))
+            stack += reversed(item)
+        elif isinstance(item, _Label):
+            yield item.name
+        elif isinstance(item, complex):
+            yield ("complex", item.real, item.imag)
+        elif item is ...:
+            yield ("...",)
+        else:
+            yield (item,)
+
+
+@dataclass(frozen=True)
+class _Label:
+    name: str
+
+
+def _fields(node: ast.AST) -> list[tuple[str, Any]]:
+    found = []
+    for name in sorted(node._fields):
+        value = getattr(node, name, None)
+        if isinstance(value, list):
+            value = _joined(value) if isinstance(node, ast.JoinedStr) else _without_docstrings(value)
+        elif isinstance(value, ast.JoinedStr) and name == "format_spec" and not _joined(value.values):
+            value = None  # f"{x:}"; some versions give it no spec at all
+        if value is not None and value != [] and name not in _UNCOUNTED_FIELDS:
+            found.append((name, value))
+    return found
+
+
+def _without_docstrings(items: list[Any]) -> list[Any]:
+    """All but the strings that stand as statements: docstrings of whatever, without effect."""
+    return [item for item in items if not (isinstance(item, ast.Expr) and _is_text(item.value))]
+
+
+def _is_text(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and type(node.value) is str
+
+
+def _joined(parts: Sequence[ast.expr]) -> list[ast.expr]:
+    """The parts of an f-string, neighbouring text made one: versions cut it differently."""
+    found: list[ast.expr] = []
+    for part in parts:
+        if not isinstance(part, ast.Constant):
+            found.append(part)
+        elif found and isinstance(found[-1], ast.Constant):
+            found[-1] = ast.Constant(str(found[-1].value) + str(part.value))
+        elif part.value:
+            found.append(part)
+    return found
+
+
+def _imports(tree: ast.AST) -> Iterator[Import]:
+    """Every import in the tree; where names are computed, every string that could be one, too."""
+    strings: list[str] = []
+    literal: set[int] = set()  # the importers that are called with a name in plain sight
+    computed = False
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (Import(0, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield Import(node.level, node.module or "", tuple(alias.name for alias in node.names))
+            computed = computed or any(alias.name in _IMPORTERS and alias.asname for alias in node.names)
+        elif isinstance(node, ast.Constant) and type(node.value) is str:
+            strings.append(node.value)
+        elif isinstance(node, ast.Call) and _name(node.func) in _IMPORTERS:
+            if node.args and isinstance(node.args[0], ast.Constant):
+                literal.add(id(node.func))
+                yield from _imported_by(node, node.args[0].value)
+        elif isinstance(node, ast.Call) and _name(node.func) in _LISTERS:
+            yield Import(1, "", (EVERY,))
+        elif isinstance(node, ast.Name | ast.Attribute) and _name(node) in _IMPORTERS:
+            computed = computed or id(node) not in literal
+        elif isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign) and _is_all(node):
+            yield Import(0, "", tuple(text for text in _texts(node) if text.isidentifier()))
+    if computed:
+        for text in strings:
+            yield from _named(text, (0, 1))
+            yield from _below(text)
+
+
+def _imported_by(call: ast.Call, name: object) -> Iterator[Import]:
+    """What `import_module(name, package)`, `__import__(name, fromlist=…)` and their like may mean."""
+    others = [text for text in _texts(call) if text != name]
+    for item in _named(str(name).partition(":")[0], (0,)):
+        yield Import(item.level, item.module, tuple(text for text in others if text.isidentifier()))
+        if item.level == 1:
+            for package in others:
+                yield from _named(f"{package}.{item.module}", (0,))
+
+
+def _below(text: str) -> Iterator[Import]:
+    """`text` as the beginning of names: "package.", "package.%s", "package.{}", "." stand for every module there."""
+    match = _PREFIX.fullmatch(text)
+    if match and (dots := match[1]) + (module := match[2]):
+        yield from (Import(level, module[:-1], (EVERY,)) for level in ([len(dots)] if dots else [0, 1]))
+
+
+def _is_all(node: ast.Assign | ast.AugAssign | ast.AnnAssign) -> bool:
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+    return any(_name(target) == "__all__" for target in targets)
+
+
+def _texts(tree: ast.AST) -> list[str]:
+    return [
+        node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and type(node.value) is str
+    ]
+
+
+def _name(function: ast.expr) -> str:
+    if isinstance(function, ast.Attribute):
+        return function.attr
+    return function.id if isinstance(function, ast.Name) else ""
+
+
+def _named(text: object, levels: tuple[int, ...]) -> Iterator[Import]:
+    """`text` as the name of a module; without leading dots, at each of `levels`."""
+    match = _DOTTED.fullmatch(text) if isinstance(text, str) else None
+    if match:
+        dots, name = match.groups()
+        yield from (Import(level, name) for level in ((len(dots),) if dots else levels))

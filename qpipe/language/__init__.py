@@ -1,0 +1,1 @@
+"""What a pipeline may say: the catalog of stages, the spec, the graph."""

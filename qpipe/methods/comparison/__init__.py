@@ -1,0 +1,1 @@
+"""One model against another: import against source, simulation against deployment."""

@@ -1,0 +1,186 @@
+"""Whether an import kept what the source computes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qpipe.errors import InputError
+from qpipe.mapped import let_go, passing_over
+from qpipe.model.qdq.nodes import computes_codes
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+    from qpipe.model.model import Model
+
+Array = npt.NDArray[Any]
+TOLERANCE = 1e-4
+"""The largest relative error of float arithmetic that may lie between the source and its canonical form."""
+QUANTIZED_TOLERANCE = 0.05
+"""The same for a model that computes with codes: one that rounds the other way moves what follows by some steps."""
+
+_PASSING_BYTES = 1 << 26
+"""Weights that the torch module has looked at before their pages are let go of."""
+
+
+def verify_import(model: Model, source: str | Path | bytes, seed: int = 0, batch: int = 2) -> dict[str, Any]:
+    """Compare what three runs compute from the same random inputs: `source` (an ONNX file or its bytes) in
+    onnxruntime, `model` in onnxruntime, and `model.to_torch(quantized=False)`.
+
+    `{"onnxruntime": e1, "torch": e2, "tolerance": …, "equal": …, "first_difference": None or {…}}`: the
+    errors are the largest over the outputs of max |a - b| / max |a|. Where torch is off, `first_difference`
+    is the first node in the graph's order whose value differs: `{"node", "op_type", "value", "error"}`. A model
+    in QDQ form is compared as it is in onnxruntime; in torch, the float model that it was made from."""
+    inputs = random_inputs(model, seed, batch)
+    wanted = _run_source(source, inputs)
+    found = model.session().run(None, inputs) if model.encodings else _run_lean(model, inputs, source)
+    e1 = max(map(relative_error, wanted, found), default=0.0)
+    floats = model.session(quantized=False).run(None, inputs) if model.encodings else wanted
+    e2 = max(map(relative_error, floats, _run_torch(model, inputs)), default=0.0)
+    float_tolerance = QUANTIZED_TOLERANCE if any(map(computes_codes, model.graph)) else TOLERANCE
+    equal = e1 <= (QUANTIZED_TOLERANCE if model.encodings else float_tolerance) and e2 <= float_tolerance
+    return {
+        "onnxruntime": e1,
+        "torch": e2,
+        "tolerance": float_tolerance,
+        "equal": equal,
+        "first_difference": None if e2 <= float_tolerance else first_difference(model, inputs),
+    }
+
+
+def random_inputs(model: Model, seed: int = 0, batch: int = 2) -> dict[str, Array]:
+    """Standard normal floats, integers of 0 and 1 (valid as indices, masks and token types alike); a dynamic
+    first dimension is `batch`, any other 8."""
+    rng = np.random.default_rng(seed)
+    arrays: dict[str, Array] = {}
+    for index, spec in enumerate(model.inputs):
+        first = spec.shape[0] if spec.shape else None
+        shape = [size if isinstance(size, int) else batch if size == first else 8 for size in spec.shape]
+        dtype = np.dtype(spec.dtype)
+        if dtype.kind == "f":
+            arrays[spec.name] = rng.standard_normal(shape).astype(dtype)
+        else:
+            ones = np.ones(shape) if index else rng.integers(0, 2, shape)
+            arrays[spec.name] = ones.astype(dtype)
+    return arrays
+
+
+def relative_error(wanted: Array, found: Array) -> float:
+    """max |wanted - found| / max |wanted|; infinite where shapes, or which numbers are finite, differ."""
+    if wanted.shape != found.shape:
+        return float("inf")
+    a, b = wanted.astype(np.float64), found.astype(np.float64)
+    finite = np.isfinite(a)
+    if not np.array_equal(a[~finite], b[~finite], equal_nan=True) or not np.isfinite(b[finite]).all():
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    return float(np.abs(a[finite] - b[finite]).max() / max(float(np.abs(a[finite]).max()), 1e-12))
+
+
+def first_difference(model: Model, inputs: Mapping[str, Array]) -> dict[str, Any] | None:
+    """The first node whose value in torch is off from that in onnxruntime, given the same inputs."""
+    names = [str(output.name) for node in model.graph for output in node.outputs[:1]]
+    session = model.session(quantized=False, outputs=names)
+    wanted = dict(zip(names, session.run(None, dict(inputs)), strict=True))
+    found = _torch_values(model, inputs)
+    for node in model.graph:
+        name = str(node.outputs[0].name)
+        error = relative_error(np.asarray(wanted[name]), found[name]) if name in found else 0.0
+        if error > TOLERANCE:
+            return {"node": node.name, "op_type": node.op_type, "value": name, "error": error}
+    return None
+
+
+def _run_source(source: str | Path | bytes, inputs: Mapping[str, Array]) -> list[Array]:
+    import onnxruntime
+
+    from qpipe.model.runtime.session import session_options, set_lean
+
+    options = session_options()
+    set_lean(options)
+    given = source if isinstance(source, bytes) else str(source)
+    try:
+        session = onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
+        feeds = {item.name: _as_type(inputs[item.name], item.type) for item in session.get_inputs()}
+        return _run_in_passing(session, feeds, source)
+    except Exception as error:  # onnxruntime's errors have no common type
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"onnxruntime cannot run the model as it is: {first}") from error
+
+
+def _run_lean(model: Model, inputs: Mapping[str, Array], source: str | Path | bytes) -> list[Array]:
+    from qpipe.model.runtime.session import make_session
+
+    session = make_session(model, quantized=False, lean=True)
+    return _run_in_passing(session, dict(inputs), source)
+
+
+def _run_in_passing(
+    session: onnxruntime.InferenceSession, feeds: dict[str, Array], source: str | Path | bytes
+) -> list[Array]:
+    """What the session computes; the weights that it mapped from beside `source` do not stay in memory."""
+    with contextlib.nullcontext() if isinstance(source, bytes) else passing_over(Path(source).parent):
+        return [np.asarray(array) for array in session.run(None, feeds)]
+
+
+def _as_type(array: Array, declared: str) -> Array:
+    """`array` in the source's own float type, where the import converted it."""
+    types = {"tensor(float16)": np.float16, "tensor(double)": np.float64}
+    return array.astype(types[declared]) if declared in types else array
+
+
+def _run_torch(model: Model, inputs: Mapping[str, Array]) -> list[Array]:
+    import torch
+
+    from qpipe.model.simulation.module import build
+
+    arrays = list(model.params.values())
+
+    class Passing(torch.fx.Interpreter):
+        """Lets go of the pages of weights every so often: each is looked at once."""
+
+        used = 0
+
+        def run_node(self, n: torch.fx.Node) -> Any:
+            result = super().run_node(n)
+            if n.op == "get_attr" and isinstance(result, torch.Tensor):
+                self.used += result.nbytes
+            elif self.used > _PASSING_BYTES:
+                self.used = 0
+                for array in arrays:
+                    let_go(array)
+            return result
+
+    module = build(model.graph, shared=True)
+    with torch.no_grad():
+        results = Passing(module).run(*(torch.from_numpy(inputs[spec.name]) for spec in model.inputs))
+    tensors = (results,) if isinstance(results, torch.Tensor) else results
+    return [np.asarray(tensor.numpy()) for tensor in tensors]
+
+
+def _torch_values(model: Model, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """Every first output of a node, as the torch module computes it, by the name of its ONNX value."""
+    import torch
+
+    module = model.to_torch(quantized=False, shared=True)
+    values: dict[str, Array] = {}
+
+    class Recorder(torch.fx.Interpreter):
+        def run_node(self, n: torch.fx.Node) -> Any:
+            result = super().run_node(n)
+            outputs = n.meta.get("outputs") or ()
+            first = result[0] if isinstance(result, (tuple, list)) and result else result
+            if outputs and isinstance(first, torch.Tensor):
+                values[outputs[0]] = first.detach().numpy()
+            return result
+
+    with torch.no_grad():
+        Recorder(module).run(*(torch.from_numpy(inputs[spec.name]) for spec in model.inputs))
+    return values

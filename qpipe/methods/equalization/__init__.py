@@ -1,0 +1,1 @@
+"""Ways between layers along which channels can be rescaled, and how far activations reach."""

@@ -1,0 +1,147 @@
+"""From a placement to encodings: one pass of the float model over the data, then a grid for every quantizer.
+
+Values that must share one grid are seen by one observer, so the grid fits them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qpipe.model.simulation.run import batches, sample_count
+from qpipe.numerics.grid import Encoding
+from qpipe.numerics.observers import HistogramObserver, weight_encoding
+
+if TYPE_CHECKING:
+    from qpipe.methods.placement.placement import Placement
+    from qpipe.model.model import Model
+
+Array = npt.NDArray[Any]
+Group = tuple[str, ...]
+Observers = dict[Group, HistogramObserver]
+
+
+def observed_groups(placement: Placement) -> tuple[Group, ...]:
+    """The activations that need data, in groups that share one grid; most groups are one value.
+
+    A value that is cut down to another one of its group is left out: its range does not count.
+    """
+    grouped = {name for group in placement.shared for name in group}
+    watched = (tuple(name for name in group if name not in placement.follows) for group in placement.shared)
+    return (*watched, *((name,) for name in placement.activations if name not in grouped))
+
+
+def observe(
+    model: Model,
+    arrays: Mapping[str, Array],
+    groups: Sequence[Group],
+    *,
+    batch_size: int,
+    device: str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> Observers:
+    """An observer per group that has seen every value of it, in one pass of the float simulation.
+
+    Memory is that of one batch and the observers. Raises InputError for data that do not fit, and for a nan,
+    with the name of the value.
+    """
+    import torch
+
+    observers = {group: HistogramObserver(name=group[0]) for group in groups}
+    by_value = {name: observer for group, observer in observers.items() for name in group}
+    watcher = _watcher(model.to_torch(quantized=False, device=device, shared=True), by_value)
+    total = sample_count(model, arrays)
+    done = 0
+    for batch in batches(model, arrays, batch_size):
+        with torch.inference_mode():
+            watcher.run(*(torch.tensor(array, device=device) for array in batch.arrays))
+        done += batch.count
+        if progress:
+            progress(done, total)
+    return observers
+
+
+def observed(
+    model: Model,
+    arrays: Mapping[str, Array],
+    groups: Sequence[Group],
+    memo: Callable[..., Any],
+    *,
+    batch_size: int,
+    device: str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> Observers:
+    """What `observe` returns, through `memo(name, function, *inputs)`: made once for a model and data."""
+    if not groups:
+        return {}
+
+    def run(*_: Any) -> dict[str, Array]:
+        found = observe(model, arrays, groups, batch_size=batch_size, device=device, progress=progress)
+        return pack_observers(found)
+
+    states = memo(
+        "observers", run, content(model), dict(arrays), [list(group) for group in groups], batch_size
+    )
+    return unpack_observers(groups, states)
+
+
+def _watcher(module: Any, observers: Mapping[str, HistogramObserver]) -> Any:
+    """An interpreter of `module` that shows each observer the value it watches."""
+    from torch.fx import Interpreter, Node
+
+    class Watcher(Interpreter):
+        def run_node(self, n: Node) -> Any:
+            result = super().run_node(n)
+            for name in n.meta.get("outputs", ()):
+                if name in observers:
+                    observers[name].update(result)
+            return result
+
+    return Watcher(module)
+
+
+def pack_observers(observers: Observers) -> dict[str, Array]:
+    """The state of all observers as arrays by name, to be kept."""
+    return {
+        f"{index}.{name}": array
+        for index, observer in enumerate(observers.values())
+        for name, array in observer.state().items()
+    }
+
+
+def unpack_observers(groups: Sequence[Group], arrays: Mapping[str, Array]) -> Observers:
+    """The observers of `groups` that `pack_observers` took apart."""
+    states: list[dict[str, Array]] = [{} for _ in groups]
+    for key, array in arrays.items():
+        index, _, name = key.partition(".")
+        states[int(index)][name] = array
+    pairs = zip(groups, states, strict=True)
+    return {group: HistogramObserver.from_state(state, name=group[0]) for group, state in pairs}
+
+
+def activation_encodings(placement: Placement, observers: Observers) -> dict[str, Encoding]:
+    """The grid of every activation: fixed by the placement, or over the range of its group's observer."""
+    found = dict(placement.fixed)
+    for group, observer in observers.items():
+        encoding = observer.encoding(placement.activations[group[0]])
+        found.update(dict.fromkeys(group, encoding))
+    found.update({name: found[last] for name, last in placement.follows.items()})
+    return found
+
+
+def weight_encodings(model: Model, placement: Placement) -> dict[str, Encoding]:
+    """The grid of every weight by its observer; a frozen encoding that the model has is kept."""
+    found = {}
+    for name, (scheme, axis) in placement.weights.items():
+        old = model.encodings.get(name)
+        found[name] = old if old and old.frozen else weight_encoding(model.param(name), scheme, axis, name)
+    return found
+
+
+def content(model: Model) -> list[Any]:
+    """What the float model computes, as values that can be hashed: its graph and tensors, no encodings."""
+    meta, blobs = type(model)(model.ir).pack()
+    return [meta, {name: np.frombuffer(blob, np.uint8) for name, blob in sorted(blobs.items())}]

@@ -1,0 +1,289 @@
+"""Where the quantizers of a model go: a target's table applied to a graph.
+
+An activation has a grid when a node wants one on its input or gives one to its output. Two things move that:
+a fused activation takes over the quantizer of the node in front of it, and a node that only moves values puts
+its output on its input's grid, in both directions. What never has one: integers; values that do not come from
+the data (masks, positions); the inside of a function written out; scores on their way to a Softmax once
+something is added to them, since a mask of minus infinity would take the whole range.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from qpipe.methods.placement.overrides import Overridden
+from qpipe.numerics.scheme import Scheme, TensorScheme, code_bounds
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from qpipe.methods.placement.target import Target
+    from qpipe.model.model import Model
+    from qpipe.model.structure.layers import Layer
+    from qpipe.numerics.grid import Encoding
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which tensors of a model get a grid.
+
+    - `weights`: initializer -> its scheme, and the axis of the channels (per_channel) or of the blocks
+      (per_block; a weight that cannot be cut into whole blocks is per_channel instead);
+    - `activations`: value -> its scheme, for those whose range has to be observed, in the graph's order;
+    - `grids`: all activations that get one, in groups that must have the same;
+    - `shared`: the groups among `activations` of more than one value;
+    - `follows`: value -> the value of its group whose range alone counts: what a Min or a Relu cuts off
+      needs no code;
+    - `fixed`: value -> the grid that the target prescribes; no value is both here and in `activations`.
+    """
+
+    weights: dict[str, tuple[TensorScheme, int]] = field(default_factory=dict)
+    activations: dict[str, TensorScheme] = field(default_factory=dict)
+    grids: tuple[tuple[str, ...], ...] = ()
+    follows: dict[str, str] = field(default_factory=dict)
+    fixed: dict[str, Encoding] = field(default_factory=dict)
+
+    @property
+    def shared(self) -> tuple[tuple[str, ...], ...]:
+        return tuple(group for group in self.grids if len(group) > 1 and group[0] not in self.fixed)
+
+
+def place(model: Model, target: Target, scheme: Scheme) -> Placement:
+    """The quantizers that `target` wants in `model`, with the grids of `scheme`."""
+    marks = _Marks(model, target)
+    schemes = Overridden(model, scheme)
+    weights = {
+        layer.weight: weight_scheme(layer, schemes.weight(layer.weight))
+        for layer in reversed(model.layers())
+        if not (marks.left.has(model.graph.node(layer.name)) or layer.weight in marks.left.values)
+        and layer.op_type in target.weights
+        and marks.is_data(layer.input)
+    }
+    ordered = {name: weights[name] for name in sorted(weights)}
+    if scheme.activation is None:
+        return Placement(ordered)
+    marks.place()
+    groups = marks.groups()
+    grids = {name: each for group in groups if (each := schemes.activation(group)) for name in group}
+    fixed = marks.fixed(grids, groups)
+    in_order = {name: grids[name] for name in marks.names if name in grids and name not in fixed}
+    follows = {name: last for name, last in marks.follows(groups).items() if name not in fixed}
+    return Placement(ordered, in_order, groups, follows, fixed)
+
+
+def weight_scheme(layer: Layer, scheme: TensorScheme) -> tuple[TensorScheme, int]:
+    """The scheme of a layer's weight and its axis: that of the output channels, or that of the blocks.
+
+    A grouped transposed convolution has no axis of its own for all output channels: axis 1 counts those of
+    one group and serves them all, unless each group has one channel (depthwise), which axis 0 counts.
+    """
+    if scheme.granularity == "per_block":
+        axis = 1 - layer.channel_axis
+        pointwise = all(size == 1 for size in layer.kernel_shape)
+        if pointwise and layer.weight_shape[axis] % scheme.block_size == 0:
+            return scheme, axis
+        # ONNX blocks along one axis only: each place of a 3x3 kernel would have scales of its own.
+        scheme = replace(scheme, granularity="per_channel", block_size=0)
+    one_each = layer.op_type == "ConvTranspose" and layer.weight_shape[1] == 1
+    if one_each and layer.weight_shape[0] == layer.groups:
+        return scheme, 0
+    return scheme, layer.channel_axis
+
+
+class _Marks:
+    """The values of one graph that are to have a grid, and which of them share one."""
+
+    def __init__(self, model: Model, target: Target) -> None:
+        from qpipe.methods.placement.filters import left_in_float
+        from qpipe.model.structure.composite import find_composites
+
+        self.graph, self.target = model.graph, target
+        self.left = left_in_float(model.graph, target.nodes)
+        self.data = data_values(model.graph)
+        self.data_names = {str(value.name) for value in self.data}
+        self.composites = find_composites(model.graph, self.data, target.composite)
+        self.adds = {layer.add for layer in model.layers() if layer.add is not None}
+        self.biased = {layer.name for layer in model.layers() if layer.add is not None}
+        self.fused: set[ir.Node] = set()
+        self.marked: dict[ir.Value, None] = {}
+        self.leader: dict[ir.Value, ir.Value] = {}
+        self.softmax: list[ir.Value] = []
+        self.cut: dict[ir.Value, ir.Value] = {}
+        self.names = [str(value.name) for value in self._values()]
+
+    def is_data(self, name: str) -> bool:
+        """Whether the value called `name` comes from the data."""
+        return name in self.data_names
+
+    def place(self) -> None:
+        """Marks every value that the target wants quantized, and joins those that share a grid."""
+        inside = {node for composite in self.composites for node in composite.nodes}
+        for composite in self.composites:
+            if not any(self.left.has(node) for node in composite.nodes):
+                self._mark([composite.root, composite.result])
+        scores = self._scores()
+        for node in self.graph:
+            if node in inside or node in scores or self.left.has(node):
+                continue
+            self._node(node)
+
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """The marked values by the grid they are on, in the graph's order, what is excluded left out."""
+        members: dict[ir.Value, list[ir.Value]] = {}
+        for value in self._values():
+            members.setdefault(self._find(value), []).append(value)
+        wanted = {self._find(value) for value in self.marked}
+        groups = (
+            tuple(str(v.name) for v in values if v.name not in self.left.values)
+            for leader, values in members.items()
+            if leader in wanted
+        )
+        return tuple(group for group in groups if group)
+
+    def fixed(
+        self, schemes: Mapping[str, TensorScheme], groups: Iterable[tuple[str, ...]]
+    ) -> dict[str, Encoding]:
+        """The outputs of Softmax, and what shares their grid: scale 2^-bitwidth, zero point qmin."""
+        if not self.target.softmax:
+            return {}
+        names = {str(value.name) for value in self.softmax}
+        return {
+            name: _unit_grid(schemes[name]) for group in groups if names & set(group) for name in group
+        }
+
+    def _node(self, node: ir.Node) -> None:
+        from qpipe.model.structure.composite import data_inputs
+
+        op = node.op_type
+        if op in self.target.share or _picks(node):
+            self._share(node, data_inputs(node, self.data))
+            return
+        rule = self.target.quantize.get(op)
+        if rule is None or node.outputs[0] not in self.data:
+            return
+        if node not in self.fused and str(node.name) not in self.adds:
+            chosen = (
+                node.inputs if rule.inputs is None else [node.inputs[i] for i in _within(rule.inputs, node)]
+            )
+            self._mark(chosen)
+        if op in self.target.bound and node not in self.fused:
+            self._bound(node)
+        if rule.outputs:
+            self._mark_output(node)
+
+    def _mark_output(self, node: ir.Node) -> None:
+        """Marks the output, unless the next node is computed in the same kernel and has the quantizer."""
+        from qpipe.model.structure.composite import only_consumer
+
+        if str(node.name) in self.biased:
+            return
+        op = "MatMul" if str(node.name) in self.adds else node.op_type
+        following = only_consumer(node.outputs[0])
+        if (
+            following is not None
+            and following.op_type in self.target.fused.get(op, ())
+            and not self.left.has(following)
+            and all(v is None or v.is_initializer() for v in following.inputs[1:])
+        ):
+            self.fused.add(following)
+            return
+        self._mark(node.outputs)
+        if node.op_type == "Softmax":
+            self.softmax.append(node.outputs[0])
+
+    def _mark(self, values: Iterable[ir.Value | None]) -> None:
+        self.marked.update({value: None for value in values if value is not None and value in self.data})
+
+    def _share(self, node: ir.Node, inputs: list[ir.Value]) -> None:
+        outputs = [value for value in node.outputs if value in self.data]
+        if inputs:
+            for value in [*inputs[1:], *outputs]:
+                self.leader[self._find(value)] = self._find(inputs[0])
+
+    def _bound(self, node: ir.Node) -> None:
+        """The input goes onto the output's grid, where nobody else reads it and the bounds are constants."""
+        from qpipe.model.structure.composite import data_inputs, only_consumer
+
+        data = data_inputs(node, self.data)
+        constant = all(v is None or v is data[0] or v.is_initializer() for v in node.inputs)
+        if len(data) == 1 and constant and only_consumer(data[0]) is node:
+            self.cut[data[0]] = node.outputs[0]
+            self._share(node, data)
+
+    def follows(self, groups: Iterable[tuple[str, ...]]) -> dict[str, str]:
+        """What is cut off afterwards, and the last value of its group that it is cut down to."""
+        found = {}
+        cut = {str(value.name): str(after.name) for value, after in self.cut.items()}
+        for group in groups:
+            for name in group:
+                last = name
+                while last in cut:
+                    last = cut[last]
+                if last != name and last in group:
+                    found[name] = last
+        return found
+
+    def _find(self, value: ir.Value) -> ir.Value:
+        while value in self.leader and self.leader[value] is not value:
+            value = self.leader[value]
+        return value
+
+    def _scores(self) -> set[ir.Node]:
+        """The sums, and what only moves them, whose every reader leads to a Softmax."""
+        scores: set[ir.Node] = set()
+        for node in reversed(list(self.graph)):
+            readers = node.outputs[0].consumers()
+            leads = readers and all(r.op_type == "Softmax" or r in scores for r in readers)
+            if leads and (
+                node.op_type == "Add" or (node.op_type in self.target.share and scores & set(readers))
+            ):
+                scores.add(node)
+        return scores
+
+    def _values(self) -> list[ir.Value]:
+        """All activations in the graph's order."""
+        produced = (output for node in self.graph for output in node.outputs)
+        return [value for value in [*self.graph.inputs, *produced] if value in self.data]
+
+
+def _unit_grid(scheme: TensorScheme) -> Encoding:
+    """The grid over [0, 1) that an integer Softmax assumes."""
+    import numpy as np
+
+    from qpipe.numerics.grid import Encoding
+
+    qmin, _ = code_bounds(scheme.bitwidth, scheme.signed)
+    step = np.asarray(2.0**-scheme.bitwidth, np.float32)
+    return Encoding(scheme.bitwidth, scheme.signed, False, step, np.asarray(qmin, np.int32))
+
+
+def data_values(graph: ir.Graph) -> set[ir.Value]:
+    """The float values that follow from a float input or from an embedding; not masks, not positions.
+
+    Codes that stayed codes are none, nor is the scale that goes with them; what they stand for is."""
+    data = {value for value in graph.inputs if _is_float(value)}
+    for node in graph:
+        if node.op_type == "DynamicQuantizeLinear":
+            continue
+        table = node.inputs[0] if node.op_type == "Gather" and node.inputs else None
+        embedding = table is not None and table.const_value is not None and table.const_value.size > 1
+        decoded = node.op_type == "DequantizeLinear"
+        if embedding or decoded or any(value in data for value in node.inputs):
+            data.update(value for value in node.outputs if value.name and _is_float(value))
+    return data
+
+
+def _is_float(value: ir.Value) -> bool:
+    return value.dtype is not None and value.dtype.name == "FLOAT"  # 8-bit floats are codes
+
+
+def _picks(node: ir.Node) -> bool:
+    """Resize by nearest neighbours moves values only."""
+    mode = node.attributes.get("mode")
+    return node.op_type == "Resize" and (mode is None or mode.as_string() == "nearest")
+
+
+def _within(positions: tuple[int, ...], node: ir.Node) -> list[int]:
+    return [i for i in positions if i < len(node.inputs)]

@@ -1,0 +1,146 @@
+"""One layer's weight rounded by what goes into the layer: the layer as a problem of `qpipe.numerics`, solved.
+
+Both take x^, the layer's inputs in the quantized model, and x, those in the float model, a tensor per batch
+each, and ask `memo(name, function, *inputs)` for what may have been solved before.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from qpipe.methods.placement.calibration import content
+from qpipe.model.structure.geometry import unfold_of
+from qpipe.numerics.grid import Encoding
+from qpipe.numerics.rounding.gradient import GradientOptions, Rounding, optimize, samples_of
+from qpipe.numerics.rounding.gram import GramOptions, solve
+from qpipe.numerics.rounding.moments import LayerMoments, to_arrays
+from qpipe.numerics.rounding.rows import row_encoding, row_grid
+from qpipe.numerics.rounding.unfold import Unfold, sample_positions
+
+if TYPE_CHECKING:
+    from qpipe.model.model import Model
+    from qpipe.model.structure.layers import Layer
+
+Array = npt.NDArray[Any]
+Memo = Callable[..., Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Rounded:
+    """A weight on the grid of `encoding`, which is frozen; `bias` (O,) or None where it stays; JSON `report`."""
+
+    weight: Array
+    bias: Array | None
+    encoding: Encoding
+    report: dict[str, Any]
+
+
+def round_by_gram(
+    model: Model,
+    layer: Layer,
+    x_hat: Sequence[Tensor],
+    x: Sequence[Tensor],
+    *,
+    options: GramOptions,
+    positions: int,
+    seed: int,
+    memo: Memo,
+) -> Rounded:
+    """The closed form on moments at `positions` places per sample, drawn with `seed`.
+
+    Where x^ and x are the same tensors, the target is the float layer on these. A layer without a bias gets
+    none, and then means count in the error. Scales that are all powers of two stay so when searched.
+    """
+    encoding, device = model.encodings[layer.weight], x[0].device
+    shape = tuple(layer.weight_shape)
+    unfold = unfold_of(layer, tuple(x[0].shape[2:]))
+    rows = unfold.weight_rows(torch.tensor(model.param(layer.weight), device=device))
+    fit, held_out = _moments(unfold, rows, x_hat, x, positions, seed)
+    bias = None if layer.bias is None else model.param(layer.bias).reshape(-1)
+    used = replace(
+        options,
+        update_bias=options.update_bias and bias is not None,
+        power_of_two=bool(np.all(np.frexp(encoding.scale)[0] == 0.5)),
+    )
+
+    def run(*_: Any) -> dict[str, Any]:
+        old = None if bias is None else torch.tensor(bias, device=device)
+        result = solve(rows, row_grid(encoding, unfold, shape, device), fit, held_out, old, used)
+        return {
+            "weight": unfold.weight_from_rows(result.values, shape).cpu().numpy(),
+            "bias": result.bias.cpu().numpy(),
+            "scale": row_encoding(encoding, result.grid, unfold, shape).scale,
+            "report": result.report,
+        }
+
+    moments = [None if m is None else to_arrays(m) for m in (fit, held_out)]
+    problem = [model.param(layer.weight), bias, encoding.to_json(), asdict(unfold), asdict(used)]
+    found = memo("gram", run, *problem, moments)
+    frozen = replace(encoding, scale=found["scale"], frozen=True)
+    return Rounded(found["weight"], found["bias"] if used.update_bias else None, frozen, found["report"])
+
+
+def _moments(
+    unfold: Unfold, rows: Tensor, x_hat: Sequence[Tensor], x: Sequence[Tensor], positions: int, seed: int
+) -> Any:
+    """The moments to solve on and those to judge on (None for few samples)."""
+    sums = LayerMoments(rows.shape[0], rows.shape[2], rows, rows.device)
+    taken = 0
+    for quantized, given in zip(x_hat, x, strict=True):
+        count = math.prod(unfold.output_shape(tuple(given.shape)))
+        where = sample_positions(count, positions, taken, len(given), seed)
+        beside = None if quantized is given else unfold.rows(given, where)
+        sums.update(unfold.rows(quantized, where), beside, len(given))
+        taken += len(given)
+    return sums.fit, sums.held_out
+
+
+def round_by_gradient(
+    model: Model,
+    layer: Layer,
+    x_hat: Sequence[Tensor],
+    x: Sequence[Tensor],
+    *,
+    options: GradientOptions,
+    seed: int,
+    memo: Memo,
+    progress: Callable[[int, int], None] | None = None,
+) -> Rounded:
+    """AdaRound's own optimization; the target is the float output after the activation that follows."""
+    encoding, device = model.encodings[layer.weight], x[0].device
+    block = model.block([layer.input], [layer.activation_output])
+    module = block.to_torch(quantized=False, device=str(device))
+    name = module.meta["parameters"][layer.weight]
+    with torch.no_grad():
+        targets = torch.cat([module(batch) for batch in x])
+    inputs = torch.cat(list(x_hat))
+
+    def forward(weights: dict[str, Tensor], batch: Tensor) -> Tensor:
+        outputs: Tensor = functional_call(module, {name: weights["weight"]}, (batch,))
+        return outputs
+
+    def run(*_: Any) -> dict[str, Any]:
+        result = optimize(
+            {"weight": Rounding(torch.tensor(model.param(layer.weight), device=device), encoding)},
+            forward,
+            samples_of(inputs, targets),
+            len(inputs),
+            options=options,
+            channel_axis=1 if layer.kernel_shape else -1,
+            seed=seed,
+            progress=progress,
+        )
+        return {"weight": result.weights["weight"].cpu().numpy(), "report": result.report}
+
+    data = [inputs.cpu().numpy(), targets.cpu().numpy()]
+    found = memo("gradient", run, content(block), data, encoding.to_json(), asdict(options), seed)
+    return Rounded(found["weight"], None, replace(encoding, frozen=True), found["report"])

@@ -1,0 +1,91 @@
+"""The float and the quantized model walked side by side, layer by layer, for methods that tune weights in
+order.
+
+Each stops in front of a layer, hands out what goes into it in both models, has the layer's weight replaced in
+the quantized one, and goes on: later layers see what the tuned ones make of the data. A walk costs one
+forward pass of each model, however many layers are tuned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy.typing as npt
+import torch
+
+from qpipe.model.simulation.run import batches
+from qpipe.model.simulation.stream import Stream
+from qpipe.model.structure.layers import refused_layers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qpipe.model.model import Model
+    from qpipe.model.structure.layers import Layer
+    from qpipe.numerics.grid import Encoding
+
+Array = npt.NDArray[Any]
+BATCH_SIZE = 32
+"""Samples that run through a node at once. Fixed, so that results do not depend on a setting."""
+
+
+def tunable_layers(model: Model) -> tuple[tuple[Layer, ...], dict[str, str]]:
+    """The layers whose weights may be tuned, in order, and the reason for each other one, by its name.
+
+    A weight has to have a grid that is not frozen. One that several layers share is tuned where it is used
+    first.
+    """
+    chosen: list[Layer] = []
+    refused = refused_layers(model)
+    first: dict[str, str] = {}
+    for layer in model.layers():
+        encoding = model.encodings.get(layer.weight)
+        if encoding is None:
+            refused[layer.name] = "its weight has no encoding"
+        elif encoding.frozen:
+            refused[layer.name] = "its weight was tuned before"
+        elif layer.weight in first:
+            refused[layer.name] = f"it shares the weight of '{first[layer.weight]}' and is tuned there"
+        else:
+            first[layer.weight] = layer.name
+            chosen.append(layer)
+    return tuple(chosen), refused
+
+
+class Walk:
+    """Where both models stand. `asymmetric` False walks the float model alone, and serves its inputs twice."""
+
+    def __init__(
+        self,
+        model: Model,
+        arrays: Mapping[str, Array],
+        *,
+        asymmetric: bool = True,
+        device: str = "cpu",
+    ) -> None:
+        """Raises InputError for data that do not fit the model."""
+        taken = (batch.arrays for batch in batches(model, arrays, BATCH_SIZE))
+        data = [tuple(torch.tensor(array) for array in batch) for batch in taken]
+        self._float = Stream(model.to_torch(quantized=False, device=device), data)
+        self._quantized = Stream(model.to_torch(device=device), data) if asymmetric else None
+
+    def inputs(self, layer: Layer) -> tuple[list[Tensor], list[Tensor]]:
+        """What goes into `layer` in the quantized and in the float model, a tensor per batch each."""
+        self._float.advance(layer.name)
+        x = self._float.value(layer.input)
+        if self._quantized is None:
+            return x, x
+        self._quantized.advance(layer.name)
+        return self._quantized.value(layer.input), x
+
+    def replace(self, layer: Layer, weight: Array, bias: Array | None, encoding: Encoding) -> None:
+        """The quantized model goes on with this weight on this grid, and this bias unless it is None."""
+        if self._quantized is None:
+            return
+        self._quantized.set_parameter(layer.weight, torch.tensor(weight))
+        if bias is not None and layer.bias is not None:
+            self._quantized.set_parameter(layer.bias, torch.tensor(bias))
+        module = self._quantized.module
+        quantizer: Any = module.get_submodule(module.meta["quantizers"][layer.weight])
+        quantizer.set_encoding(encoding)

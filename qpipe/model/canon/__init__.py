@@ -1,0 +1,1 @@
+"""The canonical form, and the rules that bring any graph into it or refuse it."""

@@ -1,0 +1,149 @@
+"""The canonical form: one way to write a model down, in which every stage finds what it looks for.
+
+    functions inlined                    opset 21                        float32
+    decided If, Loop, Scan written out
+    constants folded, parameters not     nodes that compute nothing out  equal nodes merged
+    BatchNormalization kept              Transpose(W) stored             pads, group, kernel_shape written out
+    every node and value named           shapes inferred                 unsupported nodes refused, all listed
+
+Parameters keep the names and values that the source gives them; equal ones are not merged.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from qpipe.model.canon import attention_forms, bound_forms, layer_forms, unrolling
+from qpipe.model.canon import plain_forms as rewrites
+from qpipe.model.canon.floats import to_float32
+from qpipe.model.canon.folding import fold_constants, fold_weights
+from qpipe.model.canon.opsets import to_canonical_opset
+from qpipe.model.canon.refusals import check_supported, refuse_unfit
+from qpipe.model.network.invariants import (
+    drop_unused_initializers,
+    lift_constants,
+    remove_dead_nodes,
+    restore,
+)
+from qpipe.model.network.naming import assign_names
+from qpipe.model.network.shapes import infer_shapes
+from qpipe.model.qdq.nodes import scale_sources, standard_nodes
+from qpipe.model.qdq.operator_form import write_out
+from qpipe.model.qdq.reader import left_on_codes, read_activations, skip_clips
+from qpipe.model.qdq.weights import Grids, read_weights
+
+SIMPLIFICATIONS: tuple[rewrites.Rule, ...] = (
+    rewrites.trim_inputs,
+    rewrites.cast_like_to_cast,
+    unrolling.inline_decided_if,
+    unrolling.unroll_loop,
+    unrolling.unroll_scan,
+    rewrites.known_shape,
+    rewrites.known_size,
+    rewrites.known_reshape,
+    rewrites.merge_transposes,
+    rewrites.merge_reshapes,
+    rewrites.skip_nothing,
+    attention_forms.expand_later,
+    attention_forms.expand_never,
+    attention_forms.transpose_directly,
+    attention_forms.mask_of_zeros,
+    attention_forms.unguarded_softmax,
+    layer_forms.transpose_parameter,
+    layer_forms.reshape_parameter,
+    layer_forms.explicit_attributes,
+    layer_forms.pad_into_conv,
+    layer_forms.gemm_input_first,
+)
+_ROUNDS = 10
+"""Folding makes shapes known and known shapes make constants; the deepest chain seen took 4 rounds."""
+
+
+def canonicalize(
+    model: ir.Model, parameters: Collection[str] | None = None
+) -> tuple[ir.Model, list[str], Grids]:
+    """The canonical form of `model`, which is used up, sentences about what was changed on the way, and the
+    grids that its QDQ nodes said.
+
+    `parameters` are the initializers that folding leaves alone; by default all of floats that are no scalar.
+    Raises InputError for what cannot be taken, all of it listed."""
+    if model.functions:
+        model = common.InlinePass()(model).model
+        model.functions.clear()
+    refuse_unfit(model)
+    model = to_canonical_opset(model)
+    standard_nodes(model)
+    notes = to_float32(model)
+    graph, grids = model.graph, Grids()
+    for value in [value for value in graph.inputs if value.is_initializer()]:
+        graph.inputs.remove(value)
+    named = _float_parameters(graph) if parameters is None else parameters
+    kept = frozenset(named) - scale_sources(graph)
+    lift_constants(graph)
+    graph.sort()
+    _name_dynamic_dimensions(graph)
+    assign_names(model)
+    notes += write_out(graph)
+    skip_clips(graph)
+    read_weights(graph, grids)
+    simplify(model, kept | grids.names)
+    notes += write_out(graph)  # whose scales had to be folded first
+    while read_weights(graph, grids):  # scales that had to be folded first
+        simplify(model, kept | grids.names)
+    while rewrites.apply(graph, (unrolling.choose_between,)):  # only now it is known what cannot be decided
+        simplify(model, kept | grids.names)
+    read_activations(graph, grids)
+    notes += fold_weights(model)
+    layer_forms.drop_made_up_biases(graph, kept | grids.names)
+    remove_dead_nodes(model)
+    drop_unused_initializers(graph)
+    restore(model)
+    infer_shapes(model)
+    check_supported(model)
+    return model, [*notes, *grids.notes, *left_on_codes(graph)], grids
+
+
+def simplify(model: ir.Model, parameters: Collection[str]) -> None:
+    """Fold, rewrite and merge until nothing changes, in place."""
+    rules: tuple[rewrites.Rule, ...]
+    rules = (
+        *SIMPLIFICATIONS,
+        functools.partial(rewrites.skip_neutral, frozenset(parameters)),
+        functools.partial(bound_forms.bound_as_clip, frozenset(parameters)),
+    )
+    for _ in range(_ROUNDS):
+        infer_shapes(model)
+        changed = rewrites.apply(model.graph, rules)
+        changed |= fold_constants(model, parameters)
+        changed |= common.CommonSubexpressionEliminationPass()(model).modified
+        remove_dead_nodes(model)
+        if not changed:
+            return
+
+
+def _float_parameters(graph: ir.Graph) -> list[str]:
+    return [
+        name
+        for name, value in graph.initializers.items()
+        if value.const_value is not None
+        and value.const_value.dtype == ir.DataType.FLOAT
+        and len(value.const_value.shape)
+    ]
+
+
+def _name_dynamic_dimensions(graph: ir.Graph) -> None:
+    """A dimension of an input that is open and has no name is the batch, or `<input>_dim<axis>`."""
+    for value in graph.inputs:
+        if value.shape is None:
+            continue
+        dims: list[int | str | None] = [dim if isinstance(dim, int) else dim.value for dim in value.shape]
+        named = [_dimension_name(value, axis) if dim is None else dim for axis, dim in enumerate(dims)]
+        value.shape = ir.Shape(named)
+
+
+def _dimension_name(value: ir.Value, axis: int) -> str:
+    return "batch" if axis == 0 else f"{value.name}_dim{axis}"

@@ -1,0 +1,269 @@
+"""Rewrite rules of the canonical form that are no layer's: nodes that compute nothing, shapes that are known.
+
+Each rule gets one node and says whether it changed the graph around it. None of them touches the value of a
+parameter, merges initializers or fuses a BatchNormalization; none changes what the graph computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qpipe.model.network.naming import Names
+
+Rule = Callable[[ir.Graph, ir.Node], bool]
+_NAMES = "qpipe_names"
+"""Where `apply` leaves the names in use, in the graph's own place for such things: to collect them once for
+each new name would take quadratic time."""
+
+
+def apply(graph: ir.Graph, rules: Sequence[Rule]) -> bool:
+    """Offer every node of `graph` to the rules, in order, once; True if any changed something."""
+    changed = False
+    graph.meta[_NAMES] = Names(ir.convenience.create_value_mapping(graph))
+    for node in list(graph):
+        for rule in rules:
+            if node.graph is not graph:  # an earlier rule removed it
+                break
+            changed |= rule(graph, node)
+    return changed
+
+
+def skip_nothing(graph: ir.Graph, node: ir.Node) -> bool:
+    """A node that gives back its input goes; a model's output keeps its name."""
+    value = node.inputs[0] if node.inputs else None
+    return value is not None and not node.domain and _gives_back(node) and bypass(graph, node, value)
+
+
+def bypass(graph: ir.Graph, node: ir.Node, value: ir.Value) -> bool:
+    """Let those who read the first output of `node` read `value`, and remove `node`; False where `value` may
+    not take over the name of a model's output."""
+    output = node.outputs[0]
+    if output.is_graph_output():
+        if value.is_graph_output() or value.is_initializer() or value.producer() is None:
+            return False
+        name, output.name = output.name, None
+        value.name = name
+        for index, other in enumerate(graph.outputs):
+            if other is output:
+                graph.outputs[index] = value
+    if value.shape is None:
+        value.shape = output.shape
+    output.replace_all_uses_with(value)
+    graph.remove(node, safe=True)
+    return True
+
+
+def _gives_back(node: ir.Node) -> bool:
+    source, output = node.inputs[0], node.outputs[0]
+    assert source is not None
+    op = node.op_type
+    if op in ("Identity", "Dropout"):
+        return op == "Identity" or _inference_dropout(node)
+    if op in ("Concat", "Sum", "Mean", "Max", "Min"):
+        return len(node.inputs) == 1
+    if op == "Clip":
+        return all(bound is None for bound in node.inputs[1:])
+    if op == "Cast":
+        return source.dtype is not None and source.dtype == node.attributes["to"].as_int()
+    if op == "Transpose":
+        perm = permutation(node)
+        return perm is not None and perm == tuple(range(len(perm)))
+    if op in ("Reshape", "Expand", "Flatten"):
+        return _same_shape(source, output)
+    if op == "Slice":
+        steps = constant(node, 4)
+        return _same_shape(source, output) and (
+            len(node.inputs) < 5 or (steps is not None and bool(np.all(steps == 1)))
+        )
+    if op == "Pad":
+        pads = constant(node, 1)
+        return pads is not None and not pads.any()
+    return False
+
+
+def skip_neutral(parameters: Collection[str], graph: ir.Graph, node: ir.Node) -> bool:
+    """Adding zeros or multiplying by ones goes, unless those are a parameter that may change."""
+    if node.op_type not in ("Add", "Sub", "Mul", "Div") or node.domain:
+        return False
+    neutral = 0 if node.op_type in ("Add", "Sub") else 1
+    for index in (1, 0) if node.op_type in ("Add", "Mul") else (1,):
+        source, value, array = node.inputs[1 - index], node.inputs[index], constant(node, index)
+        if source is None or value is None or array is None or value.name in parameters:
+            continue
+        if bool(np.all(array == neutral)) and _same_shape(source, node.outputs[0]):
+            return bypass(graph, node, source)
+    return False
+
+
+def _inference_dropout(node: ir.Node) -> bool:
+    training = constant(node, 2)
+    off = len(node.inputs) < 3 or node.inputs[2] is None or (training is not None and not training.any())
+    return off and not any(output.uses() or output.is_graph_output() for output in node.outputs[1:])
+
+
+def cast_like_to_cast(graph: ir.Graph, node: ir.Node) -> bool:
+    """CastLike whose pattern has a known type is a Cast."""
+    if node.op_type != "CastLike" or node.inputs[1] is None or node.inputs[1].dtype is None:
+        return False
+    dtype = node.inputs[1].dtype
+    attributes: dict[str, Any] = {"to": int(dtype)}
+    if "saturate" in node.attributes:
+        attributes["saturate"] = node.attributes["saturate"].as_int()
+    cast = ir.node("Cast", [node.inputs[0]], attributes, name=node.name)
+    return replace(graph, node, cast)
+
+
+def known_shape(graph: ir.Graph, node: ir.Node) -> bool:
+    """Shape of a value whose dimensions are numbers is a constant."""
+    source = node.inputs[0] if node.inputs else None
+    if node.op_type != "Shape" or source is None or source.shape is None:
+        return False
+    start = node.attributes["start"].as_int() if "start" in node.attributes else 0
+    end = node.attributes["end"].as_int() if "end" in node.attributes else len(source.shape)
+    dims = list(source.shape)[start:end]
+    if not all(isinstance(dim, int) for dim in dims) or node.outputs[0].is_graph_output():
+        return False
+    value = add_constant(graph, str(node.outputs[0].name), np.array(dims, dtype=np.int64))
+    node.outputs[0].replace_all_uses_with(value)
+    graph.remove(node, safe=True)
+    return True
+
+
+def known_size(graph: ir.Graph, node: ir.Node) -> bool:
+    """Size of a value whose dimensions are numbers is a constant."""
+    source = node.inputs[0] if node.inputs else None
+    if node.op_type != "Size" or source is None or source.shape is None or not source.shape.is_static():
+        return False
+    if node.outputs[0].is_graph_output():
+        return False
+    size = np.array(np.prod(source.shape.numpy(), dtype=np.int64), dtype=np.int64)
+    node.outputs[0].replace_all_uses_with(add_constant(graph, str(node.outputs[0].name), size))
+    graph.remove(node, safe=True)
+    return True
+
+
+def known_reshape(graph: ir.Graph, node: ir.Node) -> bool:
+    """A computed target shape that leaves at most one dimension open is a constant with -1 there."""
+    if node.op_type not in ("Reshape", "Expand") or node.inputs[1] is None or node.inputs[1].is_initializer():
+        return False
+    shape = node.outputs[0].shape
+    if shape is None:
+        return False
+    target = [dim if isinstance(dim, int) else -1 for dim in shape]
+    open_dims = target.count(-1)
+    if 0 in target or open_dims > (1 if node.op_type == "Reshape" else 0):
+        return False
+    value = add_constant(graph, f"{node.outputs[0].name}_shape", np.array(target, dtype=np.int64))
+    node.replace_input_with(1, value)
+    node.attributes.pop("allowzero", None)
+    return True
+
+
+def merge_transposes(graph: ir.Graph, node: ir.Node) -> bool:
+    """Transpose of a transpose is one transpose of the first one's input."""
+    before = _producer(node, "Transpose") if node.op_type == "Transpose" else None
+    if before is None or before.inputs[0] is None:
+        return False
+    first, second = permutation(before), permutation(node)
+    if first is None or second is None:
+        return False
+    node.replace_input_with(0, before.inputs[0])
+    node.attributes["perm"] = ir.AttrInt64s("perm", [first[axis] for axis in second])
+    return True
+
+
+def merge_reshapes(graph: ir.Graph, node: ir.Node) -> bool:
+    """Reshape of a reshape to a constant shape without zeros needs the last only."""
+    before = (
+        _producer(node, "Reshape", "Flatten", "Squeeze", "Unsqueeze") if node.op_type == "Reshape" else None
+    )
+    shape = constant(node, 1)
+    if before is None or shape is None or 0 in shape or before.inputs[0] is None:
+        return False
+    node.replace_input_with(0, before.inputs[0])
+    return True
+
+
+def trim_inputs(graph: ir.Graph, node: ir.Node) -> bool:
+    """Optional inputs left out at the end are not written."""
+    kept = len(node.inputs)
+    while kept and node.inputs[kept - 1] is None:
+        kept -= 1
+    if kept == len(node.inputs):
+        return False
+    node.resize_inputs(kept)
+    return True
+
+
+def permutation(node: ir.Node) -> tuple[int, ...] | None:
+    """The permutation of a Transpose; None where it is left out and the rank is unknown."""
+    if "perm" in node.attributes:
+        return tuple(node.attributes["perm"].as_ints())
+    source = node.inputs[0]
+    if source is None or source.shape is None:
+        return None
+    return tuple(reversed(range(len(source.shape))))
+
+
+def constant(node: ir.Node, index: int) -> npt.NDArray[Any] | None:
+    """The initializer at input `index` as an array, None where there is none."""
+    value = node.inputs[index] if index < len(node.inputs) else None
+    if value is None or not value.is_initializer() or value.const_value is None:
+        return None
+    return np.asarray(value.const_value.numpy())
+
+
+def add_constant(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
+    """A new initializer under a free name that begins with `name`."""
+    tensor = ir.Tensor(array, name=fresh_name(graph, name))
+    value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
+    value.const_value = tensor
+    graph.register_initializer(value)
+    return value
+
+
+def fresh_name(graph: ir.Graph, wanted: str) -> str:
+    """A name for a new value of a graph that `apply` is at work on."""
+    names: Names = graph.meta[_NAMES]
+    return names.fresh(wanted)
+
+
+def replace(graph: ir.Graph, node: ir.Node, new: ir.Node) -> bool:
+    """Put `new`, which has one output, where `node` stands; names, types and metadata pass on."""
+    old, output = node.outputs[0], new.outputs[0]
+    output.type, output.shape = old.type, old.shape
+    new.metadata_props.update(node.metadata_props)
+    graph.insert_before(node, new)
+    name, old.name = old.name, None
+    output.name = name
+    for index, value in enumerate(graph.outputs):
+        if value is old:
+            graph.outputs[index] = output
+    old.replace_all_uses_with(output)
+    graph.remove(node, safe=True)
+    return True
+
+
+def _producer(node: ir.Node, *op_types: str) -> ir.Node | None:
+    value = node.inputs[0]
+    before = None if value is None else value.producer()
+    if before is None or before.domain or before.op_type not in op_types:
+        return None
+    return before
+
+
+def _same_shape(left: ir.Value, right: ir.Value) -> bool:
+    """Whether both shapes are known and equal, a dynamic dimension by its name."""
+    if left.shape is None or right.shape is None or len(left.shape) != len(right.shape):
+        return False
+    return all(
+        (a == b)
+        if isinstance(a, int)
+        else (not isinstance(b, int) and a.value is not None and a.value == b.value)
+        for a, b in zip(left.shape, right.shape, strict=True)
+    )

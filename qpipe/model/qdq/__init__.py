@@ -1,0 +1,1 @@
+"""Quantized ONNX, read and written: QDQ pairs, operator form, biases, guards."""

@@ -1,0 +1,308 @@
+"""A quantized model as standard ONNX: QuantizeLinear and DequantizeLinear (QDQ) at the encodings.
+
+    activation v    v__float -> QuantizeLinear -> v__quantized -> DequantizeLinear -> v
+    weight w        w__quantized (int4, int8 or int16 codes) -> DequantizeLinear -> w
+    bias b          b__quantized (int32 codes, scale s_x * s_w) -> DequantizeLinear -> b
+
+The dequantized value has the name, so every reader of `v`, and whoever asks a session for it, gets the
+rounded one; a graph input alone keeps its own name, and its readers get `v__dequantized`. Inputs and outputs
+of the graph stay float. Codes narrower than the types that ONNX has (3 bits, 6 bits) are stored in the next
+wider type; an activation is clipped to its codes' range first. Activations of 4 bits and less are stored in 8:
+onnxruntime (1.31) fuses 4-bit ones into integer kernels that do not take them, and then refuses the graph.
+
+On a CPU without VNNI, onnxruntime's products of uint8 activations and int8 weights can saturate in 16 bits. Weights
+of 7 bits, stored in int8, cannot (this is what `reduce_range` means elsewhere).
+
+Source: ONNX operators QuantizeLinear and DequantizeLinear, opset 21.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from qpipe.errors import InputError
+from qpipe.model.network.naming import Names
+from qpipe.model.network.packing import graph_proto
+from qpipe.model.operators.registry import MOVING
+from qpipe.model.qdq.bias import QuantizedBias, bias_codes, bias_scale, effective_encodings, quantized_biases
+from qpipe.model.qdq.guards import guard_float_layers
+from qpipe.model.qdq.nodes import BITWIDTH
+from qpipe.numerics.grid import Array, Encoding, quantize, same_grid
+
+if TYPE_CHECKING:
+    import onnx
+
+    from qpipe.model.model import Model
+
+
+Uses = tuple[tuple[ir.Node, int], ...]
+"""Who reads a value: (node, input position)."""
+_NAMES = "qpipe.names"
+"""Key in the graph's metadata, which no file gets: the names that are taken."""
+
+
+def to_qdq(model: Model) -> onnx.ModelProto:
+    """`model` with a QDQ pair at every encoding, opset 21, self-contained.
+
+    Raises InputError for an encoding that ONNX has no integer type for (more than 16 bits).
+    """
+    # Not ir.to_proto: tensors of a model just loaded may lie in the file beside it, and would stay there.
+    return graph_proto(qdq_model(model), inline_bytes=None)[0]
+
+
+def qdq_model(model: Model) -> ir.Model:
+    """What `to_qdq` writes, as an onnx_ir model of its own; big tensors that stay float are shared.
+
+    The codes of weights are computed when they are asked for, each time, so that a model that is written tensor by
+    tensor takes memory for one. A nan among the weights is found, and refused, then."""
+    encodings = effective_encodings(model)
+    clone = model.ir.clone()
+    graph = clone.graph
+    graph.meta[_NAMES] = names = Names([*ir.convenience.create_value_mapping(graph), *map(_name, graph)])
+    nodes = {str(node.name): node for node in graph}
+    activations = [*graph.inputs, *(output for node in graph for output in node.outputs)]
+    # Biases first: a weight that also serves as a bias must not be replaced there by its own codes.
+    for bias in quantized_biases(model).values():
+        _insert_bias(graph, nodes[bias.node], bias, encodings)
+    for name in [name for name in graph.initializers if name in encodings]:
+        _insert_weight(graph, graph.initializers[name], encodings[name])
+    for value in activations:
+        encoding = encodings.get(str(value.name))
+        if encoding is not None:
+            redundant = _redundant(value, encoding, encodings)
+            if activation_storage(encoding).bitwidth == 8 or not redundant:
+                _insert_activation(graph, value, encoding, clipped=not redundant)
+    guard_float_layers(graph, names)
+    for name in [name for name, value in graph.initializers.items() if not value.uses()]:
+        if not graph.initializers[name].is_graph_output():
+            del graph.initializers[name]
+    return clone
+
+
+def _redundant(value: ir.Value, encoding: Encoding, encodings: dict[str, Encoding]) -> bool:
+    """Whether `value` is on its grid already, being values of an input on the same one.
+
+    In 8 bits its pair is still written, since that lets the node run on integers.
+    """
+    node = value.producer()
+    if node is None or node.op_type not in MOVING or node.inputs[0] is None:
+        return False
+    # The input may have been rounded already, under its own name.
+    name = str(node.inputs[0].name)
+    source = encodings.get(name) or encodings.get(name.removesuffix("__dequantized"))
+    return source is not None and same_grid(source, encoding)
+
+
+def storage(encoding: Encoding) -> ir.DataType:
+    """The narrowest ONNX integer type that holds the codes of `encoding`."""
+    for bits, signed, unsigned in (
+        (4, ir.DataType.INT4, ir.DataType.UINT4),
+        (8, ir.DataType.INT8, ir.DataType.UINT8),
+        (16, ir.DataType.INT16, ir.DataType.UINT16),
+    ):
+        if encoding.bitwidth <= bits:
+            return signed if encoding.signed else unsigned
+    raise InputError(f"ONNX has no type for codes of {encoding.bitwidth} bits. Use at most 16.")
+
+
+def activation_storage(encoding: Encoding) -> ir.DataType:
+    """The integer type of an activation's codes, of at least 8 bits."""
+    return storage(replace(encoding, bitwidth=8) if encoding.bitwidth < 8 else encoding)
+
+
+def _insert_activation(graph: ir.Graph, value: ir.Value, encoding: Encoding, clipped: bool) -> None:
+    """Q and DQ behind `value`, and all its readers, the graph's outputs among them, moved behind these.
+
+    With `clipped` a Clip keeps the codes in range where their type is wider than they are.
+    """
+    name = str(value.name)
+    is_input = value.is_graph_input()
+    readers = _uses(value)
+    outputs = [i for i, output in enumerate(graph.outputs) if output is value]
+    dtype = activation_storage(encoding)
+    scale, zero_point = _constants(graph, name, encoding, dtype)
+    if not is_input:
+        value.name = _fresh(graph, f"{name}__float")
+    made: list[ir.Node] = []
+    narrowed = value
+    if clipped and dtype.bitwidth != encoding.bitwidth:
+        low, high = (
+            _constant(graph, f"{name}__{side}", (np.float32(code) - encoding.zero_point) * encoding.scale)
+            for side, code in (("low", encoding.qmin), ("high", encoding.qmax))
+        )
+        made.append(_node(graph, "Clip", [value, low, high], f"{name}__clip", f"{name}__clipped", value))
+        narrowed = made[-1].outputs[0]
+    made.append(
+        _node(
+            graph,
+            "QuantizeLinear",
+            [narrowed, scale, zero_point],
+            f"{name}__quantize",
+            f"{name}__quantized",
+            value,
+            dtype,
+        )
+    )
+    made.append(
+        _node(
+            graph,
+            "DequantizeLinear",
+            [made[-1].outputs[0], scale, zero_point],
+            f"{name}__dequantize",
+            f"{name}__dequantized" if is_input else None,
+            value,
+        )
+    )
+    _say_bitwidth(made[-2:], encoding, dtype)
+    rounded = made[-1].outputs[0]
+    rounded.name = rounded.name or name
+    for node, position in readers:
+        node.replace_input_with(position, rounded)
+    producer = value.producer()
+    if producer is None:
+        graph.insert_before(graph[0], made)
+    else:
+        graph.insert_after(producer, made)
+    if not is_input:
+        for i in outputs:
+            graph.outputs[i] = rounded
+
+
+def _insert_weight(graph: ir.Graph, weight: ir.Value, encoding: Encoding) -> None:
+    """The initializer's integer codes and a DQ that takes over its name and its readers."""
+    name = str(weight.name)
+    assert weight.const_value is not None
+    dtype = storage(encoding)
+    if encoding.block_size is not None and dtype.bitwidth == 8:
+        # onnxruntime (1.31) fuses these into an integer MatMul that cannot run with scales per block.
+        dtype = storage(replace(encoding, bitwidth=16))
+    source, stored = weight.const_value, f"{name}__quantized"
+
+    def codes() -> ir.Tensor[Array]:
+        return _tensor(stored, quantize(source.numpy(), encoding, name), dtype)
+
+    tensor = ir.LazyTensor(codes, dtype, ir.Shape(source.shape.numpy()), name=stored)
+    _replace_constant(graph, weight, name, tensor, encoding, _uses(weight))
+
+
+def _insert_bias(graph: ir.Graph, node: ir.Node, bias: QuantizedBias, encodings: dict[str, Encoding]) -> None:
+    """The int32 codes of one layer's bias. A bias that serves several layers gets codes for each of them."""
+    value = graph.initializers[bias.name]
+    assert value.const_value is not None
+    array = value.const_value.numpy()
+    scale = bias_scale(encodings[bias.input], encodings[bias.weight], bias.repeats)
+    codes = bias_codes(array, scale)
+    axis = array.ndim - 1 if scale.ndim else None
+    grid = Encoding(32, True, True, scale, np.zeros(scale.shape, np.int32), axis)
+    uses = ((node, bias.position),)
+    name = bias.name if len(_uses(value)) == 1 else _fresh(graph, f"{bias.name}__{node.name}")
+    tensor = _tensor(f"{name}__quantized", codes, ir.DataType.INT32)
+    _replace_constant(graph, value, name, tensor, grid, uses)
+
+
+def _replace_constant(
+    graph: ir.Graph,
+    value: ir.Value,
+    name: str,
+    codes: ir.TensorProtocol,
+    encoding: Encoding,
+    uses: Uses,
+) -> None:
+    """A DQ of `codes`, called `name`, for the given readers of the initializer `value`."""
+    dtype = codes.dtype
+    inputs = [_initializer(graph, codes), *_constants(graph, name, encoding, dtype)]
+    if value.name == name and value.is_graph_output():
+        name = _fresh(graph, f"{name}__dequantized")  # the output of the model stays what it was
+    elif value.name == name and len(uses) == len(_uses(value)):
+        # The name goes over to the DQ's output; the float tensor is read by nobody any more.
+        del graph.initializers[name]
+    made = _node(graph, "DequantizeLinear", inputs, f"{name}__dequantize", None, value, axis=encoding)
+    made.outputs[0].name = name
+    _say_bitwidth([made], encoding, dtype)
+    for node, position in uses:
+        node.replace_input_with(position, made.outputs[0])
+    graph.insert_before(graph[0], made)
+
+
+def _say_bitwidth(nodes: list[ir.Node], encoding: Encoding, dtype: ir.DataType) -> None:
+    """Where the type is wider than the codes, the nodes' metadata keep their bitwidth for who reads the file."""
+    for node in nodes if dtype.bitwidth != encoding.bitwidth else ():
+        node.metadata_props[BITWIDTH] = str(encoding.bitwidth)
+
+
+def _constants(
+    graph: ir.Graph, name: str, encoding: Encoding, dtype: ir.DataType
+) -> tuple[ir.Value, ir.Value]:
+    """Scale and zero point as initializers."""
+    scale = _constant(graph, f"{name}__scale", encoding.scale)
+    return scale, _constant(graph, f"{name}__zero_point", encoding.zero_point, dtype)
+
+
+_NUMPY: dict[ir.DataType, Any] = {
+    ir.DataType.INT4: ml_dtypes.int4,
+    ir.DataType.UINT4: ml_dtypes.uint4,
+    ir.DataType.INT8: np.int8,
+    ir.DataType.UINT8: np.uint8,
+    ir.DataType.INT16: np.int16,
+    ir.DataType.UINT16: np.uint16,
+    ir.DataType.INT32: np.int32,
+}
+
+
+def _constant(graph: ir.Graph, name: str, array: Array, dtype: ir.DataType | None = None) -> ir.Value:
+    return _initializer(graph, _tensor(name, array, dtype))
+
+
+def _tensor(name: str, array: Array, dtype: ir.DataType | None = None) -> ir.Tensor[Array]:
+    array = np.asarray(array, np.float32) if dtype is None else np.asarray(array).astype(_NUMPY[dtype])
+    return ir.Tensor(array, dtype=dtype, name=name)
+
+
+def _initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
+    """`tensor` as an initializer, under its name or one like it that is free."""
+    tensor.name = _fresh(graph, str(tensor.name))
+    shape = ir.Shape(tensor.shape.numpy())
+    value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def _node(
+    graph: ir.Graph,
+    op_type: str,
+    inputs: list[ir.Value],
+    name: str,
+    output: str | None,
+    like: ir.Value,
+    dtype: ir.DataType | None = None,
+    axis: Encoding | None = None,
+) -> ir.Node:
+    """A node of one output, of the shape and, without `dtype`, of the type of `like`; it and `output` get names
+    that nothing else has."""
+    attributes: dict[str, int] = {}
+    if axis is not None and axis.axis is not None:
+        attributes["axis"] = axis.axis
+        if axis.block_size is not None:
+            attributes["block_size"] = axis.block_size
+    kind = ir.TensorType(dtype) if dtype is not None else like.type
+    result = ir.Value(name=output and _fresh(graph, output), type=kind, shape=like.shape)
+    return ir.node(op_type, inputs, attributes, outputs=[result], name=_fresh(graph, name))
+
+
+def _fresh(graph: ir.Graph, wanted: str) -> str:
+    """`wanted`, or `wanted_1`, … where the model has a value or a node of that name."""
+    names: Names = graph.meta[_NAMES]
+    return names.fresh(wanted)
+
+
+def _name(node: ir.Node) -> str:
+    return str(node.name)
+
+
+def _uses(value: ir.Value) -> Uses:
+    return tuple((use.node, use.idx) for use in value.uses())

@@ -1,0 +1,1 @@
+"""onnxruntime: how its sessions are opened, and what they run."""

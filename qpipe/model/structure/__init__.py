@@ -1,0 +1,1 @@
+"""What a graph is made of: layers with weights, blocks, channels, shared weights, composites."""

@@ -1,0 +1,1 @@
+"""Weights onto grids: closed form and gradient, on rows, moments and codes."""

@@ -1,0 +1,1 @@
+"""Graph x cache -> verdicts with reasons. Nothing here writes."""

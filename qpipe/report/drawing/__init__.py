@@ -1,0 +1,1 @@
+"""A pipeline as a picture and as text."""

@@ -1,0 +1,110 @@
+"""The end of a run in the terminal: scores against float, the goal, the cost, the files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from qpipe.report import facts, text
+from qpipe.report.terminal.table import paint, table, wrap
+
+MANY_NOTES = 5
+MANY_FAILURES = 20
+INDENT = "  "
+_STYLES = {"failed": "red", "skipped": "dim", "not_needed": "dim"}
+
+
+def closing_table(
+    record: Mapping[str, Any], width: int = 80, *, fancy: bool = False, colour: bool = False
+) -> str:
+    """The closing page for `record`, in lines of at most `width` characters (paths are never cut).
+
+    `fancy` allows characters beyond ASCII, `colour` a terminal's colour codes.
+    """
+    sections = [
+        list(_ladder(record, width, fancy, colour)),
+        list(_verdict(record, width, colour)),
+        list(_failures(record, width, colour)),
+        list(_listed("notes", _few_notes(record), width, colour)),
+        list(_listed("parity", [(p.node, p.sentence) for p in facts.parities(record)], width, colour)),
+        list(_files(record, colour)),
+    ]
+    return "\n" + "\n\n".join("\n".join(section) for section in sections if section) + "\n"
+
+
+def _ladder(record: Mapping[str, Any], width: int, fancy: bool, colour: bool) -> Iterator[str]:
+    steps = facts.steps(record)
+    if not steps:
+        return
+    metrics = {step.metric for step in steps if step.metric}
+    one = metrics.pop() if len(metrics) == 1 else ""
+    points = one in text.PERCENT_METRICS
+    header = ("", "step", one or "score", "points" if points else "change", "", "time")
+    best = "▶" if fancy else ">"
+    rows = [header] + [
+        (
+            best if step.best else "",
+            step.label,
+            text.score(step.score, step.metric) + ("" if one else f" {step.metric}"),
+            "" if step.baseline else text.change(step.drop, step.metric),
+            step.verdict.replace("_", " "),
+            step.time,
+        )
+        for step in steps
+    ]
+    lines = table(rows, width - len(INDENT), right=(2, 3, 5), flexible=1, ellipsis="…" if fancy else "...")
+    rule = ("─" if fancy else "-") * max(len(line) for row in lines for line in row)
+    yield INDENT + paint(lines[0][0], "bold", colour)
+    yield INDENT + paint(rule, "dim", colour)
+    for step, row in zip(steps, lines[1:], strict=True):
+        style = _STYLES.get(step.verdict, "bold" if step.best else "")
+        yield from (INDENT + paint(line, style, colour) for line in row)
+
+
+def _verdict(record: Mapping[str, Any], width: int, colour: bool) -> Iterator[str]:
+    goal = facts.goal_sentence(record)
+    if goal:
+        met = facts.goal_met(record)
+        style = "" if met is None else "bold green" if met else "bold yellow"
+        for line in wrap(goal, width - len(INDENT)):
+            yield INDENT + paint(line, style, colour)
+    for line in wrap(facts.totals_sentence(record), width - len(INDENT)):
+        yield INDENT + line
+
+
+def _failures(record: Mapping[str, Any], width: int, colour: bool) -> Iterator[str]:
+    failed = [(node, message.splitlines()[0]) for node, message in facts.failures(record)]
+    if (more := len(failed) - MANY_FAILURES) > 0:
+        failed = [*failed[:MANY_FAILURES], ("", f"and {more} more in report.html")]
+    yield from _listed("failed", failed, width, colour, "red")
+
+
+def _few_notes(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    notes = facts.notes(record)
+    if len(notes) <= MANY_NOTES:
+        return notes
+    return [*notes[:MANY_NOTES], ("", f"and {len(notes) - MANY_NOTES} more in report.html")]
+
+
+def _listed(
+    title: str, entries: Sequence[tuple[str, str]], width: int, colour: bool, style: str = "bold"
+) -> Iterator[str]:
+    """A heading and its entries, "node: sentence", each over at most three lines."""
+    if not entries:
+        return
+    yield INDENT + paint(title, style, colour)
+    for node, sentence in entries:
+        first, *rest = wrap(text.clean(f"{node}: {sentence}" if node else sentence), width - 6, max_lines=3)
+        yield f"{INDENT * 2}{first}"
+        yield from (f"{INDENT * 3}{line}" for line in rest)
+
+
+def _files(record: Mapping[str, Any], colour: bool) -> Iterator[str]:
+    files = facts.files(record)
+    folder = text.clean(record.get("run_dir") or "")
+    if not files and not folder:
+        return
+    yield INDENT + paint("files", "bold", colour)
+    yield from (f"{INDENT * 2}{path}" for _, path in files)
+    if folder:
+        yield f"{INDENT * 2}{folder.rstrip('/')}/"

@@ -1,0 +1,308 @@
+"""Carries a plan out: runs what the walks ask for, publishes results, and tells the walks.
+
+The only one that publishes the results of nodes. Promise: at-least-once execution, exactly-once publication. One action
+at a time per key, in this process by the `_wanted` table, between processes by the store's file locks, which die with
+their owner.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from heapq import heappop, heappush
+from itertools import count
+from pathlib import Path
+from typing import Any, Protocol
+
+from qpipe.cache.store import Store
+from qpipe.errors import CacheError, ChangedError, DamagedError, InputError, QpipeError
+from qpipe.language.catalog import catalog
+from qpipe.language.graph import Graph
+from qpipe.language.spec import RunSpec
+from qpipe.plan.history import remember
+from qpipe.plan.walk import Action, State, Walk, fits
+from qpipe.run.performing import as_result, failure, request
+from qpipe.run.workers import Event, InProcess, Pool, Processes
+
+_POLL_S = 0.1
+_WAIT_S = 1.0
+
+
+class View(Protocol):
+    """Who is told while a run goes on."""
+
+    def started(self, node: str, stage: str) -> None: ...
+    def progress(self, node: str, done: int, total: int, what: str) -> None: ...
+    def finished(self, node: str, verdict: str, duration_s: float, notes: Sequence[str]) -> None: ...
+    def failed(self, node: str, message: str) -> None: ...
+    def message(self, text: str) -> None: ...
+
+
+def open_pool(store: Store, run: RunSpec, log: Path | None = None) -> Pool:
+    """The place where actions run, as `run` says; processes are spawned only when an action comes."""
+    workers, threads = worker_count(run), thread_count(run)
+    return Processes(store.address(), workers, threads, log) if workers else InProcess(store, threads)
+
+
+def worker_count(run: RunSpec) -> int:
+    """How many processes; 0 stands for this one."""
+    return min(_cores(), 4) if run.workers is None else run.workers
+
+
+def thread_count(run: RunSpec) -> int:
+    """How many threads an action has."""
+    return run.threads or max(1, _cores() // max(1, worker_count(run)))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def execute(
+    walks: Sequence[Walk],
+    store: Store,
+    run: RunSpec,
+    pool: Pool,
+    view: View,
+    deadline: float | None = None,
+) -> bool:
+    """Run what `walks` lack, until every target of each has its outcome. False where `deadline` (a reading of
+    time.monotonic) came before: from then on no action begins, and those under way are finished.
+
+    Errors: CacheError at once, where the cache cannot be written; DamagedError, once what was under way has ended,
+    where a blob that an action reads is not what it should be. The store has moved that aside by then, so that what
+    made it runs again when all is planned anew.
+    """
+    one = _Run(walks, store, run, pool, view, deadline)
+    one.go()
+    return not one.late
+
+
+def forget(walks: Sequence[Walk], store: Store, digest: str) -> None:
+    """Drop the results that name a blob which is there and yet is not what they say; move aside every other damaged
+    blob that the walks rely on, so that one more round heals them all."""
+    results = {
+        outcome.key: outcome.result
+        for walk in walks
+        for outcome in walk.outcomes.values()
+        if outcome.key and outcome.result
+    }
+    if store.has(digest):  # else the store moved it aside, so that its results are incomplete and run again
+        for key, result in results.items():
+            if digest in result["blobs"]:
+                store.forget(key)
+    for blob in {blob for result in results.values() for blob in result["blobs"]}:
+        if store.has(blob):  # here; what a remote promises is verified when it arrives
+            with suppress(DamagedError):
+                store.open(blob)
+
+
+class _Run:
+    """The state of one execution; it exists while `go` runs."""
+
+    def __init__(
+        self,
+        walks: Sequence[Walk],
+        store: Store,
+        run: RunSpec,
+        pool: Pool,
+        view: View,
+        deadline: float | None,
+    ) -> None:
+        self._walks, self._store, self._options, self._pool, self._view = walks, store, run, pool, view
+        self._wanted: dict[str, list[tuple[Walk, Action]]] = {}
+        self._queue: list[tuple[int, int, str]] = []
+        """A heap of (rank, turn, key): the most urgent first, among equals who came first."""
+        self._turns = count()
+        self._urgency = {walk: urgency(walk.graph) for walk in walks}
+        self._blocked: dict[str, float] = {}
+        self._running: dict[str, float] = {}
+        self._locks: dict[str, Any] = {}
+        self._damage: DamagedError | None = None
+        self._stopped = False
+        self._deadline = deadline
+        self.late = False
+
+    def go(self) -> None:
+        try:
+            for walk in self._walks:  # what was planned before, then what follows from it
+                self._want(walk, list(walk.running.values()))
+            self._advance(self._walks)
+            while self._queue or self._blocked or self._running:
+                self._start()
+                for key, event in self._pool.events(_POLL_S if self._blocked else _WAIT_S):
+                    self._handle(key, event)
+                self._end_late_ones()
+                for line in self._store.news():
+                    self._view.message(line)
+        finally:
+            for lock in self._locks.values():
+                lock.release()
+        if self._damage is not None:
+            raise self._damage
+
+    def _advance(self, walks: Iterable[Walk]) -> None:
+        if not self._stopped:
+            for walk in walks:
+                self._want(walk, walk.advance())
+
+    def _want(self, walk: Walk, actions: Sequence[Action]) -> None:
+        for action in actions:
+            if action.key in self._wanted:
+                self._wanted[action.key].append((walk, action))
+            else:
+                self._wanted[action.key] = [(walk, action)]
+                rank = -self._urgency[walk][action.node]  # what most depends on is begun early
+                heappush(self._queue, (rank, next(self._turns), action.key))
+
+    def _start(self) -> None:
+        """Begin what can begin: as many as the pool takes, of keys that no other process holds."""
+        if self._deadline is not None and time.monotonic() >= self._deadline and not self._stopped:
+            self.late = self._stopped = bool(self._queue or self._blocked)
+        if self._stopped:
+            self._queue.clear()
+            self._blocked.clear()
+            return
+        for key in list(self._blocked):
+            if not self._pool.idle:
+                return
+            if self._lock(key):
+                del self._blocked[key]
+                self._begin(key)
+        while self._queue and self._pool.idle:
+            key = heappop(self._queue)[2]
+            if self._lock(key):
+                self._begin(key)
+            else:
+                self._blocked[key] = time.monotonic()
+                self._view.message(f"{self._name(key)}: another process computes it; waiting.")
+
+    def _begin(self, key: str) -> None:
+        """Hand the action to the pool, unless another process has just published its result."""
+        action = self._wanted[key][0][1]
+        found = None if action.always else self._store.result(key)
+        if found is not None and not fits(found, catalog()[action.stage]):
+            self._store.forget(key)  # it was made up, and would stand in the way of what is made now
+            found = None
+        if found is not None and not self._store.complete(found):
+            self._conclude(key, found, "hit")
+            return
+        self._running[key] = time.monotonic()
+        self._view.started(self._name(key), action.stage)
+        self._pool.submit(request(action, self._options.device))
+
+    def _name(self, key: str) -> str:
+        walk, action = self._wanted[key][0]
+        return walk.label + action.node
+
+    def _lock(self, key: str) -> bool:
+        from filelock import Timeout  # not at the top: a run that is all hits locks nothing
+
+        lock = self._store.lock(key)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            return False
+        except OSError as error:
+            raise CacheError(
+                f"the cache {self._store.root} cannot be locked ({error.strerror or error})."
+            ) from error
+        self._locks[key] = lock
+        return True
+
+    def _handle(self, key: str, event: Event) -> None:
+        if key not in self._wanted:
+            return
+        if event["event"] == "progress":
+            self._view.progress(self._name(key), event["done"], event["total"], event["what"])
+            return
+        if event["event"] == "published":
+            self._store.share(event["key"])
+            return
+        self._running.pop(key, None)
+        if event["event"] == "done":
+            self._publish(key, as_result(event))
+        elif event["kind"] == "CacheError":
+            raise CacheError(event["message"])  # no other action could keep its result either
+        elif event["kind"] == "DamagedError":
+            self._damage = DamagedError(event["message"], event["digest"])
+            self._stopped = True
+        else:
+            self._fail(key, event)
+
+    def _publish(self, key: str, result: dict[str, Any]) -> None:
+        walk, action = self._wanted[key][0]
+        if changed := walk.changed(action):
+            self._fail(key, failure(ChangedError(_written_to(action, changed))))
+            return
+        try:
+            if action.always:
+                self._store.forget(key)  # what it read last time does not stand in the way
+            result = self._store.publish(key, result)
+        except DamagedError as error:
+            self._damage, self._stopped = error, True
+            return
+        remember(self._store, key, result)
+        self._conclude(key, result, "ran")
+
+    def _conclude(self, key: str, result: dict[str, Any], verdict: State) -> None:
+        """Tell every node that wanted the key; the first carries the verdict, the others hit."""
+        self._unlock(key)
+        duration = result["provenance"]["duration_s"] if verdict == "ran" else 0.0
+        wanted = self._wanted.pop(key)
+        for i, (walk, action) in enumerate(wanted):
+            state: State = "ran" if verdict == "ran" and i == 0 else "hit"
+            walk.finish(action.node, result, state)
+            self._view.finished(walk.label + action.node, state, duration, result.get("notes", ()))
+            duration = 0.0
+        self._advance({walk: None for walk, _ in wanted})
+
+    def _fail(self, key: str, error: Event) -> None:
+        self._unlock(key)
+        wanted = self._wanted.pop(key)
+        for walk, action in wanted:
+            walk.fail(action.node, error)
+            self._view.failed(walk.label + action.node, error["message"])
+        refused = error["exit_code"] == InputError.exit_code and len(self._walks) == 1
+        self._stopped = self._stopped or refused or not self._options.keep_going
+        self._advance({walk: None for walk, _ in wanted})
+
+    def _unlock(self, key: str) -> None:
+        if (lock := self._locks.pop(key, None)) is not None:
+            lock.release()
+
+    def _end_late_ones(self) -> None:
+        limit = self._options.timeout_s
+        if limit is None:
+            return
+        for key, started in self._running.items():
+            if time.monotonic() - started > limit:
+                self._pool.cancel(key, f"took longer than run.timeout_s={limit:g} and was ended")
+
+
+def _written_to(action: Action, params: Sequence[str]) -> str:
+    names = ", ".join(f"stages.{action.node}.{name} ({action.written.get(name)})" for name in params)
+    return f"{names} was written to while the run went on. The result is not kept; run again."
+
+
+def urgency(graph: Graph) -> dict[str, int]:
+    """For every node the number of steps on the longest way from it to an end of the graph."""
+    steps = dict.fromkeys(graph.order, 1)
+    for name in reversed(graph.order):
+        for sources in graph.inputs[name].values():
+            for source in sources:
+                steps[source.node] = max(steps[source.node], 1 + steps[name])
+    return steps
+
+
+def exit_code(walks: Sequence[Walk]) -> int:
+    """0 where nothing failed; 2 where all that failed was bad input; else 1."""
+    errors = [
+        outcome.error for walk in walks for outcome in walk.outcomes.values() if outcome.state == "failed"
+    ]
+    codes = {error["exit_code"] for error in errors if error}
+    if not codes:
+        return 0
+    return 2 if codes == {2} else QpipeError.exit_code

@@ -1,0 +1,312 @@
+"""What a run leaves: record.json, config.yaml, and the files of its export nodes.
+
+`record.json` is the one source of every report. Its schema is versioned; `SCHEMA` goes up when a field changes meaning.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from qpipe.artifacts.artifact import Artifact, load
+from qpipe.cache.store import Store
+from qpipe.language.graph import Source
+from qpipe.language.spec import FirstWithin
+from qpipe.plan.walk import Outcome, Walk
+
+SCHEMA = 2
+RECORD = "record.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class RunInfo:
+    """What a record says of the run itself; times are seconds since the epoch."""
+
+    command: Sequence[str]
+    folder: Path
+    started: float
+    finished: float = 0.0
+    stopped: str = ""
+    """What ended it before its time: "interrupted" by the person, "budget_spent", or nothing."""
+
+
+def build_record(
+    walk: Walk, store: Store, info: RunInfo, files: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
+    """The record of one pipeline as its walk ended."""
+    verdicts = walk.verdicts()
+    goal = _goal(walk)
+    nodes = {name: _node(walk, name, outcome) for name, outcome in verdicts.items()}
+    libraries: dict[str, str] = {}
+    for outcome in verdicts.values():
+        libraries |= (outcome.result or {}).get("ingredients", {}).get("libraries", {})
+    return {
+        "schema": SCHEMA,
+        "qpipe": version("qpipe"),
+        "command": list(info.command),
+        "started": datetime.fromtimestamp(info.started, UTC).isoformat(),
+        "finished": datetime.fromtimestamp(info.finished, UTC).isoformat(),
+        "status": _status(verdicts, goal, info),
+        "run_dir": str(info.folder),
+        "environment": {
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "libraries": dict(sorted(libraries.items())),
+        },
+        "goal": goal,
+        "best": _best(walk),
+        "ladder": _ladder(walk, verdicts),
+        "nodes": nodes,
+        "stages": _stages(verdicts),
+        "listings": _listings(walk, verdicts),
+        "edges": [list(edge) for edge in walk.graph.edges()],
+        "files": {name: list(paths) for name, paths in files.items()},
+        "totals": _totals(verdicts),
+    }
+
+
+def _status(verdicts: Mapping[str, Outcome], goal: Mapping[str, Any], info: RunInfo) -> str:
+    if info.stopped == "interrupted":
+        return info.stopped
+    if any(outcome.state == "failed" for outcome in verdicts.values()):
+        return "failed"
+    if info.stopped:
+        return info.stopped
+    return "goal_missed" if goal["met"] is False else "done"
+
+
+def _node(walk: Walk, name: str, outcome: Outcome) -> dict[str, Any]:
+    node = walk.graph.node(name)
+    result = outcome.result or {}
+    provenance = result.get("provenance", {})
+    ran = outcome.state == "ran"
+    written = {} if isinstance(node, FirstWithin) else dict(node.written)
+    return {
+        "stage": "first_within" if isinstance(node, FirstWithin) else node.stage.name,
+        "verdict": outcome.state,
+        "reasons": list(outcome.reasons),
+        "key": outcome.key,
+        "params": written,
+        "counted": dict((outcome.ingredients or {}).get("params", {})),
+        "inputs": _digests(walk, name),
+        "outputs": {port: _artifact(artifact) for port, artifact in outcome.outputs.items()},
+        "duration_s": provenance.get("duration_s") if ran else 0.0,
+        "cpu_s": provenance.get("cpu_s") if ran else 0.0,
+        "original_duration_s": provenance.get("duration_s"),
+        "peak_rss_bytes": provenance.get("peak_rss_bytes"),
+        "chosen": {"model": outcome.chosen[0].node, "scores": outcome.chosen[1].node} if outcome.chosen else None,
+        "scores": _own_scores(walk, name, outcome),
+        "notes": list(result.get("notes", ())),
+        "error": dict(outcome.error) if outcome.error else None,
+    }
+
+
+OF_STAGE = ("format", "version", "function", "code", "libraries")
+
+
+def _stages(verdicts: Mapping[str, Outcome]) -> dict[str, Any]:
+    """What the keys of all nodes of a stage have in common, once: {stage: {format, version, function, …}}."""
+    found: dict[str, Any] = {}
+    for outcome in verdicts.values():
+        if outcome.ingredients and outcome.ingredients["stage"] not in found:
+            shared = {name: outcome.ingredients[name] for name in OF_STAGE}
+            found[outcome.ingredients["stage"]] = shared
+    return found
+
+
+def _listings(walk: Walk, verdicts: Mapping[str, Outcome]) -> dict[str, str]:
+    """What the digests in the keys are made of, once: {digest: a line for each module or file}."""
+    found: dict[str, str] = {}
+    for outcome in verdicts.values():
+        if outcome.ingredients:
+            found |= walk.listings(outcome.ingredients)
+    return found
+
+
+def ingredients_of(record: Mapping[str, Any], name: str) -> dict[str, Any] | None:
+    """What the key of a node was made of, as `record` has it; None where its inputs were not known, or where the
+    record is of schema 1."""
+    node = record["nodes"][name]
+    shared = record.get("stages", {}).get(node["stage"])
+    if shared is None or node["key"] is None:
+        return None
+    ports = {port: [made] if isinstance(made, str) else made for port, made in node["inputs"].items()}
+    return {**shared, "stage": node["stage"], "params": node["counted"], "ports": ports}
+
+
+def _digests(walk: Walk, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for port, sources in walk.graph.inputs[name].items():
+        digests = [
+            walk.outcomes[source.node].outputs[source.output].digest
+            for source in sources
+            if source.node in walk.outcomes and walk.outcomes[source.node].good
+        ]
+        if digests:
+            found[port] = digests[0] if len(digests) == 1 else digests
+    return found
+
+
+def _artifact(artifact: Artifact) -> dict[str, Any]:
+    return {"kind": artifact.kind, "digest": artifact.digest, "size_bytes": artifact.size_bytes}
+
+
+def _own_scores(walk: Walk, name: str, outcome: Outcome) -> dict[str, Any]:
+    for output, artifact in outcome.outputs.items():
+        if artifact.kind == "Scores":
+            return walk.scores(Source(name, output)) or {}
+    return {}
+
+
+def _score_of(walk: Walk, source: Source | None) -> float | None:
+    values = walk.scores(source) if source else None
+    return None if values is None else values.get("score")
+
+
+def _goal(walk: Walk) -> dict[str, Any]:
+    """The goal, and whether it is met; None where it was not asked for or not reached."""
+    goal, refs = walk.graph.spec.goal, walk.graph.resolved_refs
+    reference = _score_of(walk, refs.get(str(goal.reference)))
+    reached = _score_of(walk, refs.get(str(goal.scores)))
+    met = None if reference is None or reached is None else reached >= reference - goal.max_drop
+    return {
+        "metric": goal.metric,
+        "float": reference,
+        "allowed_drop": goal.max_drop,
+        "reached": reached,
+        "met": met,
+    }
+
+
+def _best(walk: Walk) -> dict[str, Any]:
+    goal = walk.graph.spec.goal
+    source = walk.graph.resolved_refs.get(str(goal.scores))
+    if source is None:
+        return {"node": None, "score": None}
+    outcome = walk.outcomes.get(source.node)
+    node = outcome.chosen[0].node if outcome and outcome.chosen else source.node
+    return {"node": node, "score": _score_of(walk, source)}
+
+
+def _ladder(walk: Walk, verdicts: Mapping[str, Outcome]) -> list[dict[str, Any]]:
+    """The steps of the closing table, in the pipeline's order, each against the float score."""
+    spec = walk.graph.spec
+    goal = _goal(walk)
+    best = walk.graph.resolved_refs.get(str(spec.goal.scores))
+    chosen = walk.outcomes.get(best.node) if best else None
+    winner = chosen.chosen[1].node if chosen and chosen.chosen else best.node if best else None
+    steps = []
+    for name, label in spec.ladder.items():
+        source = walk.graph.resolved_refs.get(name)
+        if source is None or source.node != name or name not in verdicts:
+            continue
+        values = walk.scores(source) or {}
+        score, metric = values.get("score"), values.get("metric", spec.goal.metric)
+        comparable = score is not None and goal["float"] is not None
+        provenance = (verdicts[name].result or {}).get("provenance", {})
+        steps.append(
+            {
+                "node": name,
+                "label": label,
+                "score": score,
+                "metric": metric,
+                "drop": goal["float"] - score if comparable else None,
+                "verdict": verdicts[name].state,
+                "duration_s": provenance.get("duration_s") if verdicts[name].state == "ran" else 0.0,
+                "original_duration_s": provenance.get("duration_s"),
+                "best": name == winner,
+                "baseline": name in spec.baselines,
+            }
+        )
+    return steps
+
+
+def _totals(verdicts: Mapping[str, Outcome]) -> dict[str, Any]:
+    """Counts, seconds of processor time spent, and seconds of computing that hits stood in for."""
+    states = [outcome.state for outcome in verdicts.values()]
+    spent = saved = 0.0
+    seen: set[str] = set()
+    for outcome in verdicts.values():
+        if outcome.key is None or outcome.result is None or outcome.key in seen:
+            continue
+        seen.add(outcome.key)
+        provenance = outcome.result["provenance"]
+        if outcome.state == "ran":
+            spent += provenance.get("cpu_s", 0.0)
+        elif outcome.state == "hit":
+            saved += provenance["duration_s"]
+    counts = {name: states.count(name) for name in ("ran", "hit", "failed", "skipped", "not_needed")}
+    return {**counts, "saved_s": round(saved, 3), "cpu_s": round(spent, 3)}
+
+
+def write_files(walk: Walk, store: Store, folder: Path) -> dict[str, list[str]]:
+    """Put the Files that the targets made below `folder`/NODE; {node: paths}."""
+    written: dict[str, list[str]] = {}
+    for name in walk.graph.targets:
+        outcome = walk.outcomes.get(name)
+        for artifact in outcome.outputs.values() if outcome else ():
+            if artifact.kind == "Files":
+                files = load(artifact, store)
+                files.write(folder / name)
+                written[name] = [str(folder / name / relative) for relative in files.contents]
+    return written
+
+
+def write_record(record: Mapping[str, Any], folder: Path) -> None:
+    """`record.json`, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f"{RECORD}.tmp"
+    temporary.write_text(json_text(record), encoding="utf-8", errors="backslashreplace")
+    temporary.replace(folder / RECORD)
+
+
+def write_config(resolved: Mapping[str, Any], folder: Path) -> None:
+    """`config.yaml`: the config without interpolations, to run again."""
+    import yaml  # loaded by Hydra anyway; a record that is read needs none
+
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # the one in C is ten times as fast
+    text = yaml.dump(dict(resolved), Dumper=dumper, sort_keys=False, allow_unicode=True)
+    (folder / "config.yaml").write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def json_text(value: Mapping[str, Any]) -> str:
+    """`value` as JSON that every reader takes: null for nan and infinity, which a score may be.
+
+    A line for each entry, and for each entry of an entry: a node's facts are one line, for `grep` and `diff`.
+    """
+    try:
+        return _lines(value)
+    except (ValueError, TypeError):  # a nan, or a mapping that is no dict: rare, so not looked for beforehand
+        return _lines(_finite(value))
+
+
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+"""With an indent json would go through its encoder in Python, which takes ten times as long."""
+
+
+def _lines(value: Mapping[str, Any]) -> str:
+    entries = [f" {_encode(name)}: {_block(item)}" for name, item in value.items()]
+    return "{\n" + ",\n".join(entries) + "\n}\n"
+
+
+def _block(value: Any) -> str:
+    if isinstance(value, dict) and value:
+        return "{\n  " + ",\n  ".join(f"{_encode(str(k))}: {_encode(v)}" for k, v in value.items()) + "\n }"
+    if isinstance(value, list | tuple) and value:
+        return "[\n  " + ",\n  ".join(map(_encode, value)) + "\n ]"
+    return _encode(value)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

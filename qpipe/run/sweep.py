@@ -1,0 +1,285 @@
+"""Many pipelines, one graph: the jobs of a sweep are planned against one cache and share every action they have in
+common. A single run is a sweep of one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import os
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from qpipe.cache.cleanup import collect
+from qpipe.cache.store import Store
+from qpipe.errors import CacheError, ConfigError, DamagedError, InputError
+from qpipe.language.graph import build_graph
+from qpipe.language.spec import PipelineSpec, RunSpec
+from qpipe.plan.estimate import misses
+from qpipe.plan.walk import Keyring, Outcome, Walk
+from qpipe.run.executor import View, execute, exit_code, forget, open_pool
+from qpipe.run.record import RunInfo, build_record, json_text, write_config, write_files, write_record
+
+GOAL_MISSED = 3
+NOT_CACHED = 4
+BUDGET_SPENT = 5
+INTERRUPTED = 130
+HEAL_ROUNDS = 3
+"""How often a run plans anew because of one and the same damaged blob, before it gives up."""
+
+
+class Watch(View, Protocol):
+    """A View that also hears of the plan before, and of the records after."""
+
+    def planned_jobs(self, plans: Sequence[tuple[Job, Walk]]) -> None: ...
+    def ended_jobs(self, records: Sequence[tuple[Job, dict[str, Any]]]) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One pipeline: its spec, the folder it leaves its record in, and how it was asked for."""
+
+    spec: PipelineSpec
+    folder: Path
+    overrides: tuple[str, ...] = ()
+    label: str = ""
+
+
+def open_local_store(spec: PipelineSpec) -> Store:
+    """The cache on this machine: `cache.dir`, else $QPIPE_CACHE_DIR, else the user's cache folder."""
+    return Store(_cache_folder(spec))
+
+
+def open_store(spec: PipelineSpec) -> Store:
+    """The cache on this machine, with `cache.remote` behind it where there is one."""
+    if spec.remote is None:
+        return open_local_store(spec)
+    if spec.remote.url.startswith("memory:") and spec.run.workers != 0:
+        raise ConfigError(
+            f"cache.remote: '{spec.remote.url}' lives in one process, and workers are others. Set run.workers=0."
+        )
+    from qpipe.cache.shared.objects import check_url, folder_of
+    from qpipe.cache.shared.remote import Remote
+    from qpipe.cache.shared.tier import TieredStore
+
+    folder = _cache_folder(spec)
+    if check_url(spec.remote.url) == "file" and folder_of(spec.remote.url).resolve() == folder.resolve():
+        raise ConfigError(f"cache.remote: '{spec.remote.url}' is the local cache itself. Name another folder.")
+    return TieredStore(folder, Remote(spec.remote))
+
+
+def _cache_folder(spec: PipelineSpec) -> Path:
+    folder = spec.cache_dir or os.environ.get("QPIPE_CACHE_DIR")
+    if not folder:
+        from platformdirs import user_cache_dir
+
+        folder = user_cache_dir("qpipe")
+    return Path(folder).expanduser().absolute()
+
+
+def plan_jobs(jobs: Sequence[Job], store: Store) -> list[Walk]:
+    """A walk for every job, as far as the cache carries it. Errors: ConfigError, with the job it is in."""
+    keyring = Keyring(store)
+    walks = []
+    for job in jobs:
+        try:
+            walk = Walk(build_graph(job.spec), keyring, store, job.label)
+            walk.advance()
+        except ConfigError as error:
+            raise ConfigError(f"{job.label}{error}") from error
+        walks.append(walk)
+    return walks
+
+
+def run_jobs(jobs: Sequence[Job], store: Store, watch: Watch, command: Sequence[str]) -> int:
+    """Carry all jobs out and write their records; the exit status of the worst.
+
+    A blob that turns out damaged when it is read is moved aside by the store, all others of this run are looked at,
+    and all is planned anew: what made them runs again. CacheError where a blob comes back damaged again and again.
+    """
+    info = RunInfo(command, jobs[0].folder, time.time())
+    with store.using():  # whatever it finds or makes stays until it ends
+        status = _run_healing(jobs, store, watch, info)
+    _keep_within(store, jobs[0].spec.cache_max_bytes, watch)
+    return status
+
+
+def _keep_within(store: Store, max_bytes: int | None, watch: Watch) -> None:
+    """Remove what was not used for longest where the cache is above its limit; a refusal does not fail the run."""
+    if max_bytes is None:
+        return
+    try:
+        removed = collect(store, max_bytes=max_bytes)
+    except CacheError as error:
+        watch.message(f"cache.max_size is not kept: {error}")
+        return
+    if removed.results:
+        watch.message(
+            f"cache.max_size: {removed.results} results that were not used for longest went, "
+            f"{removed.size_bytes / 1e6:,.1f} MB; {removed.left_bytes / 1e6:,.1f} MB are left."
+        )
+
+
+def _run_healing(jobs: Sequence[Job], store: Store, watch: Watch, info: RunInfo) -> int:
+    budget_s = jobs[0].spec.run.budget_s
+    deadline = None if budget_s is None else time.monotonic() + budget_s
+    told = False
+    walks: list[Walk] = []
+    damaged: Counter[str] = Counter()
+    while max(damaged.values(), default=0) < HEAL_ROUNDS:
+        try:
+            with store.looking():
+                walks = plan_jobs(jobs, store)
+            _tell(store.news(), watch)
+            if not told:
+                watch.planned_jobs(list(zip(jobs, walks, strict=True)))
+                told = True
+            return _carry_out(jobs, walks, store, watch, info, deadline)
+        except DamagedError as error:
+            watch.message(f"The cache is damaged: {error} What made it runs again.")
+            damaged[error.digest] += 1
+            store.doubt(error.digest)
+            _tell(store.news(), watch)
+            forget(walks, store, error.digest)
+    raise CacheError(f"The cache at {store.root} stays damaged after {HEAL_ROUNDS} attempts. Check the disk.")
+
+
+def _tell(lines: Sequence[str], watch: Watch) -> None:
+    for line in lines:
+        watch.message(line)
+
+
+def _carry_out(
+    jobs: Sequence[Job],
+    walks: Sequence[Walk],
+    store: Store,
+    watch: Watch,
+    info: RunInfo,
+    deadline: float | None,
+) -> int:
+    if (refused := refusal(walks, jobs[0].spec.run)) is not None:
+        watch.message(refused)
+        return NOT_CACHED
+    stopped = ""
+    if any(walk.running for walk in walks):
+        stopped = _run(jobs, walks, store, watch, deadline)
+    _tell(store.settle(), watch)
+    status = _conclude(jobs, walks, store, watch, dataclasses.replace(info, stopped=stopped))
+    _tell(store.settle(), watch)  # what the records were the first to read
+    return status
+
+
+def refusal(walks: Sequence[Walk], options: RunSpec) -> str | None:
+    """Why `run.expect` or `run.max_misses` forbids to carry the plan out, if they do.
+
+    What waits for its inputs counts as a miss, and so do the candidates that a first_within may still come to: then
+    a run that is let through cannot run more than it was allowed to.
+    """
+    allowed = 0 if options.expect == "cached" else options.max_misses
+    if allowed is None:
+        return None
+    found = misses(walks)
+    count = len(found.certain) + len(found.possible)
+    if count <= allowed:
+        return None
+    said = "run.expect=cached" if options.expect == "cached" else f"run.max_misses={allowed}"
+    maybe = f", {len(found.possible)} of them only if their inputs change" if found.possible else ""
+    named = [*found.certain, *found.possible]
+    names = ", ".join(named[:8]) + (f" and {count - 8} more" if count > 8 else "")
+    nodes = "1 node" if count == 1 else f"{count} nodes"
+    return f"{said}: {nodes} would run{maybe}: {names}. Nothing was run; `qpipe plan` says why."
+
+
+def _run(
+    jobs: Sequence[Job], walks: Sequence[Walk], store: Store, watch: Watch, deadline: float | None
+) -> str:
+    """Run what the walks lack; what stopped it ("interrupted" or "budget_spent"), or ""."""
+    log = jobs[0].folder / "workers.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    options = jobs[0].spec.run
+    pool = open_pool(store, options, log)
+    gc.freeze()
+    gc.enable()  # the command line switched it off; what runs in this process may leave large cycles
+    try:
+        if not execute(walks, store, options, pool, watch, deadline):
+            left = len({action.key for walk in walks for action in walk.running.values()})
+            watch.message(
+                f"run.budget_s={options.budget_s:g} is spent; {left} actions that could have begun did not. What was "
+                f"finished is in the cache; the same command goes on from there."
+            )
+            return "budget_spent"
+    except KeyboardInterrupt:
+        watch.message("Interrupted. What was finished is in the cache; the same command goes on from there.")
+        return "interrupted"
+    finally:
+        pool.close()
+        with suppress(OSError):
+            if log.stat().st_size == 0:
+                log.unlink()
+    return ""
+
+
+def hits(walks: Sequence[Walk]) -> set[str]:
+    """The keys of the results that the walks took from the cache."""
+    outcomes = [outcome for walk in walks for outcome in walk.outcomes.values()]
+    return {outcome.key for outcome in outcomes if outcome.state == "hit" and outcome.key}
+
+
+def _conclude(jobs: Sequence[Job], walks: Sequence[Walk], store: Store, watch: Watch, info: RunInfo) -> int:
+    """Write and show the records. A single job whose input was refused leaves none: its lines said it all."""
+    store.touch(hits(walks))
+    status = INTERRUPTED if info.stopped == "interrupted" else exit_code(walks)
+    if status == InputError.exit_code and len(jobs) == 1:
+        return status
+    records = []
+    for job, walk in zip(jobs, walks, strict=True):
+        own = dataclasses.replace(info, folder=job.folder, finished=time.time())
+        record = build_record(walk, store, own, write_files(walk, store, job.folder))
+        write_record(record, job.folder)
+        write_config(job.spec.resolved, job.folder)
+        records.append((job, record))
+    if len(jobs) > 1:
+        write_sweep(records, walks, jobs[0].folder.parent)
+    watch.ended_jobs(records)
+    if status == 0 and info.stopped:
+        return BUDGET_SPENT
+    if status == 0 and any(record["goal"]["met"] is False for _, record in records):
+        return GOAL_MISSED
+    return status
+
+
+def write_sweep(
+    records: Sequence[tuple[Job, Mapping[str, Any]]], walks: Sequence[Walk], folder: Path
+) -> None:
+    """`sweep.json`: every distinct action once, and for each trial its overrides, leaf nodes and scores."""
+    actions: dict[str, dict[str, Any]] = {}
+    for walk in walks:
+        for name, outcome in walk.verdicts().items():
+            if outcome.key is not None and (outcome.key not in actions or outcome.state == "ran"):
+                actions[outcome.key] = {"node": name, "verdict": outcome.state, **_cost(outcome)}
+    trials = [
+        {
+            "overrides": list(job.overrides),
+            "run_dir": str(job.folder),
+            "status": record["status"],
+            "leaves": list(walk.graph.targets),
+            "goal": record["goal"],
+            "best": record["best"],
+            "scores": {step["node"]: step["score"] for step in record["ladder"]},
+            "keys": {name: node["key"] for name, node in record["nodes"].items()},
+        }
+        for (job, record), walk in zip(records, walks, strict=True)
+    ]
+    content = json_text({"schema": 1, "actions": actions, "trials": trials})
+    temporary = folder / "sweep.json.tmp"
+    temporary.write_text(content, encoding="utf-8", errors="backslashreplace")
+    temporary.replace(folder / "sweep.json")
+
+
+def _cost(outcome: Outcome) -> dict[str, Any]:
+    provenance = (outcome.result or {}).get("provenance", {})
+    return {"duration_s": provenance.get("duration_s"), "cpu_s": provenance.get("cpu_s")}

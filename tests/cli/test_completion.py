@@ -1,0 +1,111 @@
+"""What TAB offers, and `COMMAND --help`."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qpipe.cli.cache_commands import COMMANDS as CACHE_COMMANDS
+from qpipe.cli.completion import complete
+from qpipe.cli.main import _register, take_options
+from qpipe.cli.manual import COMMANDS, OPTIONS, usage
+from qpipe.errors import ConfigError
+from tests.toy import Toy
+
+CHAIN = {"alpha": {"uses": "toy_number"}, "beta": {"uses": "toy_add", "scores": "alpha"}}
+
+
+def offered(line: str) -> list[str]:
+    return complete({"COMP_LINE": line})[0]
+
+
+def test_commands_options_and_subcommands_complete() -> None:
+    assert offered("qpipe ") == list(COMMANDS)
+    assert offered("qpipe ve") == ["verify"]
+    assert offered("qpipe why x --") == ["--against", "--help"]
+    assert offered("qpipe cache p") == ["pin"]
+    assert "adaround" in offered("qpipe stages ada")
+    assert offered("qpipe diff la") == ["last", "last~1"]
+
+
+def test_nodes_complete_in_the_pipeline_on_the_line() -> None:
+    _register()
+    assert offered("qpipe why pipeline=ptq score_f") == ["score_float"]
+    assert offered("qpipe verify a") == ["all", *(name for name in offered("qpipe why a"))]
+    assert "best" in offered("qpipe cache rm ")  # of autoquant, the default
+    assert offered("qpipe why pipeline=nope s") == []
+
+
+@pytest.mark.parametrize(
+    ("line", "left"),
+    [
+        ("qpipe why adaround sche", None),
+        ("qpipe why adaround scheme=w", "qpipe scheme=w"),
+        ("qpipe verify all --repeat 3 run.wo=", "qpipe run.wo="),
+        ("qpipe plan --config-dir conf -m pipe", "qpipe --config-dir conf -m pipe"),
+        ("qpipe why adaround --config-dir conf pipeline=", "qpipe --config-dir conf pipeline="),
+    ],
+)
+def test_overrides_are_left_to_hydra(line: str, left: str | None) -> None:
+    environment = {"COMP_LINE": line}
+    found, hydra_too = complete(environment)
+    assert (found, hydra_too) == ([], True)
+    assert environment["COMP_LINE"] == (left or "qpipe sche")
+
+
+def test_the_shell_gets_nodes_and_overrides(toy: Toy) -> None:
+    toy.pipeline(CHAIN)
+
+    def tab(line: str) -> list[str]:
+        environment = toy.environment | {"COMP_LINE": line, "COMP_POINT": str(len(line))}
+        command = [sys.executable, "-m", "qpipe", "-sc", "query=bash"]
+        done = subprocess.run(command, env=environment, cwd=toy.folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    assert tab("qpipe why --config-dir conf pipeline=toy ~model ~data be") == ["beta"]
+    assert "pipeline=ptq" in tab("qpipe why alpha pipeline=")
+    toy.run("run", "run.workers=0")
+    run = Path(toy.record()["run_dir"]).name
+    assert tab("qpipe why alpha --against ") == ["last", "last~1", run]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_one_screen_and_says_the_options_and_the_exit_status(command: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "qpipe", command, "--help"], capture_output=True, text=True, cwd="/"
+    ) if command == "why" else None
+    text = usage(command) if done is None else done.stdout
+    assert text == usage(command)
+    lines = text.splitlines()
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 120
+    assert lines[0].startswith(f"usage: qpipe {command}" if command != "run" else "usage: qpipe [run]")
+    assert all(option in text for option in OPTIONS.get(command, {}))
+    assert "Exit status: 0" in text
+    if command == "cache":
+        assert all(re.search(rf"\b{name}\b", text) for name in CACHE_COMMANDS)
+
+
+def test_options_are_taken_from_anywhere_on_the_line() -> None:
+    known = {"--against": "RUN", "--json": ""}
+    assert take_options(["d", "--against", "last", "x=1"], known) == ({"--against": "last"}, ["d", "x=1"])
+    assert take_options(["--json", "--against=a=b"], known) == ({"--json": "", "--against": "a=b"}, [])
+    with pytest.raises(ConfigError, match=r"--against: has no value. Say `--against RUN`"):
+        take_options(["d", "--against", "--json"], known)
+
+
+def test_hydras_own_help_names_every_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "qpipe", "--help"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"NO_COLOR": "1"},
+    )
+    assert done.returncode == 0
+    assert all(re.search(rf"^ +{name} ", done.stdout, re.M) for name in COMMANDS)

@@ -1,0 +1,90 @@
+"""The content of an ONNX file with external data is that of all its files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from qpipe.keys.companions import digest_with_companions, locations
+from qpipe.keys.hashing import digest_tree
+from qpipe.model import Model
+
+
+def write(folder: Path, external: bool, name: str = "weights.bin") -> Path:
+    weight = numpy_helper.from_array(np.arange(4096, dtype=np.float32).reshape(64, 64), "w")
+    node = helper.make_node("MatMul", ["x", "w"], ["y"])
+    x, y = (helper.make_tensor_value_info(value, TensorProto.FLOAT, ["n", 64]) for value in "xy")
+    model = helper.make_model(helper.make_graph([node], "g", [x], [y], [weight]))
+    path = folder / "net.onnx"
+    onnx.save(model, path, save_as_external_data=external, location=name, size_threshold=0)
+    return path
+
+
+def test_the_locations_are_those_that_onnx_reads(tmp_path: Path) -> None:
+    path = write(tmp_path, external=True)
+    entries = onnx.load(path, load_external_data=False).graph.initializer[0].external_data
+    assert locations(path) == [entry.value for entry in entries if entry.key == "location"] == ["weights.bin"]
+
+
+def test_one_changed_byte_in_a_companion_changes_the_digest(tmp_path: Path) -> None:
+    path = write(tmp_path, external=True)
+    before = digest_with_companions(path)
+    data = tmp_path / "weights.bin"
+    content = bytearray(data.read_bytes())
+    content[100] ^= 1
+    data.write_bytes(content)
+    assert digest_with_companions(path) != before
+    content[100] ^= 1
+    data.write_bytes(content)
+    assert digest_with_companions(path) == before
+    data.unlink()
+    assert digest_with_companions(path) != before
+
+
+def test_a_model_in_one_file_and_any_other_file_count_as_themselves(tmp_path: Path) -> None:
+    path = write(tmp_path, external=False)
+    assert locations(path) == []
+    assert digest_with_companions(path) == digest_tree(path)
+    other = tmp_path / "x.npz"
+    other.write_bytes(b"\x0a\x08location\x12\x03abc")
+    assert digest_with_companions(other) == digest_tree(other)
+
+
+def test_a_location_outside_the_folder_is_not_followed(tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    path.write_bytes(b"\x0a\x08location\x12\x09../secret" + b"\x0a\x08location\x12\x04/etc")
+    assert locations(path) == []
+
+
+@pytest.mark.parametrize("way", ["link", "suffix", "detour"])
+def test_companions_are_those_that_the_reader_opens(tmp_path: Path, way: str) -> None:
+    """Through a link to the file, under another suffix, by a name that goes down and up again."""
+    folder = tmp_path / "there"
+    folder.mkdir()
+    path = write(folder, external=True)
+    (data,) = (folder / name for name in locations(path))
+    if way == "link":
+        given = tmp_path / "net.onnx"
+        given.symlink_to(path)
+    elif way == "suffix":
+        given = path.rename(folder / "net.bin")
+    else:
+        (folder / "a").mkdir()
+        proto = onnx.load(path, load_external_data=False)
+        for tensor in proto.graph.initializer:
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = f"a/../{entry.value}"
+        given = folder / "other.onnx"
+        given.write_bytes(proto.SerializeToString())
+    before = digest_with_companions(given)
+    first = {name: array.copy() for name, array in Model.load(given).params.items()}
+    content = bytearray(data.read_bytes())
+    content[0] ^= 1
+    data.write_bytes(content)
+    assert any((first[name] != array).any() for name, array in Model.load(given).params.items())
+    assert digest_with_companions(given) != before

@@ -1,0 +1,119 @@
+"""A declaration as a graph: what is wired to what, and every mistake refused in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from qpipe.errors import ConfigError
+from qpipe.language.graph import Graph, Source, build_graph
+from qpipe.language.spec import read_spec
+from tests.toy import Toy
+
+pytestmark = pytest.mark.usefixtures("toy_stages")
+NUMBER = {"uses": "toy_number"}
+
+
+def graph_of(stages: dict[str, Any], **rest: Any) -> Graph:
+    config = {"stages": stages, "goal": {"metric": "toy", "max_drop": 0.1}, **rest}
+    return build_graph(read_spec(OmegaConf.create(config)))
+
+
+def add(source: str, **rest: Any) -> dict[str, Any]:
+    return {"uses": "toy_add", "scores": source, **rest}
+
+
+def test_names_of_nodes_on_ports_are_the_edges() -> None:
+    graph = graph_of({"a": NUMBER, "b": add("a"), "c": {"uses": "toy_total", "scores": ["a", "b.scores"]}})
+    assert graph.inputs["b"] == {"scores": (Source("a", "scores"),)}
+    assert graph.edges() == [("a", "b", "scores"), ("a", "c", "scores"), ("b", "c", "scores")]
+    assert graph.targets == ("c",)
+
+
+def test_a_disabled_node_hands_on_what_came_in() -> None:
+    graph = graph_of({"a": NUMBER, "b": add("a", enabled=False), "c": add("b")})
+    assert graph.inputs["c"]["scores"] == (Source("a", "scores"),)
+    assert graph.disabled == ("b",)
+
+
+def test_a_chain_of_disabled_nodes_is_bridged() -> None:
+    stages = {
+        "a": NUMBER,
+        **{f"n{i}": add("a" if i == 0 else f"n{i - 1}", enabled=False) for i in range(1500)},
+    }
+    graph = graph_of({**stages, "z": add("n1499")})
+    assert graph.inputs["z"]["scores"] == (Source("a", "scores"),)
+
+
+def test_a_chain_of_1500_nodes_is_no_recursion() -> None:
+    stages = {"n0": NUMBER, **{f"n{i}": add(f"n{i - 1}") for i in range(1, 1500)}}
+    assert graph_of(stages).targets == ("n1499",)
+
+
+MISTAKES: list[tuple[dict[str, Any], str]] = [
+    ({"a": {"uses": "toy_numbr"}}, "stages.a: no stage 'toy_numbr'. Did you mean 'toy_number'?"),
+    ({"a": {"value": 1}}, "stages.a: a node needs 'uses'"),
+    ({"a-b": NUMBER}, "stages.a-b: a node's name is letters, digits and '_'"),
+    ({"a": NUMBER, "b": add("aa")}, "stages.b.scores: no node 'aa'. Did you mean 'a'? Nodes: a, b."),
+    (
+        {"a": NUMBER, "b": add("a.score")},
+        "stages.b.scores: node 'a' has no output 'score'. Did you mean 'scores'?",
+    ),
+    (
+        {"a": NUMBER, "b": add("a", amout=1)},
+        "stages.b: 'toy_add' has no param 'amout'. Did you mean 'amount'?",
+    ),
+    ({"a": NUMBER, "b": add("a", amount="x")}, "stages.b.amount: expected int, got 'x'"),
+    (
+        {"a": {"uses": "toy_number", "value": 1e9}},
+        "stages.a.value: must be >= -1000 and <= 1000, got 1000000000.0",
+    ),
+    (
+        {"a": {"uses": "toy_add"}},
+        "stages.a.scores: port 'scores' of 'toy_add' takes a Scores and is not wired.",
+    ),
+    ({"a": {"uses": "toy_read"}}, "stages.a.path: missing, and 'path' has no default."),
+    ({"a": {"uses": "toy_read", "path": "???"}}, "stages.a.path: missing. Set stages.a.path=…"),
+    (
+        {"a": {"uses": "toy_read", "path": "${nothing}"}},
+        "stages.a.path: Interpolation key 'nothing' not found.",
+    ),
+    ({"a": add("b"), "b": add("a")}, "feed one another in a circle"),
+    (
+        {"a": NUMBER, "f": {"uses": "toy_files", "scores": "a"}, "b": add("f")},
+        "stages.b.scores: takes a Scores, and node 'f' makes",
+    ),
+    ({"a": NUMBER, "b": add(["a", "a"])}, "stages.b.scores: takes one node, got ['a', 'a']."),  # type: ignore[arg-type]
+    (
+        {"a": {"uses": "toy_number", "enabled": False}, "b": add("a")},
+        "stages.b.scores: node 'a' is disabled and has no Scores",
+    ),
+    ({"a": {"uses": "toy_number", "enabled": "off"}}, "stages.a.enabled: expected bool, got 'off'."),
+    ({"b": {"uses": "first_within", "candidates": []}}, "stages.b.reference: missing. 'first_within' needs"),
+    ({}, "stages: no node is declared."),
+]
+
+
+@pytest.mark.parametrize(("stages", "words"), MISTAKES)
+def test_a_mistake_is_one_sentence_with_its_address(stages: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        graph_of(stages)
+    message = str(caught.value)
+    assert words in message
+    assert "\n" not in message
+
+
+def test_an_unknown_target_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"targets: no node 'bb'\. Did you mean 'b'\?"):
+        graph_of({"a": NUMBER, "b": add("a")}, targets=["bb"])
+
+
+def test_a_ladder_of_an_unknown_node_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"ladder\.x: no node 'x'"):
+        graph_of({"a": NUMBER}, ladder={"x": "X"})
+
+
+def test_the_plug_in_fixture_is_the_toy(toy_stages: Toy) -> None:
+    assert (toy_stages.folder / "plugin" / "toy_stages.py").exists()

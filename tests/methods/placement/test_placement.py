@@ -1,0 +1,220 @@
+"""Where quantizers go: the target's table on graphs, each rule with a graph of its own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qpipe.methods.placement.placement import Placement, place
+from qpipe.methods.placement.target import Nodes
+from qpipe.model import Model
+from tests.model.nets import normal, parsed
+from tests.model.quantized import ONNXRUNTIME, scheme
+
+
+def placed(text: str, opset: int = 21, **tensors: Any) -> Placement:
+    """The placement of 8-bit grids in the graph."""
+    return place(Model.from_proto(parsed(text, opset, **tensors)), ONNXRUNTIME, scheme())
+
+
+def test_a_layer_has_grids_on_input_weight_and_after_its_activation() -> None:
+    placement = placed(
+        """n (float[N,3,8,8] x) => (float[N,4,8,8] y) {
+        t = Conv<pads=[1,1,1,1]>(x, w, b)  r = Clip(t, low, high)  y = Conv(r, v) }""",
+        w=normal(4, 3, 3, 3), b=normal(4), v=normal(4, 4, 1, 1), low=np.float32(0), high=np.float32(6),
+    )  # fmt: skip
+    assert list(placement.activations) == ["x", "r", "y"]
+    assert {name: axis for name, (_, axis) in placement.weights.items()} == {"w": 0, "v": 0}
+    assert placement.shared == ()
+    assert placement.fixed == {}
+
+
+def test_no_quantizer_is_fused_away_when_somebody_else_reads_the_value() -> None:
+    placement = placed(
+        "n (float[N,4] x) => (float[N,4] y) { t = MatMul(x, w)  r = Relu(t)  y = Add(t, r) }", w=normal(4, 4)
+    )
+    assert list(placement.activations) == ["x", "t", "r", "y"]
+
+
+def test_a_matmul_and_its_bias_are_one_layer() -> None:
+    placement = placed(
+        "n (float[N,3,4] x) => (float[N,3,5] y) { t = MatMul(x, w)  u = Add(b, t)  y = Relu(u) }",
+        w=normal(4, 5), b=normal(5),
+    )  # fmt: skip
+    assert list(placement.activations) == ["x", "y"]
+    assert placement.weights["w"][1] == 1
+
+
+def test_both_sides_of_a_product_of_activations_have_grids() -> None:
+    placement = placed(
+        "n (float[N,3,4] x) => (float[N,3,3] y) { k = Transpose<perm=[0,2,1]>(x)  y = MatMul(x, k) }"
+    )
+    assert list(placement.activations) == ["x", "k", "y"]
+    assert placement.shared == (("x", "k"),)
+    assert placement.weights == {}
+
+
+def test_moved_values_share_a_grid_in_both_directions() -> None:
+    placement = placed(
+        """n (float[N,3,8,8] x) => (float[N,5] y) {
+        e = Exp(x)  p = Pad(e, pads)  m = MaxPool<kernel_shape=[2,2], strides=[2,2]>(p)
+        f = Flatten(m)  y = Gemm(f, w) }""",
+        pads=np.array([0, 0, 0, 0, 0, 0, 2, 2]), w=normal(75, 5),
+    )  # fmt: skip
+    # Exp is not quantized, but the Gemm wants its input on a grid, and so do all before it.
+    assert placement.shared == (("e", "p", "m", "f"),)
+    assert "x" not in placement.activations
+
+
+def test_what_a_bound_cuts_off_needs_no_code() -> None:
+    placement = placed(
+        """n (float[N,3,8,8] x) => (float[N,4,8,8] y) {
+        t = Conv<pads=[1,1,1,1]>(x, w)  r = Relu(t)  m = Min(r, bound)  y = Conv(m, v) }""",
+        w=normal(4, 3, 3, 3), bound=np.ones((4, 1, 1), np.float32), v=normal(4, 4, 1, 1),
+    )  # fmt: skip
+    assert list(placement.activations) == ["x", "r", "m", "y"]
+    assert placement.shared == (("r", "m"),)
+    assert placement.follows == {"r": "m"}
+
+
+def test_a_bound_on_a_value_that_others_read_has_its_own_grid() -> None:
+    placement = placed(
+        "n (float[N,4] x) => (float[N,4] y) { s = Add(x, x)  m = Min(s, bound)  y = Mul(s, m) }",
+        bound=np.ones(4, np.float32),
+    )
+    assert placement.shared == ()
+    assert placement.follows == {}
+    assert list(placement.activations) == ["x", "s", "m", "y"]
+
+
+def test_softmax_has_the_grid_that_its_kernel_assumes() -> None:
+    placement = placed(
+        "n (float[N,2,4] x) => (float[N,8] y) { p = Softmax(x)  y = Reshape(p, s) }", s=[-1, 8]
+    )
+    assert list(placement.fixed) == ["p", "y"]
+    encoding = placement.fixed["p"]
+    assert (float(encoding.scale), int(encoding.zero_point)) == (1 / 256, 0)
+    assert placement.activations == {}
+
+
+def test_masked_scores_and_masks_have_no_grid() -> None:
+    placement = placed(
+        """n (float[N,3,4] x, bool[N,3,3] seen) => (float[N,3,4] y) {
+        k = Transpose<perm=[0,2,1]>(x)  s = MatMul(x, k)  mask = Where(seen, zero, never)
+        m = Add(s, mask)  p = Softmax(m)  y = MatMul(p, x) }""",
+        zero=np.float32(0), never=np.float32(-3e38),
+    )  # fmt: skip
+    assert list(placement.activations) == ["x", "k", "s", "y"]
+    assert list(placement.fixed) == ["p"]
+
+
+GELU = """n (float[N,8] x) => (float[N,4] y) {
+    a = Div(x, root)  b = Erf(a)  c = Add(b, one)  d = Mul(x, c)  e = Mul(d, half)  y = MatMul(e, w) }"""
+RMS = """n (float[N,8] x) => (float[N,4] y) {
+    a = Pow(x, two)  b = ReduceMean<keepdims=1>(a, axes)  c = Add(b, eps)  d = Sqrt(c)  e = Reciprocal(d)
+    f = Mul(x, e)  g = Mul(weight, f)  y = MatMul(g, w) }"""
+LAYER_NORM = """n (float[N,8] x) => (float[N,4] y) {
+    m = ReduceMean<keepdims=1>(x, axes)  a = Sub(x, m)  a2 = Mul(a, a)  b = ReduceMean<keepdims=1>(a2, axes)
+    c = Add(b, eps)  d = Sqrt(c)  e = Div(a, d)  f = Mul(e, weight)  g = Add(f, shift)  y = MatMul(g, w) }"""
+SWISH = "n (float[N,8] x) => (float[N,4] y) { a = Sigmoid(x)  g = Mul(x, a)  y = MatMul(g, w) }"
+HARD_SWISH = """n (float[N,8] x) => (float[N,4] y) {
+    a = Add(x, three)  b = Clip(a, zero, six)  c = Mul(x, b)  g = Div(c, six)  y = MatMul(g, w) }"""
+CONSTANTS = {
+    "root": np.float32(1.4142135), "one": np.float32(1), "half": np.float32(0.5), "two": np.float32(2),
+    "axes": np.array([-1]), "eps": np.float32(1e-6), "three": np.float32(3), "zero": np.float32(0),
+    "six": np.float32(6), "weight": np.ones(8, np.float32), "shift": np.ones(8, np.float32), "w": normal(8, 4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", [GELU, RMS, LAYER_NORM, SWISH, HARD_SWISH])
+def test_functions_written_out_run_in_float_inside(text: str) -> None:
+    used = {name: array for name, array in CONSTANTS.items() if f"{name})" in text or f"{name}," in text}
+    placement = placed(text, **used)
+    assert len(placement.activations) == 3
+    assert {"x", "y"} < set(placement.activations)
+
+
+def test_a_gate_that_comes_from_a_layer_is_no_function_written_out() -> None:
+    placement = placed(
+        """n (float[N,4,5,5] x) => (float[N,4,5,5] y) {
+        g = GlobalAveragePool(x)  c = Conv(g, w)  s = Sigmoid(c)  y = Mul(x, s) }""",
+        w=normal(4, 4, 1, 1),
+    )
+    assert list(placement.activations) == ["x", "g", "c", "s", "y"]
+
+
+def test_positions_and_integers_have_no_grid() -> None:
+    placement = placed(
+        """n (int64[N,T] ids, int64[N,T] at) => (float[N,T,4] y) {
+        e = Gather(table, ids)  p = Cast<to=1>(at)  u = Unsqueeze(p, axes)  f = MatMul(u, frequencies)
+        c = Cos(f)  y = Mul(e, c) }""",
+        table=normal(10, 4), axes=np.array([2]), frequencies=normal(1, 4),
+    )  # fmt: skip
+    assert list(placement.activations) == ["e", "y"]
+    assert placement.weights == {}
+
+
+def test_what_codes_stand_for_has_a_grid_and_the_codes_and_their_scale_have_none() -> None:
+    placement = placed(
+        """n (float[N,4] x) => (float[N,4] y) { t = MatMul(x, w)  r = Relu(t)
+        q, s, z = DynamicQuantizeLinear(r)  d = DequantizeLinear(q, s, z)  y = MatMul(d, v) }""",
+        w=normal(4, 4), v=normal(4, 4, seed=1),
+    )  # fmt: skip
+    assert list(placement.activations) == ["x", "r", "d", "y"]
+    assert set(placement.weights) == {"w", "v"}
+
+
+def test_weights_only_places_nothing_on_activations() -> None:
+    model = Model.from_proto(
+        parsed("n (float[N,4] x) => (float[N,4] y) { a = MatMul(x, w)  y = Softmax(a) }", w=normal(4, 4))
+    )
+    placement = place(model, ONNXRUNTIME, scheme(activation=None))
+    assert list(placement.weights) == ["w"]
+    assert placement.activations == {}
+    assert placement.fixed == {}
+    assert placement.shared == ()
+
+
+AXES = [
+    ("y = Gemm(x, w)", (8, 6), 1),
+    ("y = Gemm<transB=1>(x, w)", (6, 8), 0),
+    ("y = MatMul(x, w)", (8, 6), 1),
+    ("u = Unsqueeze(x, a)  y = Conv(u, w)", (6, 8, 1), 0),
+    ("u = Unsqueeze(x, a)  y = ConvTranspose(u, w)", (8, 6, 1), 1),
+    ("u = Unsqueeze(x, a)  y = ConvTranspose<group=8>(u, w)", (8, 1, 1), 0),
+]
+
+
+@pytest.mark.parametrize(("body", "shape", "axis"), AXES)
+def test_channels_of_every_kind_of_weight(body: str, shape: tuple[int, ...], axis: int) -> None:
+    constants = {"a": np.array([2])} if "Unsqueeze" in body else {}
+    placement = placed(f"n (float[N,8] x) => (float y) {{ {body} }}", w=normal(*shape), **constants)
+    assert placement.weights["w"][1] == axis
+
+
+def test_blocks_run_along_the_inputs_where_they_fit_and_channels_serve_otherwise() -> None:
+    text = """n (float[N,8,4,4] x) => (float[N,8,4,4] y) {
+        a = Conv(x, w)  b = Conv<pads=[1,1,1,1]>(a, v)  y = Conv<group=8>(b, d) }"""
+    model = Model.from_proto(parsed(text, w=normal(8, 8, 1, 1), v=normal(8, 8, 3, 3), d=normal(8, 1, 1, 1)))
+    weights = place(model, ONNXRUNTIME, scheme(granularity="per_block", block_size=4)).weights
+    assert (weights["w"][0].granularity, weights["w"][1]) == ("per_block", 1)
+    assert (weights["v"][0].granularity, weights["v"][1]) == ("per_channel", 0)
+    assert (weights["d"][0].granularity, weights["d"][1]) == ("per_channel", 0)
+
+
+def test_excluded_names_stay_in_float() -> None:
+    model = Model.from_proto(
+        parsed(
+            "n (float[N,4] x) => (float[N,4] y) { a = MatMul(x, w)  r = Relu(a)  y = MatMul(r, v) }",
+            w=normal(4, 4),
+            v=normal(4, 4),
+        )
+    )
+    first = str(model.graph[0].name)
+    without = place(model, replace(ONNXRUNTIME, nodes=Nodes((first,))), scheme())
+    assert list(without.activations) == ["r", "y"]
+    assert list(without.weights) == ["v"]
+    assert list(place(model, replace(ONNXRUNTIME, nodes=Nodes(("v",))), scheme()).weights) == ["w"]

@@ -1,0 +1,202 @@
+"""encodings.json in AIMET's formats: the numbers give the grids back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qpipe.errors import InputError
+from qpipe.model import Model
+from qpipe.model.files.encodings_reader import read_encodings
+from qpipe.model.files.encodings_writer import encodings_document, write_encodings
+from qpipe.numerics.grid import Encoding, same_grid
+from tests.model.nets import normal, parsed
+from tests.model.qdq.test_writer import X, cnn
+from tests.model.quantized import quantized, scheme
+
+
+def by_name(entries: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The entries of a list by name."""
+    return {entry["name"]: entry for entry in entries}
+
+
+def test_version_1_0_0_gives_scales_and_offsets() -> None:
+    model = quantized(cnn(), X)
+    document = encodings_document(model)
+    assert document["version"] == "1.0.0"
+    weight = by_name(document["param_encodings"])["w1"]
+    assert {k: weight[k] for k in ("enc_type", "dtype", "bw", "is_sym")} == {
+        "enc_type": "PER_CHANNEL",
+        "dtype": "INT",
+        "bw": 8,
+        "is_sym": True,
+    }
+    assert weight["offset"] == [-128] * 8
+    assert weight["scale"] == model.encodings["w1"].scale.tolist()
+    activation = by_name(document["activation_encodings"])["x"]
+    e = model.encodings["x"]
+    assert activation["enc_type"] == "PER_TENSOR"
+    assert activation["scale"] == [float(e.scale)]
+    assert activation["offset"] == [-int(e.zero_point)]
+    assert activation["is_sym"] is False
+
+
+def test_biases_are_listed_with_32_bits() -> None:
+    model = quantized(cnn(), X)
+    bias = by_name(encodings_document(model)["param_encodings"])["b1"]
+    assert (bias["bw"], bias["enc_type"]) == (32, "PER_CHANNEL")
+    assert bias["offset"] == [-(2**31)] * 8
+    expected = model.encodings["x"].scale * model.encodings["w1"].scale
+    assert bias["scale"] == expected.tolist()
+
+
+def test_version_0_6_1_gives_the_ranges() -> None:
+    model = quantized(cnn(), X)
+    document = encodings_document(model, "0.6.1")
+    (entry,) = document["activation_encodings"]["r"]
+    e = model.encodings["r"]
+    assert entry["min"] == 0.0
+    assert entry["max"] == pytest.approx(255 * float(e.scale))
+    assert entry["is_symmetric"] == "False"
+    channels = document["param_encodings"]["w1"]
+    assert len(channels) == 8
+    assert channels[3]["is_symmetric"] == "True"
+    assert channels[3]["min"] == pytest.approx(-128 * float(model.encodings["w1"].scale[3]))
+    assert document["quantizer_args"]["param_bitwidth"] == 8
+    assert document["quantizer_args"]["per_channel_quantization"] is True
+
+
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel", "per_block"])
+def test_version_2_0_0_gives_every_grid_back(granularity: Any) -> None:
+    block = 4 if granularity == "per_block" else 0
+    text = "n (float[N,8] x) => (float[N,6] y) { y = MatMul(x, w) }"
+    model = quantized(
+        Model.from_proto(parsed(text, w=normal(8, 6))), {"x": normal(9, 8)}, scheme(4, 8, granularity, block)
+    )
+    entries = by_name(encodings_document(model, "2.0.0")["encodings"])
+    assert set(entries) == set(model.encodings)
+    for name, e in model.encodings.items():
+        entry = entries[name]
+        dtype = entry["output_dtype"]
+        scale = np.asarray(entry["y_scale"], np.float32)
+        found = Encoding(
+            int(dtype.removeprefix("u").removeprefix("int")),
+            not dtype.startswith("u"),
+            e.symmetric,
+            scale,
+            np.broadcast_to(np.asarray(entry.get("y_zero_point", 0), np.int32), scale.shape),
+            entry.get("axis"),
+            entry.get("block_size"),
+        )
+        np.testing.assert_array_equal(found.scale, e.scale)
+        np.testing.assert_array_equal(found.zero_point, e.zero_point)
+        assert (found.bitwidth, found.signed, found.axis, found.block_size) == (
+            e.bitwidth,
+            e.signed,
+            e.axis,
+            e.block_size,
+        )
+
+
+def test_blocks_are_listed_channel_by_channel() -> None:
+    text = "n (float[N,8] x) => (float[N,6] y) { y = MatMul(x, w) }"
+    model = quantized(
+        Model.from_proto(parsed(text, w=normal(8, 6))), {"x": normal(9, 8)}, scheme(4, 8, "per_block", 4)
+    )
+    entry = by_name(encodings_document(model)["param_encodings"])["w"]
+    assert (entry["enc_type"], entry["block_size"]) == ("PER_BLOCK", 4)
+    assert entry["scale"] == model.encodings["w"].scale.T.reshape(-1).tolist()
+    with pytest.raises(InputError, match="block scales of 'w'"):
+        encodings_document(model, "0.6.1")
+
+
+def test_an_unknown_version_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(InputError, match=r"0\.6\.1, 1\.0\.0, 2\.0\.0, got '3'"):
+        encodings_document(quantized(cnn(), X), "3")  # type: ignore[arg-type]  # what a user may write
+
+
+def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_encodings(quantized(cnn(), X), tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert json.loads((tmp_path / "a").read_text())["version"] == "1.0.0"
+
+
+VERSIONS = ("0.6.1", "1.0.0", "2.0.0")
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+def test_every_version_is_read_back(version: Any, granularity: Any, tmp_path: Path) -> None:
+    model = quantized(cnn(), X, scheme(4, 8, granularity))
+    write_encodings(model, tmp_path / "e.json", version)
+    found = cnn().with_encodings_file(tmp_path / "e.json")
+    assert set(found.encodings) == set(model.encodings)
+    for name, e in model.encodings.items():
+        assert same_grid(e, found.encodings[name]), name
+        assert found.encodings[name].frozen == (name in model.params)
+    np.testing.assert_array_equal(found.session().run(None, X)[0], model.session().run(None, X)[0])
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_signed_asymmetric_grids_hold_the_same_numbers(version: Any, tmp_path: Path) -> None:
+    model = quantized(cnn(), X, scheme(signed=True))
+    write_encodings(model, tmp_path / "e.json", version)
+    found = cnn().with_encodings_file(tmp_path / "e.json")
+    np.testing.assert_array_equal(found.session().run(None, X)[0], model.session().run(None, X)[0])
+
+
+@pytest.mark.parametrize("version", ["1.0.0", "2.0.0"])
+@pytest.mark.parametrize("op", ["MatMul(x, w)", "Gemm<transB=1>(x, w)"])
+def test_blocks_are_read_back(version: Any, op: str, tmp_path: Path) -> None:
+    text = f"n (float[N,8] x) => (float[N,6] y) {{ y = {op} }}"
+    net = Model.from_proto(parsed(text, w=normal(*((8, 6) if op.startswith("MatMul") else (6, 8)))))
+    model = quantized(net, {"x": normal(9, 8)}, scheme(4, 8, "per_block", 4))
+    write_encodings(model, tmp_path / "e.json", version)
+    found = read_encodings(net, tmp_path / "e.json")
+    assert all(same_grid(e, found[name]) for name, e in model.encodings.items())
+
+
+def written(tmp_path: Path, change: Any, version: Any = "1.0.0") -> Path:
+    """A file of the small network's grids that `change` has spoilt."""
+    document = encodings_document(quantized(cnn(), X), version)
+    change(document)
+    path = tmp_path / "e.json"
+    path.write_text(json.dumps(document))
+    return path
+
+
+BAD = {
+    "has encodings for 1 of 17 names that the model has not: 'w11'; did you mean 'w1'": lambda d: (
+        d["param_encodings"].__getitem__(4).update(name="w11")
+    ),
+    "its version is '0.5.0'; 0.6.1, 1.0.0, 2.0.0 are known": lambda d: d.update(version="0.5.0"),
+    "the encoding of 'w1' cannot be read: 7 scales fit no axis": lambda d: d["param_encodings"][4].update(
+        scale=[1.0] * 7, offset=[-128] * 7
+    ),
+    "enc_type LPBQ is not known": lambda d: d["param_encodings"][4].update(enc_type="LPBQ"),
+    "the encoding of 'a' cannot be read": lambda d: d["activation_encodings"][0].update(
+        name="a", scale=[0.0]
+    ),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_a_file_that_does_not_fit_is_one_sentence(message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError) as refused:
+        cnn().with_encodings_file(written(tmp_path, BAD[message]))
+    assert message in str(refused.value)
+
+
+def test_floats_are_passed_over_and_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path, lambda d: d["activation_encodings"][0].update(dtype="FLOAT", bw=16))
+    assert len(cnn().with_encodings_file(path).encodings) == len(quantized(cnn(), X).encodings) - 1
+    with pytest.raises(InputError, match="does not exist"):
+        cnn().with_encodings_file(tmp_path / "none.json")
+    (tmp_path / "text").write_text("no json")
+    with pytest.raises(InputError, match="is no encodings file"):
+        cnn().with_encodings_file(tmp_path / "text")

@@ -1,0 +1,121 @@
+"""Every shipped config composes and plans, and the documented command lines mean something."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CONF = ROOT / "conf"
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def plan(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"QPIPE_CACHE_DIR": str(folder / "cache")}
+    command = [sys.executable, "-m", "qpipe", "plan", *overrides]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("pipeline", options("pipeline"))
+@pytest.mark.parametrize("scheme", options("scheme")[:1])
+def test_every_pipeline_plans(tmp_path: Path, pipeline: str, scheme: str) -> None:
+    found = plan(tmp_path, f"pipeline={pipeline}", f"scheme={scheme}")
+    assert found.returncode == 0, found.stderr
+    assert re.search(r"\d+ nodes: ", found.stdout)
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize("scheme", options("scheme"))
+def test_every_scheme_plans(tmp_path: Path, scheme: str) -> None:
+    more = ["scheme.weight.granularity=per_channel"] if "block" not in scheme else []
+    found = plan(tmp_path, "pipeline=ptq", f"scheme={scheme}", *more)
+    assert found.returncode == 0, found.stderr
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_every_experiment_plans(tmp_path: Path, experiment: str) -> None:
+    found = plan(tmp_path, f"experiment={experiment}")
+    assert found.returncode == 0, found.stderr
+
+
+SCHEMES = {
+    "onnxruntime_int16": "w8a16",
+    "amd_xint8": "xint8",
+    "tensorrt": "s8s8",
+    "weight_only_int4": "w4_block32",
+}
+
+
+@pytest.mark.parametrize("target", options("target"))
+def test_every_target_plans(tmp_path: Path, target: str) -> None:
+    found = plan(tmp_path, "pipeline=ptq", f"target={target}", f"scheme={SCHEMES.get(target, 'w8a8')}")
+    assert found.returncode == 0, found.stderr
+
+
+def test_a_forbidden_scheme_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    found = plan(tmp_path, "pipeline=ptq", "target=tensorrt")
+    assert found.returncode == 2
+    assert "signed codes" in found.stderr
+    assert "Use scheme=s8s8." in found.stderr
+
+
+def test_node_filters_are_swept_from_the_command_line(tmp_path: Path) -> None:
+    found = plan(tmp_path, "-m", "pipeline=ptq", "target.nodes.exclude=[],[type:Add],[between:..a,'scope:b']")
+    assert found.returncode == 0, found.stderr
+    assert len(re.findall(r"#\d calibrate ", found.stdout)) == 3
+    bad = plan(tmp_path, "pipeline=ptq", "target.nodes.only=[between:a]")
+    assert bad.returncode == 2
+    assert "must be between:first..last" in bad.stderr
+
+
+def test_node_filters_count_in_the_key() -> None:
+    from qpipe.keys.hashing import digest
+    from qpipe.methods.placement.target import Nodes, Target
+
+    targets = [Target("t", nodes=nodes) for nodes in (Nodes(), Nodes(("a",)), Nodes((), ("a",)))]
+    assert len({digest("test", target) for target in targets}) == 3
+
+
+def test_a_rounding_can_be_swapped_from_the_command_line(tmp_path: Path) -> None:
+    found = plan(tmp_path, "pipeline=adaround", "stage@stages.adaround=nearest")
+    assert found.returncode == 0, found.stderr
+    assert re.search(r"adaround\s+nearest", found.stdout)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["stages.adaround.iteration=5"], "'adaround' has no param 'iteration'. Did you mean 'iterations'?"),
+        (["stages.adaround.iterations=0"], "stages.adaround.iterations: must be >= 1"),
+        (["stages.cle.model=adaround"], "feed one another in a circle"),
+        (["scheme.weight.bitwidth=9"], ".scheme.weight: bitwidth must be one of"),
+        (["model=onnx_file"], "model.path: missing. Set model.path="),
+        (["model=onnx_file", "model.path=none.onnx"], "stages.source.path: no file or folder at 'none.onnx'"),
+        (["data=python", "data.factory=nowhere:load"], "stages.calibration.factory: no module 'nowhere'"),
+        (["stage@stages.cle=clee"], "stage: there is no 'clee'. Did you mean 'cle'? There are: adaround, "),
+        (["pipelin=ptq"], "config: there is no 'pipelin'. Did you mean 'pipeline'? There are: "),
+        (["goal.max_dorp=1"], "goal: there is no 'max_dorp'. Did you mean 'max_drop'? There are: max_drop, metric, "),
+        (["target.nodes.exlude=[x]"], "target.nodes: there is no 'exlude'. Did you mean 'exclude'?"),
+        (["stages.bnf.model=equalized"], "feed one another in a circle"),
+        (["+stages.late={uses: cle, model: adaround}"], "'cle' after 'adaround' is discouraged"),
+        (["goal.metric=top7"], "expected one of"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path: Path, overrides: list[str], words: str) -> None:
+    environment = os.environ | {"QPIPE_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "qpipe", *overrides]
+    found = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert found.returncode == 2, found.stderr
+    assert words in found.stderr
+    assert len(found.stderr.strip().splitlines()) == 1, found.stderr
+    assert not (tmp_path / "outputs").exists()
