@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import re
 import sys
 import types
 from collections.abc import Callable, Iterable, Mapping
@@ -262,3 +263,20 @@ def load_factory(factory: str) -> Callable[..., Any]:
         raise InputError(f"{factory}: module {module_name} has no function '{function_name}'.{hint}")
     found: Callable[..., Any] = function
     return found
+
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "p": 10**15}
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgtp]?)(i?)b?", re.IGNORECASE)
+
+
+def parse_size(text: Any, address: str) -> int | None:
+    """Bytes from "20GB", "512 MiB" or a number; None from None. ConfigError for anything else."""
+    if text is None:
+        return None
+    match = _SIZE.fullmatch(str(text).strip())
+    if match is None or isinstance(text, bool):
+        raise ConfigError(f"{address}: expected a size such as 20GB or 512MiB, or null, got {text!r}.")
+    number, unit, binary = match.groups()
+    power = "kmgtp".find(unit.lower()) + 1 if unit else 0
+    return int(float(number) * (1024**power if binary else _UNITS[unit.lower()]))

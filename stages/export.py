@@ -25,7 +25,7 @@ def loads(path: Path) -> str:
     """A sentence that says what onnxruntime takes; it raises where the file does not load."""
     import onnxruntime
 
-    from qpipe.model.runtime.session import set_lean
+    from qpipe.model.runtime.options import set_lean
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3

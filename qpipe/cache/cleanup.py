@@ -10,7 +10,6 @@ Where the file system has no locks, nobody can say who lives: blobs that were pu
 
 from __future__ import annotations
 
-import re
 import shutil
 import sys
 from collections import Counter
@@ -22,13 +21,10 @@ from qpipe.cache import disk
 from qpipe.cache.pins import pinned
 from qpipe.cache.store import Store
 from qpipe.cache.usage import InUse, alone
-from qpipe.errors import CacheError, ConfigError
+from qpipe.errors import CacheError
 
 GRACE_S = 3600.0
 """Without locks: longer than it takes from the first blob of an output to the publication of its result."""
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "p": 10**15}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgtp]?)(i?)b?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -57,19 +53,9 @@ class Entry:
     identity: tuple[int, int, int] = (0, 0, 0)
 
 
-def parse_size(text: Any, address: str) -> int | None:
-    """Bytes from "20GB", "512 MiB" or a number; None from None. ConfigError for anything else."""
-    if text is None:
-        return None
-    match = _SIZE.fullmatch(str(text).strip())
-    if match is None or isinstance(text, bool):
-        raise ConfigError(f"{address}: expected a size such as 20GB or 512MiB, or null, got {text!r}.")
-    number, unit, binary = match.groups()
-    power = "kmgtp".find(unit.lower()) + 1 if unit else 0
-    return int(float(number) * (1024**power if binary else _UNITS[unit.lower()]))
-
-
-def read_results(store: Store, known: Mapping[str, Entry] | None = None) -> tuple[dict[str, Entry], list[str]]:
+def read_results(
+    store: Store, known: Mapping[str, Entry] | None = None
+) -> tuple[dict[str, Entry], list[str]]:
     """Every readable result, and the keys under which something unreadable stands; of `known` only what changed is
     read again."""
     found: dict[str, Entry] = {}
@@ -124,7 +110,9 @@ def collect(
     results, _ = read_results(store)  # the long part, while others go on
     have = dict(store.blobs())
     lacking = [key for key, entry in results.items() if not _is_here(entry, have)]
-    lost = {key for key in lacking if store.complete({"blobs": results[key].blobs})}  # of a remote cache's, none may be
+    lost = {
+        key for key in lacking if store.complete({"blobs": results[key].blobs})
+    }  # of a remote cache's, none may be
     with alone(store.root) as in_use:
         return _collect(store, results, lost, in_use, older_than_s, grace_s, max_bytes, drop)
 

@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qpipe.cache.cleanup import parse_size
 from qpipe.errors import ConfigError, InputError
 from qpipe.language.catalog import MISSING, RESERVED, catalog
-from qpipe.param import coerce, listed, nearest
+from qpipe.param import coerce, listed, nearest, parse_size
 from qpipe.stage import REQUIRED, Stage
 
 if TYPE_CHECKING:
@@ -223,7 +222,12 @@ def _remote(cache: Mapping[str, Any]) -> RemoteOptions | None:
         return None
     from qpipe.cache.shared.remote import RemoteOptions
 
-    names = {"url": "remote", "mode": "remote_mode", "timeout_s": "remote_timeout_s", "lease_s": "remote_lease_s"}
+    names = {
+        "url": "remote",
+        "mode": "remote_mode",
+        "timeout_s": "remote_timeout_s",
+        "lease_s": "remote_lease_s",
+    }
     values = {field: cache[name] for field, name in names.items() if cache.get(name) is not None}
     hints = get_type_hints(RemoteOptions)
     typed = {field: coerce(value, hints[field], f"cache.{names[field]}") for field, value in values.items()}

@@ -101,7 +101,7 @@ def first_difference(model: Model, inputs: Mapping[str, Array]) -> dict[str, Any
 def _run_source(source: str | Path | bytes, inputs: Mapping[str, Array]) -> list[Array]:
     import onnxruntime
 
-    from qpipe.model.runtime.session import session_options, set_lean
+    from qpipe.model.runtime.options import session_options, set_lean
 
     options = session_options()
     set_lean(options)

@@ -13,14 +13,11 @@ Both add up over groups. Whatever has no grid counts as 32 bits.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-import numpy.typing as npt
-
-from qpipe.model.simulation.run import batches
+from qpipe.methods.mixing.work import FLOAT_BITS, Array, Work, measure_work
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -29,9 +26,7 @@ if TYPE_CHECKING:
     from qpipe.model.model import Model
     from qpipe.numerics.grid import Encoding
 
-Array = npt.NDArray[Any]
 Cost = Literal["bitops", "size"]
-FLOAT_BITS = 32
 
 
 @dataclass(frozen=True)
@@ -130,7 +125,11 @@ def find_choices(
     for node in model.graph:
         join(str(value.name) for value in node.inputs if value is not None and not value.is_initializer())
     members: dict[str, list[str]] = {}
-    for name in [*(n for layer in layers for n in (layer.input, layer.weight)), *placement.activations, *bits]:
+    for name in [
+        *(n for layer in layers for n in (layer.input, layer.weight)),
+        *placement.activations,
+        *bits,
+    ]:
         if name in open_tensors and name not in members.setdefault(_root(leader, name), []):
             members[_root(leader, name)].append(name)
     work = measure_work(model, placement, arrays)
@@ -234,76 +233,6 @@ def _merged(choices: Choices, choice: tuple[int, ...], island: set[int]) -> Iter
             proposal[index] = min(fitting)[2]
         else:
             yield tuple(proposal)
-
-
-@dataclass(frozen=True)
-class Work:
-    """The multiplications of a model for one sample, with the names of both factors, and the number of elements of
-    its quantized activations, those on one grid together."""
-
-    products: tuple[tuple[int, str, str], ...]
-    elements: tuple[tuple[int, str], ...]
-
-    def of(self, names: set[str]) -> Work:
-        """The part that the tensors `names` have to do with."""
-        products = tuple(each for each in self.products if names & set(each[1:]))
-        return Work(products, tuple(each for each in self.elements if each[1] in names))
-
-    def without(self, names: set[str]) -> Work:
-        """The part that the tensors `names` have nothing to do with."""
-        products = tuple(each for each in self.products if not names & set(each[1:]))
-        return Work(products, tuple(each for each in self.elements if each[1] not in names))
-
-    def bitops(self, bits: Mapping[str, int]) -> int:
-        """The bit operations at these bitwidths; a tensor that is not named counts as float."""
-        products = sum(n * bits.get(a, FLOAT_BITS) * bits.get(b, FLOAT_BITS) for n, a, b in self.products)
-        return products + sum(n * bits.get(name, FLOAT_BITS) for n, name in self.elements)
-
-
-def measure_work(model: Model, placement: Placement, arrays: Mapping[str, Array]) -> Work:
-    """The work of `model` for one of the samples in `arrays`."""
-    shapes, samples = _shapes(model, arrays)
-
-    def count(name: str) -> int:
-        return math.prod(shapes.get(name, (0,))) // samples
-
-    products = []
-    layers = {layer.name: layer for layer in model.layers()}
-    for node in model.graph:
-        output, layer = str(node.outputs[0].name), layers.get(str(node.name))
-        if layer and layer.op_type == "ConvTranspose":
-            times = count(layer.input) * math.prod(layer.weight_shape[1:])
-        elif layer:
-            times = count(output) * (math.prod(layer.weight_shape) // layer.channels)
-        elif node.op_type == "MatMul":
-            times = count(output) * shapes.get(str(node.inputs[0].name), (0,))[-1]  # type: ignore[union-attr]
-        else:
-            continue
-        a, b = (layer.input, layer.weight) if layer else (str(v.name) for v in node.inputs if v is not None)
-        products.append((times, a, b))
-    elements = [(max(map(count, grid)), grid[0]) for grid in placement.grids]
-    return Work(tuple(products), tuple(elements))
-
-
-def _shapes(model: Model, arrays: Mapping[str, Array]) -> tuple[dict[str, tuple[int, ...]], int]:
-    """The shape of every value for one small batch, and the number of samples in it."""
-    import torch
-    from torch.fx import Interpreter, Node
-
-    found: dict[str, tuple[int, ...]] = {}
-
-    class Measure(Interpreter):
-        def run_node(self, n: Node) -> Any:
-            result = super().run_node(n)
-            for name in n.meta.get("outputs", ()):
-                if isinstance(result, torch.Tensor):
-                    found[name] = tuple(result.shape)
-            return result
-
-    batch = next(batches(model, arrays, 1))
-    with torch.inference_mode():
-        Measure(model.to_torch(quantized=False)).run(*(torch.tensor(array) for array in batch.arrays))
-    return found, len(batch.arrays[0])
 
 
 def _neighbours(model: Model, groups: Sequence[Group], quantized: set[str]) -> tuple[tuple[int, int], ...]:

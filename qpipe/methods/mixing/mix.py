@@ -9,7 +9,8 @@ from functools import cached_property
 from typing import Any
 
 from qpipe.errors import InputError
-from qpipe.methods.mixing.choices import FLOAT_BITS, Choices, Cost, fewer_conversions
+from qpipe.methods.mixing.choices import Choices, Cost, fewer_conversions
+from qpipe.methods.mixing.work import FLOAT_BITS
 from qpipe.numerics.allocation import (
     Choice,
     Option,
@@ -53,7 +54,9 @@ class Problem:
 
     def cost(self, choice: Choice, kind: Cost | None = None) -> int:
         """What a choice costs, with what no choice changes."""
-        costs = [group.cost(kind or self.kind)[i] for group, i in zip(self.choices.groups, choice, strict=True)]
+        costs = [
+            group.cost(kind or self.kind)[i] for group, i in zip(self.choices.groups, choice, strict=True)
+        ]
         return sum(costs) + self.choices.rest(kind or self.kind)
 
     def share(self, choice: Choice) -> float:
@@ -127,7 +130,8 @@ def report(problem: Problem, solution: Solution, alone: Sequence[Sequence[float]
         "size_bytes": problem.cost(chosen, "size") // 8,
         "bitops": problem.cost(chosen, "bitops"),
         "conversions": problem.choices.conversions(chosen),
-        "conversions_saved": problem.choices.conversions(solution.before) - problem.choices.conversions(chosen),
+        "conversions_saved": problem.choices.conversions(solution.before)
+        - problem.choices.conversions(chosen),
         "uniform": [
             {"candidate": name, **_point(problem, solution, choice)}
             for name, choice in problem.uniform.items()
@@ -179,5 +183,3 @@ def overrides(choices: Choices, choice: Choice) -> list[dict[str, Any]]:
             if bits is not None and bits != FLOAT_BITS:
                 found.setdefault((side, bits), []).extend(f"value:{re.escape(name)}" for name in names)
     return [{"nodes": names, side: {"bitwidth": bits}} for (side, bits), names in found.items()]
-
-

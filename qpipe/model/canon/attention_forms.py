@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qpipe.model.canon.plain_forms import bypass, constant, fresh_name, permutation
+from qpipe.model.network.rewriting import bypass, constant, fresh_name, permutation
 
 _BROADCASTING = frozenset(
     {"Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "And", "Or", "Xor", "Where", "Equal", "Greater", "Less"}

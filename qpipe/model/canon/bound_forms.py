@@ -15,7 +15,7 @@ from collections.abc import Collection
 import numpy as np
 import onnx_ir as ir
 
-from qpipe.model.canon.plain_forms import add_constant, constant, replace
+from qpipe.model.network.rewriting import add_constant, constant, replace
 
 _Bounds = tuple[float, float]
 

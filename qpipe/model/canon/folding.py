@@ -105,7 +105,7 @@ def _evaluated(graph: ir.Graph, values: Sequence[ir.Value]) -> list[tuple[ir.Val
 
 
 def _run(graph: ir.Graph, values: Sequence[ir.Value]) -> list[np.ndarray[Any, Any]]:
-    from qpipe.model.runtime.session import open_session, session_options
+    from qpipe.model.runtime.options import open_session, session_options
 
     part = ir.convenience.extract(graph, [], list(values))
     part.opset_imports[""] = OPSET

@@ -13,8 +13,8 @@ from collections.abc import Collection, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from qpipe.model.canon.plain_forms import constant, permutation
 from qpipe.model.network.invariants import PERMUTATION, SHAPE
+from qpipe.model.network.rewriting import constant, permutation
 
 _WINDOWS = frozenset({"Conv", "ConvTranspose", "MaxPool", "AveragePool", "LpPool"})
 

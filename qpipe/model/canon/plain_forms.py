@@ -6,56 +6,19 @@ parameter, merges initializers or fuses a BatchNormalization; none changes what 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
-from qpipe.model.network.naming import Names
-
-Rule = Callable[[ir.Graph, ir.Node], bool]
-_NAMES = "qpipe_names"
-"""Where `apply` leaves the names in use, in the graph's own place for such things: to collect them once for
-each new name would take quadratic time."""
-
-
-def apply(graph: ir.Graph, rules: Sequence[Rule]) -> bool:
-    """Offer every node of `graph` to the rules, in order, once; True if any changed something."""
-    changed = False
-    graph.meta[_NAMES] = Names(ir.convenience.create_value_mapping(graph))
-    for node in list(graph):
-        for rule in rules:
-            if node.graph is not graph:  # an earlier rule removed it
-                break
-            changed |= rule(graph, node)
-    return changed
+from qpipe.model.network.rewriting import add_constant, bypass, constant, permutation, replace
 
 
 def skip_nothing(graph: ir.Graph, node: ir.Node) -> bool:
     """A node that gives back its input goes; a model's output keeps its name."""
     value = node.inputs[0] if node.inputs else None
     return value is not None and not node.domain and _gives_back(node) and bypass(graph, node, value)
-
-
-def bypass(graph: ir.Graph, node: ir.Node, value: ir.Value) -> bool:
-    """Let those who read the first output of `node` read `value`, and remove `node`; False where `value` may
-    not take over the name of a model's output."""
-    output = node.outputs[0]
-    if output.is_graph_output():
-        if value.is_graph_output() or value.is_initializer() or value.producer() is None:
-            return False
-        name, output.name = output.name, None
-        value.name = name
-        for index, other in enumerate(graph.outputs):
-            if other is output:
-                graph.outputs[index] = value
-    if value.shape is None:
-        value.shape = output.shape
-    output.replace_all_uses_with(value)
-    graph.remove(node, safe=True)
-    return True
 
 
 def _gives_back(node: ir.Node) -> bool:
@@ -197,55 +160,6 @@ def trim_inputs(graph: ir.Graph, node: ir.Node) -> bool:
     if kept == len(node.inputs):
         return False
     node.resize_inputs(kept)
-    return True
-
-
-def permutation(node: ir.Node) -> tuple[int, ...] | None:
-    """The permutation of a Transpose; None where it is left out and the rank is unknown."""
-    if "perm" in node.attributes:
-        return tuple(node.attributes["perm"].as_ints())
-    source = node.inputs[0]
-    if source is None or source.shape is None:
-        return None
-    return tuple(reversed(range(len(source.shape))))
-
-
-def constant(node: ir.Node, index: int) -> npt.NDArray[Any] | None:
-    """The initializer at input `index` as an array, None where there is none."""
-    value = node.inputs[index] if index < len(node.inputs) else None
-    if value is None or not value.is_initializer() or value.const_value is None:
-        return None
-    return np.asarray(value.const_value.numpy())
-
-
-def add_constant(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
-    """A new initializer under a free name that begins with `name`."""
-    tensor = ir.Tensor(array, name=fresh_name(graph, name))
-    value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
-    value.const_value = tensor
-    graph.register_initializer(value)
-    return value
-
-
-def fresh_name(graph: ir.Graph, wanted: str) -> str:
-    """A name for a new value of a graph that `apply` is at work on."""
-    names: Names = graph.meta[_NAMES]
-    return names.fresh(wanted)
-
-
-def replace(graph: ir.Graph, node: ir.Node, new: ir.Node) -> bool:
-    """Put `new`, which has one output, where `node` stands; names, types and metadata pass on."""
-    old, output = node.outputs[0], new.outputs[0]
-    output.type, output.shape = old.type, old.shape
-    new.metadata_props.update(node.metadata_props)
-    graph.insert_before(node, new)
-    name, old.name = old.name, None
-    output.name = name
-    for index, value in enumerate(graph.outputs):
-        if value is old:
-            graph.outputs[index] = output
-    old.replace_all_uses_with(output)
-    graph.remove(node, safe=True)
     return True
 
 

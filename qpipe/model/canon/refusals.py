@@ -15,6 +15,7 @@ import onnx_ir as ir
 from qpipe.errors import InputError
 from qpipe.model.canon.definitions import has_definition, schema
 from qpipe.model.network.invariants import OPSET
+from qpipe.model.operators.registry import WIDE_UNSIGNED
 from qpipe.model.qdq.nodes import computes_codes, dequantizes, on_codes, quantizes
 from qpipe.model.qdq.operator_form import not_constant, unreadable
 
@@ -36,8 +37,6 @@ _TAKING_FLOAT8 = frozenset(
 _HELD = TYPES | FLOAT8
 _CODES = frozenset({ir.DataType.INT2, ir.DataType.UINT2, ir.DataType.INT4, ir.DataType.UINT4})
 """What QDQ nodes may hold besides; reading a quantized model leaves none of them."""
-WIDE_UNSIGNED = frozenset({ir.DataType.UINT16, ir.DataType.UINT32, ir.DataType.UINT64})
-
 _CONTROL = frozenset({"If", "Loop", "Scan"})
 _RANDOM = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
@@ -191,7 +190,7 @@ def _foreign(node: ir.Node) -> str | None:
 
 
 def _unknown(node: ir.Node, version: int) -> str | None:
-    from qpipe.model.simulation.module import supported_ops
+    from qpipe.model.operators import supported_ops
 
     canonical = schema(node.op_type, OPSET)
     if has_definition(node.op_type, max(version, OPSET)):

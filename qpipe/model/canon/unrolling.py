@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from qpipe.model.canon.plain_forms import add_constant, constant, fresh_name
+from qpipe.model.network.rewriting import add_constant, constant, fresh_name
 
 LARGEST = 20_000
 """A loop that would become more nodes than this stays a loop, and is refused."""

@@ -38,5 +38,11 @@ __all__ = [
     "resize",
     "shape",
     "signal",
+    "supported_ops",
     "unsigned",
 ]
+
+
+def supported_ops() -> frozenset[tuple[str, str]]:
+    """The operators, as (domain, name), that a graph may hold."""
+    return frozenset(("", name) for name in OPERATORS) | {("", "Constant")}

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import onnx_ir as ir
 import torch
 from torch import Tensor
 
@@ -100,3 +101,5 @@ TORCH_DTYPES: dict[int, torch.dtype] = {
     19: torch.float8_e5m2,
     20: torch.float8_e5m2fnuz,
 }
+
+WIDE_UNSIGNED = frozenset({ir.DataType.UINT16, ir.DataType.UINT32, ir.DataType.UINT64})

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from qpipe.model.canon.plain_forms import constant, replace
 from qpipe.model.network.naming import Names
+from qpipe.model.network.rewriting import constant, replace
 from qpipe.model.qdq.block_form import FORM, given, has_blocks, strange_blocks, write_blocks
 from qpipe.model.qdq.nodes import dequantized, initializer, on_codes
 

@@ -21,8 +21,8 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
-from qpipe.model.canon.plain_forms import constant
 from qpipe.model.network.invariants import fresh_initializer_name
+from qpipe.model.network.rewriting import constant
 from qpipe.model.operators.registry import MOVING
 from qpipe.model.qdq.nodes import (
     BITWIDTH,

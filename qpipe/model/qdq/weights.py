@@ -19,9 +19,9 @@ import numpy as np
 import onnx_ir as ir
 
 from qpipe.errors import InputError
-from qpipe.model.canon.plain_forms import constant
 from qpipe.model.network.invariants import PERMUTATION, SHAPE
 from qpipe.model.network.naming import Names
+from qpipe.model.network.rewriting import constant
 from qpipe.model.qdq.nodes import (
     Array,
     clip_of_codes,

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import onnx
@@ -24,9 +24,10 @@ import onnx_ir as ir
 import onnxruntime
 
 from qpipe.mapped import place_of
-from qpipe.model.files.onnx_writer import set_place, write_data
 from qpipe.model.network.packing import graph_proto, tensor_bytes
 from qpipe.model.qdq.writer import qdq_model
+from qpipe.model.runtime.external_data import set_place, write_data
+from qpipe.model.runtime.options import open_session, session_options, set_lean
 
 if TYPE_CHECKING:
     from qpipe.model.model import Model
@@ -71,12 +72,6 @@ def _large(tensors: Iterable[ir.TensorProtocol]) -> bool:
     return sum(tensor.nbytes for tensor in tensors) > LARGE_BYTES
 
 
-def set_lean(options: onnxruntime.SessionOptions) -> None:
-    """Take as little memory as can be: weights as they are, mapped where they lie in files."""
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    options.enable_cpu_mem_arena = False
-
-
 def _leave_in_files(proto: onnx.ModelProto, tensors: dict[str, ir.TensorProtocol], stack: ExitStack) -> str:
     """Let `proto` refer to the files in which tensors lie, and take these out of `tensors`; the folder that all of them
     are in. Where the others are large together they are written to a file, which lasts as long as `stack`:
@@ -116,38 +111,6 @@ def _write_narrow(proto: onnx.ModelProto, tensors: dict[str, ir.TensorProtocol])
             initializer.ClearField("external_data")
             initializer.ClearField("data_location")
             initializer.raw_data = bytes(tensor_bytes(tensors.pop(initializer.name)))
-
-
-def session_options(
-    mode: Literal["reference", "deploy"] = "reference", threads: int | None = None
-) -> onnxruntime.SessionOptions:
-    """The options that every session of qpipe starts from."""
-    options = onnxruntime.SessionOptions()
-    level = onnxruntime.GraphOptimizationLevel
-    options.graph_optimization_level = level.ORT_ENABLE_ALL if mode == "deploy" else level.ORT_ENABLE_BASIC
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.use_deterministic_compute = True
-    options.log_severity_level = 4
-    if threads is not None:
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-    return options
-
-
-def open_session(
-    proto: onnx.ModelProto, arrays: dict[str, np.ndarray[Any, Any]], options: onnxruntime.SessionOptions
-) -> onnxruntime.InferenceSession:
-    """A session of `proto`, whose external tensors are `arrays` by name. The session keeps them alive."""
-    contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-    values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in contiguous.items()}
-    if values:
-        options.add_external_initializers(list(values), list(values.values()))
-    session = onnxruntime.InferenceSession(
-        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    session.external_initializers = (contiguous, values)  # onnxruntime refers to their memory
-    return session
 
 
 def _set_outputs(proto: onnx.ModelProto, model: Model, outputs: Sequence[str]) -> None:

@@ -28,10 +28,9 @@ import torch
 from torch import fx
 
 from qpipe.errors import InputError
-from qpipe.model.canon.refusals import WIDE_UNSIGNED
-from qpipe.model.operators import OPERATORS
+from qpipe.model.operators import OPERATORS, supported_ops
 from qpipe.model.operators.host import host_constant, to_device
-from qpipe.model.operators.registry import MOVING
+from qpipe.model.operators.registry import MOVING, WIDE_UNSIGNED
 from qpipe.model.qdq.bias import BIAS_MAX, BIAS_MIN, QuantizedBias, effective_encodings, quantized_biases
 from qpipe.model.simulation.constants import (
     constant,
@@ -51,11 +50,6 @@ if TYPE_CHECKING:
 
 BOUNDING = frozenset({"Min", "Max", "Clip", "Relu", "Pad", "Concat"})
 """Operators whose output may share the quantizer of their first input, but has to be rounded again."""
-
-
-def supported_ops() -> frozenset[tuple[str, str]]:
-    """The operators, as (domain, name), that a graph may hold."""
-    return frozenset(("", name) for name in OPERATORS) | {("", "Constant")}
 
 
 def to_torch(

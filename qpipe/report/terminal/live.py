@@ -13,7 +13,7 @@ from rich.text import Text
 from qpipe.report import text
 
 if TYPE_CHECKING:
-    from qpipe.report.terminal.terminal import Activity
+    from qpipe.report.terminal.activity import Activity
 
 Overall = Callable[[], tuple[int, int, str]]
 

@@ -9,7 +9,7 @@ from typing import IO, TYPE_CHECKING
 from qpipe.report.terminal.table import paint
 
 if TYPE_CHECKING:
-    from qpipe.report.terminal.terminal import Activity
+    from qpipe.report.terminal.activity import Activity
 
 
 class PlainDisplay:

@@ -11,6 +11,7 @@ from threading import RLock
 from typing import IO, Protocol
 
 from qpipe.report import text
+from qpipe.report.terminal.activity import Activity
 from qpipe.report.terminal.closing import closing_table
 from qpipe.report.terminal.plain import PlainDisplay, is_terminal
 from qpipe.report.terminal.table import table, wrap
@@ -44,26 +45,6 @@ class Row:
     verdict: str
     reasons: tuple[str, ...] = ()
     expected_s: float | None = None
-
-
-@dataclass
-class Activity:
-    """A node that is running: since when, and how far it says it is."""
-
-    stage: str
-    begun: float
-    expected_s: float | None = None
-    done: int = 0
-    total: int = 0
-    what: str = ""
-    shown: float = 0.0
-
-    def left_s(self, now: float) -> float | None:
-        """Seconds to go, from its own progress where it is well under way, else from what it took before."""
-        elapsed = now - self.begun
-        if self.total > 0 and self.done >= max(2, self.total / 20):
-            return elapsed * (self.total - self.done) / self.done
-        return None if self.expected_s is None else max(0.0, self.expected_s - elapsed)
 
 
 class Display(Protocol):

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qpipe.methods.mixing.choices import Choices, fewer_conversions, find_choices, measure_work
+from qpipe.methods.mixing.choices import Choices, fewer_conversions, find_choices
 from qpipe.methods.mixing.sensitivity import GramSensitivity, score_alone
+from qpipe.methods.mixing.work import measure_work
 from qpipe.methods.placement.calibration import (
     activation_encodings,
     observe,
@@ -28,7 +29,9 @@ WEIGHT, ACTIVATION = TensorScheme(4, True, True, "per_channel"), TensorScheme(8,
 WIDTHS = {"w4a8": (4, 8), "w8a8": (8, 8), "w8a16": (8, 16)}
 
 
-def found(model: Model, arrays: dict[str, Any], names: tuple[str, ...] = tuple(WIDTHS)) -> tuple[Choices, Any]:
+def found(
+    model: Model, arrays: dict[str, Any], names: tuple[str, ...] = tuple(WIDTHS)
+) -> tuple[Choices, Any]:
     """The choices of a model under the candidates, and the observers of its activations."""
     schemes = {
         name: Scheme(replace(WEIGHT, bitwidth=WIDTHS[name][0]), replace(ACTIVATION, bitwidth=WIDTHS[name][1]))
@@ -96,7 +99,9 @@ def test_multiplications_of_every_kind_of_layer(
 
 
 def test_a_fixed_batch_counts_one_sample() -> None:
-    model = Model.from_proto(parsed("n (float[4,8] x) => (float[4,6] y) { y = MatMul(x, w) }", w=normal(8, 6)))
+    model = Model.from_proto(
+        parsed("n (float[4,8] x) => (float[4,6] y) { y = MatMul(x, w) }", w=normal(8, 6))
+    )
     work = measure_work(model, place(model, ONNXRUNTIME, Scheme(WEIGHT, ACTIVATION)), {"x": normal(8, 8)})
     assert work.products == ((48, "x", "w"),)
     assert set(work.elements) == {(8, "x"), (6, "y")}
@@ -118,7 +123,9 @@ def test_conversions_are_counted_between_neighbours_and_islands_give_way() -> No
 
 def test_merging_keeps_the_bitwidths_of_weights() -> None:
     choices, _ = found(chain(4), X, ("w4a8", "w8a8", "w8a16"))
-    start = tuple(choices.groups[i].option_of[name] for i, name in enumerate(["w4a8", "w8a16", "w4a8", "w4a8", "w8a8"]))
+    start = tuple(
+        choices.groups[i].option_of[name] for i, name in enumerate(["w4a8", "w8a16", "w4a8", "w4a8", "w8a8"])
+    )
     merged = fewer_conversions(choices, start, lambda choice: True)
     bits = [group.bits[i] for group, i in zip(choices.groups, merged, strict=True)]
     assert bits[:4] == [(4, 8), (8, 8), (4, 8), (4, 8)]

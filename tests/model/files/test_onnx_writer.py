@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from qpipe.model import Model
 from qpipe.model.files.onnx_writer import write_onnx
-from qpipe.model.runtime.session import session_options
+from qpipe.model.runtime.options import session_options
 from qpipe.numerics.grid import Encoding
 from tests.model.nets import normal, parsed
 

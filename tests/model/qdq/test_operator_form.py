@@ -18,7 +18,7 @@ from qpipe.errors import InputError
 from qpipe.methods.comparison.check import verify_import
 from qpipe.model import Model
 from qpipe.model.qdq.block_form import unpacked
-from qpipe.model.runtime.session import session_options
+from qpipe.model.runtime.options import session_options
 from tests.model.nets import Mobile, UNet, normal, parsed
 from tests.model.qdq.test_reader import SHAPES, Encoder, Reader, float_file, static
 from tests.model.qdq.test_writer import optimized

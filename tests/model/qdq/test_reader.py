@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from qpipe.methods.comparison.check import verify_import
 from qpipe.model import Model
 from qpipe.model.qdq.bias import effective_encodings
-from qpipe.model.runtime.session import session_options
+from qpipe.model.runtime.options import session_options
 from qpipe.numerics.grid import quantize_dequantize, same_grid
 from qpipe.numerics.scheme import Scheme
 from tests.model.nets import Mobile, UNet, normal, parsed, randomized

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qpipe.model import Model
-from qpipe.model.runtime.session import session_options
+from qpipe.model.runtime.options import session_options
 from qpipe.numerics.grid import Encoding, quantize_dequantize
 from qpipe.numerics.scheme import TensorScheme
 from tests.model.nets import normal, parsed

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from qpipe.report.terminal.terminal import Activity, Row, Terminal, plan_lines, time_left_s
+from qpipe.report.terminal.activity import Activity
+from qpipe.report.terminal.terminal import Row, Terminal, plan_lines, time_left_s
 
 PLAN = (
     Row("load_model", "load_model", "hit"),
