@@ -20,7 +20,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar, Union, get_args, get_origin
 
-from qpipe.artifacts.artifact import Encodings, Files, Samples, Scores, Statistics
+from qpipe.artifacts.kinds import Encodings, Files, Samples, Scores, Statistics
 from qpipe.param import Factory, Range, is_ambiguous
 
 __all__ = [

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from qpipe.artifacts.artifact import canonical_json
+from qpipe.artifacts.kinds import canonical_json
 from qpipe.cache.audit import contradiction
 from qpipe.cache.store import RESULT_LIMIT, Store, sealed, unsealed
 from qpipe.errors import CacheError, DamagedError, InputError

@@ -12,7 +12,7 @@ import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from qpipe.artifacts.artifact import canonical_json
+from qpipe.artifacts.kinds import canonical_json
 from qpipe.cache import disk
 from qpipe.cache.store import Store
 from qpipe.cache.usage import alone

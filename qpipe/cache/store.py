@@ -31,7 +31,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qpipe.artifacts.artifact import KINDS, canonical_json, references
+from qpipe.artifacts.artifact import KINDS, references
+from qpipe.artifacts.kinds import canonical_json
 from qpipe.cache import disk
 from qpipe.cache.lock import Lock
 from qpipe.cache.usage import Usage

@@ -18,7 +18,8 @@ from qpipe.param import listed, nearest
 from qpipe.plan.history import rebuild
 from qpipe.report.terminal.table import table
 from qpipe.run.record import RECORD
-from qpipe.run.sweep import Job, open_local_store, plan_jobs
+from qpipe.run.stores import open_local_store
+from qpipe.run.sweep import Job, plan_jobs
 
 _SHORT = 16  # characters of a key that are shown
 _LEAST = 8  # characters of a key that have to be given

@@ -17,14 +17,16 @@ from qpipe.explain.verification import Verified, cached_nodes, verify
 from qpipe.keys.changes import Change, short
 from qpipe.param import listed, nearest
 from qpipe.plan.history import rebuild
-from qpipe.plan.walk import Outcome, Walk
+from qpipe.plan.verdicts import Outcome
+from qpipe.plan.walk import Walk
 from qpipe.report import text
 from qpipe.report.terminal.plain import PlainDisplay
 from qpipe.report.terminal.table import table
 from qpipe.report.text import duration, plural
 from qpipe.run.executor import worker_count
 from qpipe.run.record import json_text
-from qpipe.run.sweep import Job, open_store, plan_jobs
+from qpipe.run.stores import open_store
+from qpipe.run.sweep import Job, plan_jobs
 
 NAMED_ROOTS = 6
 LISTED_CHANGES = 60

@@ -16,13 +16,15 @@ from qpipe.language.spec import FirstWithin
 from qpipe.param import describe
 from qpipe.plan.estimate import Estimate, estimate
 from qpipe.plan.history import expected_s, rebuild
-from qpipe.plan.walk import Outcome, Walk
+from qpipe.plan.verdicts import Outcome
+from qpipe.plan.walk import Walk
 from qpipe.report.terminal.plain import PlainDisplay
 from qpipe.report.terminal.table import table
 from qpipe.report.terminal.terminal import Row, Terminal
 from qpipe.report.text import duration, plural
 from qpipe.run.executor import worker_count
-from qpipe.run.sweep import NOT_CACHED, Job, open_store, plan_jobs, refusal, run_jobs
+from qpipe.run.stores import open_store
+from qpipe.run.sweep import NOT_CACHED, Job, plan_jobs, refusal, run_jobs
 from qpipe.stage import REQUIRED
 
 

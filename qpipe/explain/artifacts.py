@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from qpipe.artifacts.artifact import Encodings, Files, Samples, Scores, Statistics
+from qpipe.artifacts.kinds import Encodings, Files, Samples, Scores, Statistics
 
 if TYPE_CHECKING:
     import numpy as np

@@ -25,9 +25,10 @@ from qpipe.errors import QpipeError
 from qpipe.explain.artifacts import first_difference
 from qpipe.language.catalog import catalog
 from qpipe.language.spec import NodeSpec, RunSpec
-from qpipe.plan.walk import Action, Walk
+from qpipe.plan.verdicts import Action, request
+from qpipe.plan.walk import Walk
 from qpipe.run.executor import open_pool
-from qpipe.run.performing import request, surroundings
+from qpipe.run.machine import surroundings
 from qpipe.run.workers import Pool
 
 _PREFIX = "verify-"

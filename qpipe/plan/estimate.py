@@ -14,7 +14,8 @@ from qpipe.cache.store import Store
 from qpipe.keys.hashing import digest
 from qpipe.language.spec import FirstWithin
 from qpipe.plan.history import expected_s
-from qpipe.plan.walk import Outcome, Walk
+from qpipe.plan.verdicts import Outcome
+from qpipe.plan.walk import Walk
 
 
 @dataclasses.dataclass(frozen=True)

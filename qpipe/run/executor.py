@@ -21,9 +21,11 @@ from qpipe.errors import CacheError, ChangedError, DamagedError, InputError, Qpi
 from qpipe.language.catalog import catalog
 from qpipe.language.graph import Graph
 from qpipe.language.spec import RunSpec
+from qpipe.plan.decision import fits
 from qpipe.plan.history import remember
-from qpipe.plan.walk import Action, State, Walk, fits
-from qpipe.run.performing import as_result, failure, request
+from qpipe.plan.verdicts import Action, State, request
+from qpipe.plan.walk import Walk
+from qpipe.run.performing import as_result, failure
 from qpipe.run.workers import Event, InProcess, Pool, Processes
 
 _POLL_S = 0.1

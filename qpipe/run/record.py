@@ -19,7 +19,8 @@ from qpipe.artifacts.artifact import Artifact, load
 from qpipe.cache.store import Store
 from qpipe.language.graph import Source
 from qpipe.language.spec import FirstWithin
-from qpipe.plan.walk import Outcome, Walk
+from qpipe.plan.verdicts import Outcome
+from qpipe.plan.walk import Walk
 
 SCHEMA = 2
 RECORD = "record.json"

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import os
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,9 @@ from qpipe.errors import CacheError, ConfigError, DamagedError, InputError
 from qpipe.language.graph import build_graph
 from qpipe.language.spec import PipelineSpec, RunSpec
 from qpipe.plan.estimate import misses
-from qpipe.plan.walk import Keyring, Outcome, Walk
+from qpipe.plan.keyring import Keyring
+from qpipe.plan.verdicts import Outcome
+from qpipe.plan.walk import Walk
 from qpipe.run.executor import View, execute, exit_code, forget, open_pool
 from qpipe.run.record import RunInfo, build_record, json_text, write_config, write_files, write_record
 
@@ -47,38 +48,6 @@ class Job:
     folder: Path
     overrides: tuple[str, ...] = ()
     label: str = ""
-
-
-def open_local_store(spec: PipelineSpec) -> Store:
-    """The cache on this machine: `cache.dir`, else $QPIPE_CACHE_DIR, else the user's cache folder."""
-    return Store(_cache_folder(spec))
-
-
-def open_store(spec: PipelineSpec) -> Store:
-    """The cache on this machine, with `cache.remote` behind it where there is one."""
-    if spec.remote is None:
-        return open_local_store(spec)
-    if spec.remote.url.startswith("memory:") and spec.run.workers != 0:
-        raise ConfigError(
-            f"cache.remote: '{spec.remote.url}' lives in one process, and workers are others. Set run.workers=0."
-        )
-    from qpipe.cache.shared.objects import check_url, folder_of
-    from qpipe.cache.shared.remote import Remote
-    from qpipe.cache.shared.tier import TieredStore
-
-    folder = _cache_folder(spec)
-    if check_url(spec.remote.url) == "file" and folder_of(spec.remote.url).resolve() == folder.resolve():
-        raise ConfigError(f"cache.remote: '{spec.remote.url}' is the local cache itself. Name another folder.")
-    return TieredStore(folder, Remote(spec.remote))
-
-
-def _cache_folder(spec: PipelineSpec) -> Path:
-    folder = spec.cache_dir or os.environ.get("QPIPE_CACHE_DIR")
-    if not folder:
-        from platformdirs import user_cache_dir
-
-        folder = user_cache_dir("qpipe")
-    return Path(folder).expanduser().absolute()
 
 
 def plan_jobs(jobs: Sequence[Job], store: Store) -> list[Walk]:

@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from qpipe.cache.store import Store
-from qpipe.run.performing import Request, failure, perform, set_threads
+from qpipe.plan.verdicts import Request
+from qpipe.run.machine import set_threads
+from qpipe.run.performing import failure, perform
 
 Event = dict[str, Any]
 _CHUNK = 1 << 16

@@ -9,20 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qpipe.artifacts.artifact import (
-    KINDS,
-    Artifact,
-    Encodings,
-    Files,
-    Samples,
-    Scores,
-    Statistics,
-    canonical_json,
-    kind_of,
-    load,
-    references,
-    save,
-)
+from qpipe.artifacts.artifact import KINDS, Artifact, kind_of, load, references, save
+from qpipe.artifacts.kinds import Encodings, Files, Samples, Scores, Statistics, canonical_json
 from qpipe.cache.store import Store
 from qpipe.errors import DamagedError, InputError
 from qpipe.keys.hashing import digest_bytes
@@ -295,8 +283,9 @@ def test_encodings_come_back_bit_for_bit(store: Store) -> None:
 
 def test_scores_are_saved_and_loaded_without_numpy(tmp_path: Path) -> None:
     program = (
-        "import sys, pathlib; import qpipe.artifacts.artifact as a; from qpipe.cache.store import Store\n"
-        "store = Store(pathlib.Path(sys.argv[1])); a.load(a.save(a.Scores({'score': 1.0}), store), store)\n"
+        "import sys, pathlib; import qpipe.artifacts.artifact as a\n"
+        "from qpipe.artifacts.kinds import Scores; from qpipe.cache.store import Store\n"
+        "store = Store(pathlib.Path(sys.argv[1])); a.load(a.save(Scores({'score': 1.0}), store), store)\n"
         "assert not {'numpy', 'torch', 'onnx', 'onnxruntime', 'diskcache'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program, tmp_path], check=True)

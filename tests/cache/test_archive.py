@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from qpipe.artifacts.artifact import Artifact, Files, Scores, canonical_json, load, save
+from qpipe.artifacts.artifact import Artifact, load, save
+from qpipe.artifacts.kinds import Files, Scores, canonical_json
 from qpipe.cache.archive import Exported, Imported, export, import_archive
 from qpipe.cache.audit import verify
 from qpipe.cache.store import Store, sealed

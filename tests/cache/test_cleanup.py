@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qpipe.artifacts.artifact import Artifact, Samples, Scores, load, save
+from qpipe.artifacts.artifact import Artifact, load, save
+from qpipe.artifacts.kinds import Samples, Scores
 from qpipe.cache.cleanup import Removed, collect
 from qpipe.cache.store import Store
 from qpipe.errors import CacheError

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qpipe.artifacts.artifact import Artifact, Samples, load, save
+from qpipe.artifacts.artifact import Artifact, load, save
+from qpipe.artifacts.kinds import Samples
 from qpipe.cache.audit import verify
 from qpipe.cache.store import Store
 from qpipe.errors import CacheError

@@ -22,7 +22,8 @@ import numpy as np
 import onnx
 import pytest
 
-from qpipe.artifacts.artifact import Artifact, Samples, canonical_json, load, save
+from qpipe.artifacts.artifact import Artifact, load, save
+from qpipe.artifacts.kinds import Samples, canonical_json
 from qpipe.cache.audit import verify
 from qpipe.cache.cleanup import collect
 from qpipe.cache.store import Store, sealed

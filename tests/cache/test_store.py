@@ -17,7 +17,8 @@ import filelock
 import numpy as np
 import pytest
 
-from qpipe.artifacts.artifact import Artifact, Samples, Scores, load, save
+from qpipe.artifacts.artifact import Artifact, load, save
+from qpipe.artifacts.kinds import Samples, Scores
 from qpipe.cache.store import Store, sealed
 from qpipe.errors import CacheError, DamagedError
 from qpipe.keys.hashing import digest, digest_bytes

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qpipe.artifacts.artifact import Files, Samples, Scores, Statistics
+from qpipe.artifacts.kinds import Files, Samples, Scores, Statistics
 from qpipe.cache.store import sealed
 from qpipe.explain.artifacts import array_difference, first_difference
 from qpipe.explain.verification import remove_rooms

@@ -23,7 +23,9 @@ from qpipe.cache.store import Store
 from qpipe.keys.code import CodeIndex
 from qpipe.keys.hashing import _digest_any, digest
 from qpipe.language.spec import NodeSpec
-from qpipe.plan.walk import Action, Keyring, decide
+from qpipe.plan.decision import decide
+from qpipe.plan.keyring import Keyring
+from qpipe.plan.verdicts import Action
 
 INGREDIENTS: dict[str, Any] = {
     "format": 1,

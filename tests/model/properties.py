@@ -15,7 +15,7 @@ import numpy as np
 from hypothesis import assume
 from hypothesis import strategies as st
 
-from qpipe.artifacts.artifact import Samples
+from qpipe.artifacts.kinds import Samples
 from qpipe.errors import InputError
 from qpipe.methods.comparison.parity import parity
 from qpipe.methods.placement.target import Target

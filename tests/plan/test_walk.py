@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from qpipe.artifacts.artifact import FORMAT, Artifact, Scores, canonical_json, save
+from qpipe.artifacts.artifact import FORMAT, Artifact, save
+from qpipe.artifacts.kinds import Scores, canonical_json
 from qpipe.cache.store import Store
+from qpipe.keys.changes import differences
 from qpipe.language.graph import build_graph
 from qpipe.language.spec import read_spec
-from qpipe.plan.walk import Action, Keyring, Walk, differences
-from qpipe.run.performing import artifact_json
+from qpipe.plan.keyring import Keyring
+from qpipe.plan.verdicts import Action, artifact_json
+from qpipe.plan.walk import Walk
 from tests.toy import Toy
 
 

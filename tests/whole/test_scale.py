@@ -17,7 +17,8 @@ from qpipe.cache.index import Index
 from qpipe.cache.store import Store
 from qpipe.language.graph import build_graph
 from qpipe.language.spec import read_spec
-from qpipe.plan.walk import Keyring, Walk
+from qpipe.plan.keyring import Keyring
+from qpipe.plan.walk import Walk
 from qpipe.report.page.html import SHOWN, render
 from qpipe.report.terminal.terminal import LISTED
 from qpipe.run.executor import urgency

@@ -10,7 +10,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from qpipe.artifacts.artifact import Files, Samples, load, save
+from qpipe.artifacts.artifact import load, save
+from qpipe.artifacts.kinds import Files, Samples
 from qpipe.cache.store import Store
 from qpipe.keys.hashing import digest_bytes
 from qpipe.mapped import let_go, mapping_behind

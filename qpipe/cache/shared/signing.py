@@ -17,7 +17,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from qpipe.artifacts.artifact import canonical_json
+from qpipe.artifacts.kinds import canonical_json
 from qpipe.cache.store import sealed, unsealed
 from qpipe.errors import ConfigError
 from qpipe.keys.hashing import digest

@@ -17,8 +17,7 @@ from collections.abc import Collection
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from qpipe.model.canon import attention_forms, bound_forms, layer_forms, unrolling
-from qpipe.model.canon import plain_forms as rewrites
+from qpipe.model.canon import attention_forms, bound_forms, layer_forms, plain_forms, unrolling
 from qpipe.model.canon.floats import to_float32
 from qpipe.model.canon.folding import fold_constants, fold_weights
 from qpipe.model.canon.opsets import to_canonical_opset
@@ -30,24 +29,25 @@ from qpipe.model.network.invariants import (
     restore,
 )
 from qpipe.model.network.naming import assign_names
+from qpipe.model.network.rewriting import Rule, apply
 from qpipe.model.network.shapes import infer_shapes
 from qpipe.model.qdq.nodes import scale_sources, standard_nodes
 from qpipe.model.qdq.operator_form import write_out
 from qpipe.model.qdq.reader import left_on_codes, read_activations, skip_clips
 from qpipe.model.qdq.weights import Grids, read_weights
 
-SIMPLIFICATIONS: tuple[rewrites.Rule, ...] = (
-    rewrites.trim_inputs,
-    rewrites.cast_like_to_cast,
+SIMPLIFICATIONS: tuple[Rule, ...] = (
+    plain_forms.trim_inputs,
+    plain_forms.cast_like_to_cast,
     unrolling.inline_decided_if,
     unrolling.unroll_loop,
     unrolling.unroll_scan,
-    rewrites.known_shape,
-    rewrites.known_size,
-    rewrites.known_reshape,
-    rewrites.merge_transposes,
-    rewrites.merge_reshapes,
-    rewrites.skip_nothing,
+    plain_forms.known_shape,
+    plain_forms.known_size,
+    plain_forms.known_reshape,
+    plain_forms.merge_transposes,
+    plain_forms.merge_reshapes,
+    plain_forms.skip_nothing,
     attention_forms.expand_later,
     attention_forms.expand_never,
     attention_forms.transpose_directly,
@@ -94,7 +94,7 @@ def canonicalize(
     notes += write_out(graph)  # whose scales had to be folded first
     while read_weights(graph, grids):  # scales that had to be folded first
         simplify(model, kept | grids.names)
-    while rewrites.apply(graph, (unrolling.choose_between,)):  # only now it is known what cannot be decided
+    while apply(graph, (unrolling.choose_between,)):  # only now it is known what cannot be decided
         simplify(model, kept | grids.names)
     read_activations(graph, grids)
     notes += fold_weights(model)
@@ -109,15 +109,15 @@ def canonicalize(
 
 def simplify(model: ir.Model, parameters: Collection[str]) -> None:
     """Fold, rewrite and merge until nothing changes, in place."""
-    rules: tuple[rewrites.Rule, ...]
+    rules: tuple[Rule, ...]
     rules = (
         *SIMPLIFICATIONS,
-        functools.partial(rewrites.skip_neutral, frozenset(parameters)),
+        functools.partial(plain_forms.skip_neutral, frozenset(parameters)),
         functools.partial(bound_forms.bound_as_clip, frozenset(parameters)),
     )
     for _ in range(_ROUNDS):
         infer_shapes(model)
-        changed = rewrites.apply(model.graph, rules)
+        changed = apply(model.graph, rules)
         changed |= fold_constants(model, parameters)
         changed |= common.CommonSubexpressionEliminationPass()(model).modified
         remove_dead_nodes(model)

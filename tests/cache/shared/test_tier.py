@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qpipe.artifacts.artifact import Artifact, Samples, Scores, load, save
+from qpipe.artifacts.artifact import Artifact, load, save
+from qpipe.artifacts.kinds import Samples, Scores
 from qpipe.cache.shared.remote import Remote, RemoteOptions
 from qpipe.cache.shared.signing import VARIABLE
 from qpipe.cache.shared.tier import TieredStore, open_address

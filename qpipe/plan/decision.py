@@ -1,0 +1,74 @@
+"""Whether a node is a hit, or has to run and why: the one place that both a dry run and a real one ask."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from qpipe.artifacts.artifact import Artifact
+from qpipe.cache.store import Store
+from qpipe.keys.changes import differences
+from qpipe.keys.hashing import digest
+from qpipe.language.spec import NodeSpec
+from qpipe.param import listed
+from qpipe.plan.history import expected_s, previous_key, previous_result
+from qpipe.plan.keyring import Keyring
+from qpipe.plan.verdicts import Action, Outcome, hit
+from qpipe.stage import Stage
+
+
+def decide(
+    node: NodeSpec, inputs: Mapping[str, tuple[Artifact, ...]], keyring: Keyring, store: Store
+) -> Outcome | Action:
+    """A hit as its Outcome, or the Action that has to run, with the reasons why."""
+    ingredients = keyring.ingredients(node, inputs)
+    key = digest("action", ingredients)
+    result = None if node.stage.always else store.result(key)
+    missing: list[str] = []
+    stale: list[str] = []
+    strange = result is not None and not fits(result, node.stage)
+    if result is not None and not strange:
+        missing, stale = store.complete(result), keyring.stale(result)
+        if not missing and not stale:
+            return hit(key, result, ingredients=ingredients)
+    previous = previous_result(store, node.stage.name, node.name)
+    if node.stage.always:
+        reasons: tuple[str, ...] = ("reads the outside world every time",)
+    elif strange:
+        reasons = ("what the cache holds under its key was made by no such stage",)
+    elif stale:
+        reasons = (f"code changed: module {listed(stale)}, which it loaded by a name made as it ran",)
+    elif missing:
+        reasons = (f"cached result lost {len(missing)} of its blobs",)
+    else:
+        last = previous_key(store, node.stage.name, node.name)
+        reasons = () if last == key else reasons_to_run(previous, ingredients, keyring, last is not None)
+    expected = expected_s(store, node.stage.name, node.name)
+    return Action(
+        node.name,
+        node.stage.name,
+        key,
+        ingredients,
+        node.written,
+        inputs,
+        reasons or ("result evicted",),
+        node.stage.always or bool(stale),
+        expected,
+        keyring.stamps(node),
+    )
+
+
+def fits(result: Mapping[str, Any], stage: Stage) -> bool:
+    """Whether a result has the outputs of `stage`: whoever can write to the cache may have made it up."""
+    return {name: output["kind"] for name, output in result["outputs"].items()} == dict(stage.outputs)
+
+
+def reasons_to_run(
+    previous: Mapping[str, Any] | None, ingredients: Mapping[str, Any], keyring: Keyring, ran: bool = False
+) -> tuple[str, ...]:
+    """What changed since the previous result; empty where it only went missing. `ran` tells of a last run under another
+    key, whose result may be gone."""
+    if previous is None:
+        return ("its last result was of another key, and is gone from the cache" if ran else "never run",)
+    kept = previous["provenance"].get("listings", {})
+    return tuple(differences(previous["ingredients"], ingredients, kept, keyring.listings(ingredients)))

@@ -1,0 +1,109 @@
+"""The machine under an action: time and memory spent, threads, and what no key holds but may decide the last bits."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import os
+import platform
+import re
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_HELD = 1 << 28  # bytes; about what torch and onnxruntime take themselves
+
+_MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes
+
+
+@contextlib.contextmanager
+def measured() -> Iterator[dict[str, float]]:
+    """Wall and CPU seconds and, where the system tells (Linux), the peak memory of what runs inside."""
+    _reset_peak()
+    figures: dict[str, float] = {"started": time.time()}
+    wall, cpu = time.perf_counter(), time.process_time()
+    yield figures
+    figures["duration_s"] = round(time.perf_counter() - wall, 6)
+    figures["cpu_s"] = round(time.process_time() - cpu, 6)
+    figures["peak_rss_bytes"] = _peak_rss_bytes()
+
+
+def free_memory() -> None:
+    """Give back what an action left behind: models hold on to themselves in circles, and malloc to what is freed.
+
+    Only where more than 256 MB are held, since it takes 0.1 s.
+    """
+    if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT <= _HELD:
+        return  # it never held as much, and this is the cheaper question
+    with contextlib.suppress(OSError, AttributeError, IndexError, ValueError):  # Linux with glibc alone
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        if resident > _HELD:
+            import ctypes  # rarely needed
+
+            gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def _reset_peak() -> None:
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "wb", buffering=0) as marks:
+        marks.write(b"5")
+
+
+def _peak_rss_bytes() -> int:
+    with contextlib.suppress(OSError):
+        with open("/proc/self/status", "rb", buffering=0) as status:
+            found = re.search(rb"^VmHWM:\s*(\d+)", status.read(), re.MULTILINE)
+        if found:
+            return int(found[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT
+
+
+@functools.cache
+def _instruction_set() -> str:
+    """The vector extensions that decide the last bits, as far as the processor names them."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                flags = line.split(":", 1)[1].split()
+                return " ".join(flag for flag in flags if flag in _EXTENSIONS) or platform.machine()
+    return platform.processor() or platform.machine()
+
+
+@functools.cache
+def surroundings(libraries: tuple[str, ...]) -> dict[str, Any]:
+    """What no key holds and what can still decide the last bits: the machine, Python, the builds of the libraries."""
+    return {
+        "machine": platform.machine(),
+        "instruction_set": _instruction_set(),
+        "python": platform.python_version(),
+        "builds": _builds(libraries),
+    }
+
+
+def _builds(libraries: tuple[str, ...]) -> dict[str, str]:
+    """The versions of those libraries that are builds for a device: the key has the version alone."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in libraries:
+        with contextlib.suppress(PackageNotFoundError):
+            if "+" in (whole := version(name)):
+                found[name] = whole
+    return found
+
+
+_EXTENSIONS = frozenset(
+    {"avx", "avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "sve", "i8mm"}
+)
+
+
+def set_threads(threads: int) -> None:
+    """Hold the numeric libraries of this process to `threads`; to be called before they are imported."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = str(threads)
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(threads)

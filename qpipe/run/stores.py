@@ -1,0 +1,44 @@
+"""The cache that a config names: on this machine, and the shared one behind it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from qpipe.cache.store import Store
+from qpipe.errors import ConfigError
+from qpipe.language.spec import PipelineSpec
+
+
+def open_local_store(spec: PipelineSpec) -> Store:
+    """The cache on this machine: `cache.dir`, else $QPIPE_CACHE_DIR, else the user's cache folder."""
+    return Store(_cache_folder(spec))
+
+
+def open_store(spec: PipelineSpec) -> Store:
+    """The cache on this machine, with `cache.remote` behind it where there is one."""
+    if spec.remote is None:
+        return open_local_store(spec)
+    if spec.remote.url.startswith("memory:") and spec.run.workers != 0:
+        raise ConfigError(
+            f"cache.remote: '{spec.remote.url}' lives in one process, and workers are others. Set run.workers=0."
+        )
+    from qpipe.cache.shared.objects import check_url, folder_of
+    from qpipe.cache.shared.remote import Remote
+    from qpipe.cache.shared.tier import TieredStore
+
+    folder = _cache_folder(spec)
+    if check_url(spec.remote.url) == "file" and folder_of(spec.remote.url).resolve() == folder.resolve():
+        raise ConfigError(
+            f"cache.remote: '{spec.remote.url}' is the local cache itself. Name another folder."
+        )
+    return TieredStore(folder, Remote(spec.remote))
+
+
+def _cache_folder(spec: PipelineSpec) -> Path:
+    folder = spec.cache_dir or os.environ.get("QPIPE_CACHE_DIR")
+    if not folder:
+        from platformdirs import user_cache_dir
+
+        folder = user_cache_dir("qpipe")
+    return Path(folder).expanduser().absolute()
