@@ -3,7 +3,8 @@
     @stage(version=1, config={"data": "calibration"})
     def adaround(model: Model, data: Samples, *, beam: Annotated[int, Range(ge=1)] = 8, ctx: Context = NULL) -> Model:
 
-- a **port** is a parameter annotated with an artifact kind (`Model`, `Samples`, …); `Kind | None = None` makes it
+- a **port** is a parameter annotated with an artifact kind (`Network`, `Samples`, …; `Model` for a network with all its
+  methods at hand, and all their code in the key); `Kind | None = None` makes it
   optional, `list[Kind]` lets it take many;
 - every other parameter is a **param**, except `ctx`;
 - the outputs are the return annotation: one kind, or a NamedTuple of kinds.
@@ -20,6 +21,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar, Union, get_args, get_origin
 
+from qpipe.artifacts.artifact import FACE_MODULE, NETWORK_MODULE
 from qpipe.artifacts.kinds import Encodings, Files, Samples, Scores, Statistics
 from qpipe.param import Factory, Range, is_ambiguous
 
@@ -76,19 +78,24 @@ class Context:
 NULL = Context()
 
 
-class _ModelKind:
+class _Face:
     """Stands for `qpipe.model.Model` where an annotation is resolved: importing the real one would import onnx."""
 
 
+class _Network:
+    """Stands for `qpipe.model.Network` in the same way."""
+
+
 KIND_TYPES: dict[str, type] = {
-    "Model": _ModelKind,
+    "Model": _Face,
+    "Network": _Network,
     "Samples": Samples,
     "Statistics": Statistics,
     "Encodings": Encodings,
     "Scores": Scores,
     "Files": Files,
 }
-_KIND_NAMES = {kind: name for name, kind in KIND_TYPES.items()}
+_KIND_NAMES = {kind: name for name, kind in KIND_TYPES.items()} | {_Network: "Model"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +106,8 @@ class Port:
     kind: str
     optional: bool = False
     many: bool = False
+    face: bool = False
+    """Whether a model is handed over as a `Model` with all its methods, rather than as a `Network`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,8 +143,11 @@ class Stage:
     @property
     def modules(self) -> tuple[str, ...]:
         """Where its function was written and, where that is another one, the module that hands it out: what a decorator
-        of a third module makes of a function says that it comes from where the function was written."""
-        return tuple(dict.fromkeys((self.module, self.address.partition(":")[0] or self.module)))
+        of a third module makes of a function says that it comes from where the function was written. And the modules
+        of the models that it is handed, whose methods it may call without an import of its own."""
+        models = [port for port in self.ports.values() if port.kind == "Model"]
+        handed = sorted({FACE_MODULE if port.face else NETWORK_MODULE for port in models})
+        return tuple(dict.fromkeys((self.module, self.address.partition(":")[0] or self.module, *handed)))
 
     @property
     def origin(self) -> str:
@@ -216,21 +228,28 @@ def describe_function(
 def _kind(hint: Any) -> str | None:
     if hint in _KIND_NAMES:
         return _KIND_NAMES[hint]
-    real_model = (
-        isinstance(hint, type) and hint.__name__ == "Model" and hint.__module__.startswith("qpipe.model")
+    return (
+        "Model" if _is_real(hint, "Model", FACE_MODULE) or _is_real(hint, "Network", NETWORK_MODULE) else None
     )
-    return "Model" if real_model else None
+
+
+def _is_real(hint: Any, name: str, module: str) -> bool:
+    return isinstance(hint, type) and (hint.__name__, hint.__module__) == (name, module)
 
 
 def _port(name: str, hint: Any) -> Port | None:
     if kind := _kind_or_none(hint):
-        return Port(name, kind)
+        return Port(name, kind, face=hint is _Face or _is_real(hint, "Model", FACE_MODULE))
     arguments = get_args(hint)
     if get_origin(hint) in (Union, types.UnionType) and type(None) in arguments:
         inner = _port(name, next(argument for argument in arguments if argument is not type(None)))
         return dataclasses.replace(inner, optional=True) if inner and len(arguments) == 2 else None
-    if get_origin(hint) is list and (kind := _kind_or_none(arguments[0])):
-        return Port(name, kind, many=True)
+    if (
+        get_origin(hint) is list
+        and (inner := _port(name, arguments[0]))
+        and not (inner.many or inner.optional)
+    ):
+        return dataclasses.replace(inner, many=True)
     return None
 
 

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from qpipe.methods.rounding.layerwise import Rounded
-    from qpipe.model import Layer, Model
+    from qpipe.model.network.network import Network
+    from qpipe.model.structure.layers import Layer
 
 READ_BY = {
     "gram": ("beam", "scale_search", "bias_correction", "positions"),
@@ -49,7 +50,7 @@ def refuse_unread(given: Mapping[str, Any]) -> None:
             )
 
 
-def with_biases(model: Model) -> Model:
+def with_biases(model: Network) -> Network:
     """The model with a bias of its own for each layer to be tuned; a MatMul without one stays without."""
     from qpipe.methods.rounding.walk import tunable_layers
     from qpipe.model.structure.channels import bias_vector, own_bias, set_bias
@@ -74,7 +75,7 @@ def refuse_untunable(layers: tuple[Layer, ...], reasons: Mapping[str, str]) -> N
 
 @stage(version=1, config={"data": "calibration", "seed": "${seed}"}, check=refuse_unread)
 def adaround(
-    model: Model,
+    model: Network,
     data: Samples,
     *,
     solver: Literal["gram", "gradient"] = "gram",
@@ -93,7 +94,7 @@ def adaround(
     warm_start: Annotated[float, Range(ge=0, lt=1)] = 0.2,
     early_stop: Annotated[int, Range(ge=0)] = 0,
     ctx: Context = NULL,
-) -> Model:
+) -> Network:
     """The model with tuned weights, frozen on their grids; `metadata["adaround"]` reports each layer.
 
     Both solvers: `asymmetric` false tunes on the float model's inputs; `limit` takes that many samples,
@@ -106,13 +107,13 @@ def adaround(
     refuse_unread(locals())
     from qpipe.methods.rounding.layerwise import round_by_gradient, round_by_gram
     from qpipe.methods.rounding.walk import Walk, tunable_layers
-    from qpipe.model.simulation.run import thinned
+    from qpipe.model.simulation.samples import thinned
     from qpipe.numerics.rounding.gradient import GradientOptions
     from qpipe.numerics.rounding.gram import GramOptions
 
     source = with_biases(model) if solver == "gram" and bias_correction else model
     layers, reasons = tunable_layers(source)
-    if not layers and model.metadata.get("quantized_source"):
+    if not layers and model.facts.came_quantized:
         ctx.note(
             "The model came quantized, and its weights stay on their grids: adaround leaves it as it is."
         )

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from qpipe.methods.mixing.choices import Choices
-    from qpipe.model import Model
+    from qpipe.model.network.network import Network
     from qpipe.numerics.grid import Encoding
 
 Metric = Literal["top1", "top5", "sqnr_db", "cosine", "mse"]
@@ -42,7 +42,7 @@ FLOAT = "float"
 class Mixed(NamedTuple):
     """What amp returns: the model, and how it was found."""
 
-    model: Model
+    model: Network
     scores: Scores
 
 
@@ -108,7 +108,7 @@ def refuse(given: Mapping[str, Any]) -> None:
 
 
 def find(
-    model: Model, data: Mapping[str, Any], schemes: Mapping[str, Scheme | None], target: Target,
+    model: Network, data: Mapping[str, Any], schemes: Mapping[str, Scheme | None], target: Target,
     batch_size: int, ctx: Context,
 ) -> tuple[Choices, Any]:  # fmt: skip
     """The groups of `model` with the grids of every candidate, and the observers that made them."""
@@ -145,7 +145,7 @@ def find(
     check=refuse,
 )  # fmt: skip
 def amp(
-    model: Model,
+    model: Network,
     calibration: Samples,
     evaluation: Samples,
     choice: Scores | None = None,
@@ -180,10 +180,9 @@ def amp(
     from qpipe.methods.mixing.judge import Judge
     from qpipe.methods.mixing.mix import Problem, report, solve
     from qpipe.methods.mixing.sensitivity import GramSensitivity, loss_of, score_alone
-    from qpipe.model.simulation.run import thinned
+    from qpipe.model.simulation.samples import thinned
 
-    if target.bias != model.metadata.get("biases", "int32"):
-        model = model.with_metadata({"biases": target.bias})
+    model = model.with_facts(biases=target.bias)
     used = scheme if choice is None else with_observers(scheme, choice.values)
     function = None if metric in get_args(Metric) else load_factory(metric)
 

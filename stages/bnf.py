@@ -7,7 +7,7 @@
 The layer before takes precedence. The layer behind can take it where nothing pads with zeros in between,
 since a zero that was padded was never shifted. What neither can take becomes Mul and Add, and is listed.
 After folding into the layer before, its outputs are distributed around beta with the spread gamma:
-`folded_statistics` keeps both, per channel.
+`facts.statistics` keep both, per channel.
 
 Assumes: BatchNormalization in inference mode with constant parameters. Arithmetic in float64, rounded once to
 float32.
@@ -21,7 +21,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
-from qpipe.errors import InputError
 from qpipe.stage import NULL, Context, stage
 
 if TYPE_CHECKING:
@@ -29,8 +28,9 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
 
-    from qpipe.model import Editor, Layer, Model
+    from qpipe.model.network.network import Editor, Network
     from qpipe.model.structure.channels import Way
+    from qpipe.model.structure.layers import Layer
 
     Vector = NDArray[np.float64]
     Fold = Callable[[Vector, Vector, Vector, Vector], tuple[Vector, Vector]]
@@ -180,6 +180,7 @@ def fold(editor: Editor, norm: ir.Node, layers: dict[str, Layer]) -> tuple[str, 
     """
     from dataclasses import replace
 
+    from qpipe.model.network.facts import Spread
     from qpipe.model.structure.channels import Blocked, dims
 
     found = read_affine(norm)
@@ -189,12 +190,13 @@ def fold(editor: Editor, norm: ir.Node, layers: dict[str, Layer]) -> tuple[str, 
     data, name = norm.inputs[0], str(norm.outputs[0].name)
     assert data is not None
     if layer := layer_before(data, layers):
-        statistics = editor.metadata.setdefault("folded_statistics", {})
+        statistics = dict(editor.facts.statistics)
         statistics.pop(layer.output, None)  # of an earlier normalization, one of two in a row
         producer = data.producer()
         direct = producer is not None and str(producer.name) in layers
         output = name if direct else layer.output
-        statistics[output] = {"gamma": gamma.tolist(), "beta": beta.tolist()}
+        statistics[output] = Spread(gamma, beta)
+        editor.facts = replace(editor.facts, statistics=statistics)
         del layers[layer.add or layer.name]
         layer = replace(rewrite(editor, layer, fold_before, factor, shift), output=output)
         layers[layer.add or layer.name] = layer
@@ -221,22 +223,20 @@ def fold(editor: Editor, norm: ir.Node, layers: dict[str, Layer]) -> tuple[str, 
 
 
 @stage(version=1)
-def bnf(model: Model, *, ctx: Context = NULL) -> Model:
+def bnf(model: Network, *, ctx: Context = NULL) -> Network:
     """The model without BatchNormalization: each one folded into a layer, or written out as Mul and Add.
 
     A folded layer's output takes the name of the BatchNormalization's, since it holds the same numbers;
-    `metadata["folded_statistics"]` gives gamma and beta by that name. Errors: InputError for a quantized
+    `facts.statistics` give gamma and beta by that name. Errors: InputError for a quantized
     model.
     """
-    if model.metadata.get("quantized_source"):
-        ctx.note("The model came quantized, and its weights stay on their grids: bnf leaves it as it is.")
+    from qpipe.methods.preconditions import float_weights
+    from qpipe.model.structure.layers import find_layers
+
+    if not float_weights(model, "bnf", ctx.note):
         return model
-    if model.encodings:
-        raise InputError(
-            "bnf changes weights, and this model's are quantized already. Put bnf before quantization."
-        )
     editor = model.edit()
-    layers = {layer.add or layer.name: layer for layer in model.layers()}
+    layers = {layer.add or layer.name: layer for layer in find_layers(model)}
     went: dict[str, list[str]] = {}
     for norm in [node for node in editor.graph if node.op_type == "BatchNormalization"]:
         place, reason = fold(editor, norm, layers)

@@ -23,7 +23,7 @@ from qpipe.stage import NULL, Context, Range, Samples, Scores, stage
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from qpipe.model import Model
+    from qpipe.model.network.network import Network
 
 
 def chosen(scheme: Scheme, choice: Scores | None, granularity: Granularity | None) -> Scheme:
@@ -49,7 +49,7 @@ def refuse_scheme(given: Mapping[str, Any]) -> None:
     check=refuse_scheme,
 )
 def calibrate(
-    model: Model,
+    model: Network,
     data: Samples,
     choice: Scores | None = None,
     *,
@@ -59,7 +59,7 @@ def calibrate(
     batch_size: Annotated[int, Range(ge=1)] = 32,
     limit: Annotated[int, Range(ge=1)] | None = None,
     ctx: Context = NULL,
-) -> Model:
+) -> Network:
     """The model with an encoding for every weight and activation that `target` quantizes.
 
     `choice`, from `quantscheme_select`, replaces the scheme's observers; `weight_granularity` replaces the
@@ -74,7 +74,7 @@ def calibrate(
         weight_encodings,
     )
     from qpipe.methods.placement.placement import place
-    from qpipe.model.simulation.run import thinned
+    from qpipe.model.simulation.samples import thinned
 
     target.check(scheme)
     placement = place(model, target, chosen(scheme, choice, weight_granularity))
@@ -87,8 +87,6 @@ def calibrate(
     kept = {name: e for name, e in sorted(model.encodings.items()) if e.frozen and name in model.params}
     encodings = {**kept, **activation_encodings(placement, observers), **weight_encodings(model, placement)}
     if kept:
-        why = "The model came quantized" if model.metadata.get("quantized_source") else "Tuned before"
+        why = "The model came quantized" if model.facts.came_quantized else "Tuned before"
         ctx.note(f"{why}, so their grid stays: {', '.join(kept)}.")
-    if target.bias != model.metadata.get("biases", "int32"):
-        model = model.with_metadata({"biases": target.bias})
-    return model.with_encodings(encodings)
+    return model.with_facts(biases=target.bias).with_encodings(encodings)

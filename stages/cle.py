@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from qpipe.methods.equalization.links import Link
-    from qpipe.model import Editor, Layer, Model
+    from qpipe.model.network.network import Editor, Network
+    from qpipe.model.structure.layers import Layer
 
     Vector = NDArray[np.float64]
 
@@ -140,12 +141,13 @@ def apply(
     """Divide each layer's rows, bias and folded statistics by its own scale, multiply its columns by the one
     before.
     """
-    import numpy as np
+    from dataclasses import replace
 
+    from qpipe.model.network.facts import Spread
     from qpipe.model.structure.channels import bias_vector, grouped, own, set_bias, ungrouped
 
     into = {link.second: link for link in links.values()}
-    statistics = editor.metadata.get("folded_statistics", {})
+    statistics = dict(editor.facts.statistics)
     for name in sorted(set(links) | set(into)):
         layer = own(editor, layers[name])
         weight = grouped(editor.param(layer.weight), layer.groups, layer.channel_axis)
@@ -158,16 +160,15 @@ def apply(
             if layer.bias is not None:
                 set_bias(editor, layer, bias_vector(editor, layer) / totals[name])
             if layer.output in statistics:
-                found = statistics[layer.output]
-                statistics[layer.output] = {
-                    key: (np.array(found[key]) / totals[name]).tolist() for key in found
-                }
+                spread = statistics[layer.output]
+                statistics[layer.output] = Spread(spread.gamma / totals[name], spread.beta / totals[name])
         editor.set_param(layer.weight, ungrouped(weight, layer.weight_shape, layer.channel_axis))
+    editor.facts = replace(editor.facts, statistics=statistics)
 
 
 @stage(version=1, config={"data": "calibration"})
 def cle(
-    model: Model,
+    model: Network,
     data: Samples | None = None,
     *,
     iterations: Annotated[int, Range(ge=1)] = 100,
@@ -177,7 +178,7 @@ def cle(
     relu6: Literal["exact", "replace_if_unused"] = "exact",
     norms: bool = False,
     ctx: Context = NULL,
-) -> Model:
+) -> Network:
     """The model with its channels' ranges equalized across layers; it computes the same, which is measured.
 
     At most `iterations` passes over all rows of layers, fewer once no scale moves by more than `tolerance`
@@ -186,13 +187,10 @@ def cle(
     largest error and each layer left as it was, with the reason, are in `metadata["cle"]`. Errors: InputError
     for a quantized model or missing data; StageError where the outputs moved by more than 1e-3.
     """
-    if model.metadata.get("quantized_source"):
-        ctx.note("The model came quantized, and its weights stay on their grids: cle leaves it as it is.")
+    from qpipe.methods.preconditions import float_weights
+
+    if not float_weights(model, "cle", ctx.note):
         return model
-    if model.encodings:
-        raise InputError(
-            "cle changes weights, and this model's are quantized already. Put cle before quantization."
-        )
     if relu6 == "replace_if_unused" and data is None:
         raise InputError(
             "relu6: replace_if_unused needs samples on the port `data`. Wire it, or take relu6: exact."
@@ -204,9 +202,10 @@ def cle(
     from qpipe.methods.equalization.norm_links import equalize_norms, find_norm_links, measured
     from qpipe.methods.equalization.reach import expected_reach, measured_reach, unreached
     from qpipe.model.structure.channels import grouped
+    from qpipe.model.structure.layers import find_layers
 
     editor = model.edit()
-    layers = {layer.name: layer for layer in model.layers()}
+    layers = {layer.name: layer for layer in find_layers(model)}
     links, refused = find_links(editor, layers)
     behind, stay = find_norm_links(editor, layers) if norms else ([], {})
     reached = measured(model, behind, data.arrays if data is not None else None)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from qpipe.model import Model
+    from qpipe.model.network.network import Network
 
     Outputs = Mapping[str, NDArray[Any]]
 
@@ -33,7 +33,7 @@ Metric = Literal["top1", "top5", "sqnr_db", "cosine", "mse"]
 
 def spread(data: Samples, limit: int | None) -> Samples:
     """At most `limit` of the samples, evenly spread, with their labels."""
-    from qpipe.model.simulation.run import thinned
+    from qpipe.model.simulation.samples import thinned
 
     labels = None if data.labels is None else thinned({"labels": data.labels}, limit)["labels"]
     return data if limit is None else Samples(thinned(data.arrays, limit), labels)
@@ -41,9 +41,9 @@ def spread(data: Samples, limit: int | None) -> Samples:
 
 @stage(version=1, config={"data": "evaluation", "metric": "${goal.metric}"})
 def evaluate(
-    model: Model,
+    model: Network,
     data: Samples,
-    float_model: Model | None = None,
+    float_model: Network | None = None,
     *,
     metric: Metric | Factory = "top1",
     backend: Literal["simulation", "onnxruntime"] = "simulation",
@@ -65,7 +65,7 @@ def evaluate(
     data = spread(data, limit)
     own = metric not in get_args(Metric)
 
-    def outputs_of(scored: Model, simulated: bool) -> Outputs:
+    def outputs_of(scored: Network, simulated: bool) -> Outputs:
         return run(
             scored, data.arrays, batch_size=batch_size, quantized=simulated, backend=backend,
             device=ctx.device, progress=lambda done, total: ctx.progress(done, total, "samples"),

@@ -18,7 +18,7 @@ from qpipe.stage import NULL, Context, Files, stage
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from qpipe.model import Model
+    from qpipe.model.network.network import Network
 
 
 def loads(path: Path) -> str:
@@ -37,7 +37,7 @@ def loads(path: Path) -> str:
 
 @stage(version=1)
 def export(
-    model: Model, *, encodings_format: Literal["0.6.1", "1.0.0", "2.0.0"] = "1.0.0", ctx: Context = NULL
+    model: Network, *, encodings_format: Literal["0.6.1", "1.0.0", "2.0.0"] = "1.0.0", ctx: Context = NULL
 ) -> Files:
     """model.onnx in QDQ form, encodings.json and weights.safetensors; model.onnx alone for a float model.
 

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from qpipe.methods.equalization.links import Link
-    from qpipe.model import Editor, Layer, Model
+    from qpipe.model.network.network import Editor, Network
+    from qpipe.model.structure.layers import Layer
 
     Vector = NDArray[np.float64]
 
@@ -129,12 +130,12 @@ def hand_on(editor: Editor, layers: dict[str, Layer], link: Link, constant: Vect
 
 @stage(version=1)
 def hbf(
-    model: Model,
+    model: Network,
     data: Samples | None = None,
     *,
     deviations: Annotated[float, Range(ge=0)] = 3.0,
     ctx: Context = NULL,
-) -> Model:
+) -> Network:
     """The model whose layers hand the constant part of their activations on to the next layer, where that is
     right.
 
@@ -143,41 +144,38 @@ def hbf(
     layers that were left and the reason. Errors: InputError for a quantized model, and for one without folded
     statistics.
     """
-    import numpy as np
+    from dataclasses import replace
 
     from qpipe.methods.comparison.compare import outputs_error
     from qpipe.methods.equalization.links import find_links
+    from qpipe.methods.preconditions import float_weights
+    from qpipe.model.network.facts import Spread
+    from qpipe.model.structure.layers import find_layers
 
-    if model.metadata.get("quantized_source"):
-        ctx.note("The model came quantized, and its weights stay on their grids: hbf leaves it as it is.")
+    if not float_weights(model, "hbf", ctx.note):
         return model
-    if model.encodings:
-        raise InputError(
-            "hbf changes biases, and this model is quantized already. Put hbf before quantization."
-        )
-    statistics = model.metadata.get("folded_statistics")
-    if not statistics:
+    if not model.facts.statistics:
         raise InputError(
             "hbf needs the statistics of folded normalizations, and the model has none. Put bnf before."
         )
     editor = model.edit()
-    layers = {layer.name: layer for layer in model.layers()}
+    layers = {layer.name: layer for layer in find_layers(model)}
     links, left = find_links(editor, layers)
-    handed: dict[str, float] = {}
+    statistics, handed = dict(model.facts.statistics), dict[str, float]()
     for name, link in links.items():
-        found = editor.metadata["folded_statistics"].get(layers[name].output)
-        if found is None:
+        spread = statistics.get(layers[name].output)
+        if spread is None:
             left[name] = "no normalization was folded into it"
             continue
         if reason := hindrance(link):
             left[name] = reason
             continue
-        gamma, beta = np.array(found["gamma"]), np.array(found["beta"])
-        constant = capped(link, absorbed(gamma, beta, deviations))
+        constant = capped(link, absorbed(spread.gamma, spread.beta, deviations))
         if constant.any():
             hand_on(editor, layers, link, constant)
-            found["beta"] = (beta - constant).tolist()
+            statistics[layers[name].output] = Spread(spread.gamma, spread.beta - constant)
             handed[name] = float(constant.max())
+    editor.facts = replace(editor.facts, statistics=statistics)
     result = editor.model()
     error = outputs_error(model, result, data.arrays if data is not None else None)
     ctx.note(f"{len(handed)} layers handed a constant on; the outputs moved by {error:.1e} (relative).")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from qpipe.model import Model
+    from qpipe.model.network.network import Network
 
     Arrays = dict[str, NDArray[Any]]
 
@@ -61,18 +61,18 @@ def example_from(module: torch.nn.Module, data: Samples | None, factory: str) ->
     )
 
 
-def from_module(module: torch.nn.Module, example: Any, data: Samples | None) -> Model:
+def from_module(module: torch.nn.Module, example: Any, data: Samples | None) -> Network:
     """The module as a model; a single input takes the name that the samples give it."""
-    from qpipe.model import Model
+    from qpipe.model.torch_export.exporter import from_torch
 
-    model = Model.from_torch(module, example)
+    model = from_torch(module, example)
     names = list(data.arrays) if data is not None else []
     if len(names) == len(model.inputs) == 1 and names[0] != model.inputs[0].name:
-        model = Model.from_torch(module, example, input_names=names)
+        model = from_torch(module, example, input_names=names)
     return model
 
 
-def on_example(module: torch.nn.Module, example: Any, model: Model) -> tuple[Arrays, list[Any]]:
+def on_example(module: torch.nn.Module, example: Any, model: Network) -> tuple[Arrays, list[Any]]:
     """The example as arrays by the model's input names, and the outputs of `module`, in eval mode, for it.
 
     Both in float32, which the model has whatever the module's type is.
@@ -102,15 +102,17 @@ def on_example(module: torch.nn.Module, example: Any, model: Model) -> tuple[Arr
     return fed, [leaf.numpy() for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
-def largest_error(model: Model, fed: Arrays, wanted: list[Any]) -> float:
+def largest_error(model: Network, fed: Arrays, wanted: list[Any]) -> float:
     """max |y - y'| / max |y| over the outputs, of the model in onnxruntime and of its torch module."""
     import torch
 
-    from qpipe.methods.comparison.check import relative_error
+    from qpipe.methods.comparison.compare import relative_error
+    from qpipe.model.runtime.session import make_session
+    from qpipe.model.simulation.module import to_torch
 
-    found = model.session(quantized=False).run(None, fed)
+    found = make_session(model, quantized=False).run(None, fed)
     with torch.no_grad():
-        returned = model.to_torch(quantized=False, shared=True)(
+        returned = to_torch(model, quantized=False, shared=True)(
             *(torch.as_tensor(fed[spec.name]) for spec in model.inputs)
         )
     computed = [returned] if isinstance(returned, torch.Tensor) else list(returned)
@@ -154,7 +156,7 @@ def load_model(
     weights: Path | None = None,
     encodings: Path | None = None,
     ctx: Context = NULL,
-) -> Model:
+) -> Network:
     """The model in an ONNX file (`path`), or the one that a Python function builds (`factory`), canonical.
 
     A file in QDQ form gives the float model with its grids: those of weights stay in every later stage, those of
@@ -168,11 +170,13 @@ def load_model(
     else.
     """
     from qpipe.methods.comparison.check import TOLERANCE, first_difference, verify_import
-    from qpipe.model import Model
+    from qpipe.model.canon.form import canonical_network
+    from qpipe.model.files.encodings_reader import with_encodings_file
+    from qpipe.model.files.onnx_reader import read_onnx
 
     refuse_sources(locals())
     if path is not None:
-        model = Model.load(path)
+        model = canonical_network(read_onnx(path))
         found = verify_import(model, path)
         if not found["equal"]:
             refuse(path.name, max(found["onnxruntime"], found["torch"]), found["first_difference"])
@@ -193,7 +197,7 @@ def load_model(
     for note in model.metadata.get("notes", []):
         ctx.note(note)
     if encodings is not None:
-        model = model.with_encodings_file(encodings)
+        model = with_encodings_file(model, encodings)
     if model.encodings:
         kept = sum(encoding.frozen for encoding in model.encodings.values())
         ctx.note(

@@ -18,17 +18,17 @@ from qpipe.errors import InputError
 from qpipe.stage import NULL, Context, stage
 
 if TYPE_CHECKING:
-    from qpipe.model import Model
+    from qpipe.model.network.network import Network
 
 
-def open_weights(model: Model) -> list[str]:
+def open_weights(model: Network) -> list[str]:
     """The initializers that have an encoding which is not frozen, in the order of their names."""
     params = model.params
     return [name for name in sorted(model.encodings) if name in params and not model.encodings[name].frozen]
 
 
 @stage(version=1)
-def nearest(model: Model, *, ctx: Context = NULL) -> Model:
+def nearest(model: Network, *, ctx: Context = NULL) -> Network:
     """The model with every quantized weight rounded to its grid and frozen.
 
     Errors: InputError where no weight has an encoding, or one holds a nan.

@@ -20,7 +20,7 @@ from qpipe.stage import NULL, Context, Range, Samples, Scores, stage
 
 if TYPE_CHECKING:
     from qpipe.methods.comparison.parity import ParityReport
-    from qpipe.model import Model
+    from qpipe.model.network.network import Network
 
 
 def difference(report: ParityReport) -> str | None:
@@ -64,9 +64,9 @@ def origin(report: ParityReport) -> str | None:
     )
 
 
-def bias_rounding(model: Model, report: ParityReport) -> str | None:
+def bias_rounding(model: Network, report: ParityReport) -> str | None:
     """What onnxruntime does to float biases, where that may be why units do not agree; None elsewhere."""
-    if report.agree or model.metadata.get("biases") != "float":
+    if report.agree or model.facts.biases != "float":
         return None
     return (
         "The target keeps biases in float. onnxruntime, which stands in for its engine here, rounds them to int32, "
@@ -76,7 +76,7 @@ def bias_rounding(model: Model, report: ParityReport) -> str | None:
 
 @stage(version=1, config={"data": "evaluation"})
 def parity(
-    model: Model,
+    model: Network,
     data: Samples,
     *,
     limit: Annotated[int, Range(ge=1)] = 64,
@@ -89,7 +89,7 @@ def parity(
     come from. Errors: InputError for a model without encodings, or data that do not fit.
     """
     from qpipe.methods.comparison.parity import parity as compare
-    from qpipe.model.simulation.run import thinned
+    from qpipe.model.simulation.samples import thinned
 
     report = compare(model, thinned(data.arrays, limit), batch_size=batch_size)
     for sentence in (difference(report), bias_rounding(model, report), origin(report)):

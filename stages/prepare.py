@@ -15,13 +15,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from qpipe.errors import InputError, StageError
+from qpipe.errors import StageError
 from qpipe.stage import NULL, Context, Range, Samples, stage
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from qpipe.model import Editor, Model
+    from qpipe.model.network.network import Editor, Network
 
 
 def scale_into_parameters(editor: Editor, node: ir.Node) -> bool:
@@ -59,28 +59,29 @@ def widen_bias(editor: Editor, node: ir.Node) -> bool:
     return True
 
 
-def separate(model: Model, weights: bool) -> tuple[Model, list[str]]:
+def separate(model: Network, weights: bool) -> tuple[Network, list[str]]:
     """The model whose layers each have a bias (and a weight) of their own, and the names that were shared."""
     from qpipe.model.structure.channels import own_bias
+    from qpipe.model.structure.layers import find_layers
     from qpipe.model.structure.sharing import shared_weights, with_own_weights
 
     if weights:
         return with_own_weights(model), list(shared_weights(model))
     editor = model.edit()
-    shared = {str(layer.bias) for layer in model.layers() if own_bias(editor, layer) != layer}
+    shared = {str(layer.bias) for layer in find_layers(model) if own_bias(editor, layer) != layer}
     return (editor.model(), sorted(shared)) if shared else (model, [])
 
 
 @stage(version=1, config={"data": "calibration"})
 def prepare(
-    model: Model,
+    model: Network,
     data: Samples | None = None,
     *,
     tied_weights: Literal["keep", "copy"] = "keep",
     verify: bool = True,
     tolerance: Annotated[float, Range(gt=0)] = 1e-4,
     ctx: Context = NULL,
-) -> Model:
+) -> Network:
     """The model as later stages want it; what it computes is the same, which is measured unless `verify` is
     false.
 
@@ -90,22 +91,21 @@ def prepare(
     more than `tolerance`.
     """
     from qpipe.methods.comparison.compare import outputs_error
-    from qpipe.model import Model
-    from qpipe.model.simulation.run import fitting
+    from qpipe.methods.preconditions import float_weights
+    from qpipe.model.canon.form import canonical_network
+    from qpipe.model.simulation.samples import fitting
+    from qpipe.model.structure.layers import find_layers
     from qpipe.model.structure.sharing import shared_weights
 
-    if model.metadata.get("quantized_source"):
-        ctx.note("The model came quantized, and its weights stay on their grids: prepare leaves it as it is.")
+    if not float_weights(model, "prepare", ctx.note):
         return model
-    if model.encodings:
-        raise InputError("prepare takes a float model, and this one is quantized already. Put prepare first.")
     if data is not None:
         fitting(model, data.arrays)
     editor = model.edit()
     gemms = [node for node in editor.graph if node.op_type == "Gemm" and not node.domain]
     scaled = [str(node.name) for node in gemms if scale_into_parameters(editor, node)]
     widened = [str(node.name) for node in gemms if widen_bias(editor, node)]
-    result, shared = separate(Model.from_proto(editor.ir), tied_weights == "copy")
+    result, shared = separate(type(model).of(canonical_network(editor.ir.clone())), tied_weights == "copy")
     report: dict[str, object] = {"scaled": scaled, "widened": widened, "separated": shared}
     if verify:
         error = outputs_error(model, result)
@@ -116,11 +116,11 @@ def prepare(
         ctx.note(f"The outputs moved by {error:.1e} (relative) on random inputs.")
         report["largest_relative_error"] = float(f"{error:.1e}")
     ctx.note(
-        f"{result.graph.num_nodes()} nodes, {len(result.layers())} layers, {len(shared)} parameters separated."
+        f"{result.graph.num_nodes()} nodes, {len(find_layers(result))} layers, {len(shared)} parameters separated."
     )
     if kept := shared_weights(result):
         ctx.note(
             f"Several nodes share {', '.join(map(repr, kept))}; tied_weights: copy gives each layer a weight of its "
             "own, to be equalized and tuned by itself."
         )
-    return result.with_metadata({**model.metadata, "prepare": report})
+    return result.with_metadata({**model.metadata, "prepare": report}).with_facts(model.facts)

@@ -24,7 +24,7 @@ from qpipe.stage import NULL, Context, Range, Samples, Scores, stage
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from qpipe.model import Model
+    from qpipe.model.network.network import Network
     from qpipe.numerics.grid import Encoding
 
     Encodings = Mapping[str, Encoding]
@@ -105,15 +105,16 @@ def drowned(rows: list[dict[str, Any]], metric: str) -> bool:
 
 
 def scored(
-    model: Model, data: Samples, metric: str, batch_size: int, limit: int | None, ctx: Context
+    model: Network, data: Samples, metric: str, batch_size: int, limit: int | None, ctx: Context
 ) -> Callable[[Encodings], float]:
     """A function that scores the model with given encodings against the float model, on `data`."""
-    from qpipe.model.simulation.run import run, thinned
+    from qpipe.model.simulation.run import run
+    from qpipe.model.simulation.samples import thinned
     from qpipe.numerics.metrics import METRICS
 
     samples = thinned(data.arrays, limit)
 
-    def outputs(candidate: Model, quantized: bool) -> dict[str, Any]:
+    def outputs(candidate: Network, quantized: bool) -> dict[str, Any]:
         return run(candidate, samples, batch_size=batch_size, quantized=quantized, device=ctx.device)
 
     reference = outputs(model, False)
@@ -132,7 +133,7 @@ def scored(
     check=refuse_trials,
 )
 def quantscheme_select(
-    model: Model,
+    model: Network,
     calibration: Samples,
     evaluation: Samples | None = None,
     *,
@@ -160,7 +161,7 @@ def quantscheme_select(
         weight_encodings,
     )
     from qpipe.methods.placement.placement import place
-    from qpipe.model.simulation.run import thinned
+    from qpipe.model.simulation.samples import thinned
 
     scheme = with_granularity(scheme, weight_granularity)
     observers = observed(

@@ -29,7 +29,7 @@ from onnx import numpy_helper
 from qpipe.errors import InputError
 from qpipe.model.model import Model
 from qpipe.model.simulation.constants import array_of, tensor_of
-from qpipe.model.simulation.run import fitting
+from qpipe.model.simulation.samples import fitting
 
 Array = npt.NDArray[Any]
 Outcome = Literal["passed", "not supported", "failed"]

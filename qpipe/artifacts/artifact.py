@@ -57,24 +57,33 @@ class Kind:
 
     name: str
     module: str
+    type: str
 
     def holds(self, value: object) -> bool:
         """Whether `value` is of this kind; a class that was never imported has no values."""
         module = sys.modules.get(self.module)
-        return module is not None and isinstance(value, getattr(module, self.name))
+        return module is not None and isinstance(value, getattr(module, self.type))
 
     def load(self, meta: Json, read: Read) -> Any:
         """The value that was packed as `meta` and the blobs that `read` returns by name."""
         module = sys.modules.get(self.module) or importlib.import_module(self.module)
-        return getattr(module, self.name).unpack(meta, read)
+        return getattr(module, self.type).unpack(meta, read)
 
 
+FACE_MODULE = "qpipe.model.model"
+NETWORK_MODULE = "qpipe.model.network.network"
 KINDS: Mapping[str, Kind] = {
-    "Model": Kind("Model", "qpipe.model.model"),
+    "Model": Kind("Model", NETWORK_MODULE, "Network"),
     **{
-        name: Kind(name, kinds.__name__) for name in ("Samples", "Statistics", "Encodings", "Scores", "Files")
+        name: Kind(name, kinds.__name__, name)
+        for name in ("Samples", "Statistics", "Encodings", "Scores", "Files")
     },
 }
+
+
+def with_face(value: Any) -> Any:
+    """A Network as a `Model`, with all that can be done with one at hand, for a stage that asks for it."""
+    return importlib.import_module(FACE_MODULE).Model.of(value)
 
 
 def kind_of(value: object) -> str:

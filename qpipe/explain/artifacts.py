@@ -156,6 +156,6 @@ def _model_difference(old: Any, new: Any) -> str:
     return (
         arrays_difference("tensor", old.params, new.params)
         or _encodings_difference(old.encodings, new.encodings)
-        or json_difference(dict(old.metadata), dict(new.metadata))
+        or json_difference({**old.facts.to_json(), **old.metadata}, {**new.facts.to_json(), **new.metadata})
         or "the graph: its nodes, attributes or names"
     )

@@ -9,6 +9,7 @@ formula runs, and the format of its artifacts has a version of its own in every 
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import sys
@@ -28,7 +29,7 @@ FORMULA = frozenset({"", "demo", "mapped", "methods", "model", "numerics", "stag
 """The parts of qpipe that results are made by; the others decide when a formula runs, never what it gives."""
 
 _FORM = 1  # the version of the normal form
-_READING = 2  # the version of what a memo holds of a source: its digest, and the imports found in it
+_READING = 3  # the version of what a memo holds of a source: its digest, and the imports found in it
 _DISTRIBUTIONS = {"PIL": "pillow", "cv2": "opencv-python", "sklearn": "scikit-learn", "yaml": "PyYAML"}
 """Import names that are no distribution names, so common that the search of all packages is spared."""
 _NONE = "-"  # remembered of a package that belongs to no distribution
@@ -105,8 +106,11 @@ class CodeIndex:
             raise ConfigError(f"no module '{root}' was found{where}.")
         reach = _Reach({}, {})
         pending, seen = [root], {root}
+        entered, opened = set[str](), set[str]()  # whose imports count, and whose lazy ones do too
         while pending:
-            for module in finder.chain(pending.pop()):
+            chain = list(finder.chain(pending.pop()))
+            asked = chain[-1].name if chain else ""  # the module itself, or the one that is asked for an attribute
+            for module in chain:
                 top = module.name.partition(".")[0]
                 party = module.party(own)
                 if party == "library" and (top in reach.libraries or self._distributions(top, module.location())):
@@ -115,11 +119,19 @@ class CodeIndex:
                     party = "first"  # no version says when it changes: a copy, a link
                 if party != "first":
                     break
-                if module.file is None or module.name in reach.modules or module.name == "qpipe":
+                if module.file is None or module.name == "qpipe":
                     continue
                 analysis = self._analysis(module.file)
-                reach.modules[module.name] = analysis.digest
-                wanted = dict.fromkeys(_targets(module, analysis.imports, finder))
+                imports: tuple[Import, ...] = ()
+                if module.name not in entered:
+                    entered.add(module.name)
+                    imports = analysis.imports
+                    if not analysis.is_empty:
+                        reach.modules[module.name] = analysis.digest
+                if module.name == asked and module.name not in opened:
+                    opened.add(module.name)
+                    imports += analysis.lazy
+                wanted = dict.fromkeys(_targets(module, imports, finder))
                 pending += [name for name in wanted if name not in seen]
                 seen |= wanted.keys()
         return reach
@@ -319,6 +331,8 @@ def _targets(module: _Module, imports: tuple[Import, ...], finder: _Finder) -> I
             base = module.name if module.folders else ""
         if not base:
             continue
+        if not item.level and not item.names:  # `import a.b` binds a, which may then be asked for anything
+            yield from itertools.accumulate(base.split("."), "{}.{}".format)
         yield base
         for name in item.names:
             if name == EVERY:
@@ -372,15 +386,21 @@ def _version(name: str) -> str:
 
 
 def _to_json(analysis: Analysis) -> Any:
-    return [analysis.digest, [[item.level, item.module, list(item.names)] for item in analysis.imports]]
+    return [analysis.digest, *(_listed(imports) for imports in (analysis.imports, analysis.lazy))]
+
+
+def _listed(imports: Sequence[Import]) -> list[Any]:
+    return [[item.level, item.module, list(item.names)] for item in imports]
 
 
 def _from_json(value: Any) -> Analysis | None:
     """What `_to_json` wrote; None for anything else."""
     try:
-        found, imports = value
-        return Analysis(
-            found, tuple(Import(int(level), module, tuple(names)) for level, module, names in imports)
+        found, *listings = value
+        imports, lazy = (
+            tuple(Import(int(level), module, tuple(names)) for level, module, names in listing)
+            for listing in listings
         )
+        return Analysis(found, imports, lazy)
     except (TypeError, ValueError):
         return None

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from qpipe.keys.code import is_first_party, remembered_analysis
 from qpipe.keys.hashing import Memo, file_identity
+from qpipe.keys.syntax import Analysis
 
 _RACY_NS = 2_000_000_000  # as in qpipe.keys.hashing: file systems stamp times as coarsely as this
 
@@ -35,7 +36,7 @@ class _Source:
 
 
 _sources: dict[str, _Source] = {}
-_digests: dict[str, str] = {}
+_analyses: dict[str, Analysis] = {}
 _agreed: dict[str, int] = {}
 """Code digest -> how many modules were loaded when all of them last agreed with it."""
 
@@ -60,7 +61,7 @@ def differing(code: str, expected: Mapping[str, str], memo: Memo) -> list[str]:
     found = [
         name
         for name, digits in expected.items()
-        if name in _sources and not _digest(name, memo).startswith(digits)
+        if name in _sources and not _analysis(name, memo).digest.startswith(digits)
     ]
     if not found:
         _agreed[code] = count
@@ -73,16 +74,17 @@ def count() -> int:
 
 
 def loaded_since(count: int, memo: Memo) -> dict[str, str]:
-    """{name: digest} of the first-party modules that were loaded when `count` others were."""
-    return {name: _digest(name, memo) for name in list(_sources)[count:]}
+    """{name: digest} of the first-party modules with statements in them that were loaded when `count` others were."""
+    made = {name: _analysis(name, memo) for name in list(_sources)[count:]}
+    return {name: analysis.digest for name, analysis in made.items() if not analysis.is_empty}
 
 
-def _digest(name: str, memo: Memo) -> str:
-    found = _digests.get(name)
+def _analysis(name: str, memo: Memo) -> Analysis:
+    found = _analyses.get(name)
     if found is None:
         source = _sources[name]
-        found = remembered_analysis(source.file, source.identity, lambda: source.content, memo).digest
-        _digests[name] = found
+        found = remembered_analysis(source.file, source.identity, lambda: source.content, memo)
+        _analyses[name] = found
     return found
 
 
@@ -117,7 +119,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
         content = self.get_data(file)
         same = _look(file) == before
         _sources[fullname] = _Source(file, identity if same else None, content)
-        _digests.pop(fullname, None)
+        _analyses.pop(fullname, None)
         _agreed.clear()
         if same and _bytecode_is_sound(file):
             code = super().get_code(fullname)

@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from qpipe.errors import ConfigError
@@ -46,6 +47,14 @@ class Analysis:
 
     digest: str
     imports: tuple[Import, ...]
+    lazy: tuple[Import, ...] = ()
+    """Those that run only when a name is asked of the module that it does not hold: in its own `__getattr__`, and with
+    it `__all__` and what only a type checker reads. `from package.module import name` asks nothing of `package`."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no statement in it: then only its name could count."""
+        return self.digest == _empty()
 
 
 def analyse(source: bytes, file: str) -> Analysis:
@@ -58,7 +67,29 @@ def analyse(source: bytes, file: str) -> Analysis:
         raise ConfigError(f"{file}:{error.lineno or 1}: not Python, {error.msg}.") from error
     except (ValueError, RecursionError, MemoryError) as error:
         raise ConfigError(f"{file}: cannot be parsed as Python, {error or type(error).__name__}.") from error
-    return Analysis(digest("syntax", list(_tokens(tree))), tuple(dict.fromkeys(_imports(tree))))
+    made = digest("syntax", list(_tokens(tree)))
+    lazy = _lazy(tree)
+    if not lazy:
+        return Analysis(made, tuple(dict.fromkeys(_imports(tree))))
+    rest = ast.Module([node for node in tree.body if node not in lazy], [])
+    later = ast.Module(lazy, [])
+    return Analysis(made, tuple(dict.fromkeys(_imports(rest))), tuple(dict.fromkeys(_imports(later))))
+
+
+def _lazy(tree: ast.Module) -> list[ast.stmt]:
+    """The module's `__getattr__` (PEP 562) and, where there is one, `__all__` and the `if TYPE_CHECKING:` blocks."""
+    getters = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "__getattr__"]
+    names = {id(node) for getter in getters for node in ast.walk(getter)}
+    elsewhere = (node for node in ast.walk(tree) if id(node) not in names)
+    if not getters or any(isinstance(node, ast.Name) and node.id == "__getattr__" for node in elsewhere):
+        return []
+    typing = [node for node in tree.body if isinstance(node, ast.If) and _name(node.test) == "TYPE_CHECKING"]
+    assigned = [node for node in tree.body if isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign)]
+    return [
+        *getters,
+        *(node for node in typing if not node.orelse),
+        *(node for node in assigned if _is_all(node)),
+    ]
 
 
 def _tokens(tree: ast.AST) -> Iterator[object]:
@@ -193,3 +224,8 @@ def _named(text: object, levels: tuple[int, ...]) -> Iterator[Import]:
     if match:
         dots, name = match.groups()
         yield from (Import(level, name) for level in ((len(dots),) if dots else levels))
+
+
+@cache
+def _empty() -> str:
+    return analyse(b"", "").digest

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Mapping
 from typing import Any
 
-from qpipe.artifacts.artifact import Artifact, load, save
+from qpipe.artifacts.artifact import Artifact, load, save, with_face
 from qpipe.cache.store import Store
 from qpipe.errors import DamagedError, QpipeError
 from qpipe.language.catalog import catalog
@@ -37,8 +37,10 @@ def _perform(request: Request, store: Store, emit: Emit, threads: int) -> dict[s
     }
     arguments: dict[str, Any] = dict(params)
     for name, artifacts in request["inputs"].items():
-        values = [load(Artifact(*fields), store) for fields in artifacts]
-        arguments[name] = values if stage.ports[name].many else values[0]
+        values, port = [load(Artifact(*fields), store) for fields in artifacts], stage.ports[name]
+        if port.face:
+            values = [with_face(value) for value in values]
+        arguments[name] = values if port.many else values[0]
     check_code(request, store)
     context = ActionContext(request, store, emit, threads)
     if stage.takes_context:

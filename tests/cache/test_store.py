@@ -271,7 +271,8 @@ def test_a_result_of_absurd_size_is_not_read(store: Store, monkeypatch: pytest.M
 _WRITER = """
 import sys, random, pathlib, os
 from qpipe.cache.store import Store
-from qpipe.artifacts.artifact import Files, save
+from qpipe.artifacts.artifact import save
+from qpipe.artifacts.kinds import Files
 from qpipe.keys.hashing import digest
 store, start = Store(pathlib.Path(sys.argv[1])), int(sys.argv[2])
 print("ready", flush=True)
@@ -330,7 +331,8 @@ def test_two_processes_that_publish_one_key_agree_on_one_result(store: Store) ->
     program = """
 import sys, pathlib, json
 from qpipe.cache.store import Store
-from qpipe.artifacts.artifact import Scores, save
+from qpipe.artifacts.artifact import save
+from qpipe.artifacts.kinds import Scores
 store = Store(pathlib.Path(sys.argv[1]))
 artifact = save(Scores({"score": float(sys.argv[2])}), store)
 output = {"kind": artifact.kind, "digest": artifact.digest, "size_bytes": artifact.size_bytes}

@@ -123,7 +123,7 @@ def error_of_import(proto: onnx.ModelProto, model: Model | None = None) -> float
     """The largest relative error of the imported model in onnxruntime against its source there."""
     import onnxruntime
 
-    from qpipe.methods.comparison.check import random_inputs, relative_error
+    from qpipe.methods.comparison.compare import random_inputs, relative_error
 
     model = model if model is not None else Model.from_proto(proto)
     inputs = random_inputs(model)

@@ -20,6 +20,7 @@ from qpipe.errors import InputError
 from qpipe.methods.comparison.parity import parity
 from qpipe.methods.placement.target import Target
 from qpipe.model import Model
+from qpipe.model.network.facts import Spread
 from qpipe.numerics.scheme import BITWIDTHS, Scheme, TensorScheme
 from tests.model.graph_pieces import FOLDABLE, RECENT
 from tests.model.graphs import Array, Case, cases, distance, reference
@@ -178,8 +179,8 @@ def high_biases_move_on(model: Model, wanted: Mapping[str, Array], case: Case) -
     for layer, array in zip(layers, session.run(None, dict(case.feeds)), strict=True):
         axis = array.ndim - 1 if layer.op_type == "MatMul" else 1
         least = array.min(axis=tuple(a for a in range(array.ndim) if a != axis)).astype(float)
-        smallest[layer.output] = {"gamma": [0.0] * least.size, "beta": (least - 1e-6 * abs(least)).tolist()}
-    moved = hbf(model.with_metadata({"folded_statistics": smallest}))
+        smallest[layer.output] = Spread(np.zeros(least.size), least - 1e-6 * abs(least))
+    moved = hbf(model.with_facts(statistics=smallest))
     assert_same(dict(wanted), in_onnxruntime(moved, case))
     told = moved.metadata["hbf"]
     assert all(" " in reason for reason in told["left"].values())

@@ -54,7 +54,7 @@ def quantized(
     wanted = wanted or scheme()
     placement = place(model, target, wanted)
     if target.bias != "int32":
-        model = model.with_metadata({"biases": target.bias})
+        model = model.with_facts(biases=target.bias)
     encodings: dict[str, Encoding] = dict(placement.fixed)
     names = list(placement.activations)
     found = model.session(quantized=False, outputs=names).run(None, dict(arrays)) if names else []

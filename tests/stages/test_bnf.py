@@ -210,7 +210,7 @@ def test_two_normalizations_in_a_row_fold_into_one_layer(network, run):
     )
     folded = bnf(model)
     assert ops(folded) == ["Conv"]
-    assert list(folded.metadata["folded_statistics"]) == ["y"]
+    assert list(folded.facts.statistics) == ["y"]
     check_same(run, model, folded, image(3, 6, 4, 4))
 
 
@@ -219,8 +219,8 @@ def test_statistics_are_kept_under_the_name_of_the_layers_output(network):
         "n (float[N,6,4,4] x) => (float[N,6,4,4] y) { t = Conv(x, w)  y = " + NORM.format("t") + "}",
         {"w": (6, 6, 1, 1), **BN},
     )
-    kept = bnf(model).metadata["folded_statistics"]["y"]
-    assert kept == {"gamma": model.param("g").tolist(), "beta": model.param("b").tolist()}
+    kept = bnf(model).facts.statistics["y"]
+    np.testing.assert_array_equal([kept.gamma, kept.beta], [model.param("g"), model.param("b")])
     assert [layer.output for layer in bnf(model).layers()] == ["y"]
 
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qpipe.errors import InputError
+from qpipe.model.network.facts import Spread
 from qpipe.stage import Samples
 from qpipe.stages.cle import bounded, cle, scales
 
@@ -279,11 +280,11 @@ def test_a_dead_channel_keeps_a_scale_near_the_others(network, run):
 
 
 def test_folded_statistics_are_divided_along(network):
-    statistics = {"s": {"gamma": [1.0] * 8, "beta": [2.0] * 8}}
-    model = pair(network, "t = Relu(s)").with_metadata({"folded_statistics": statistics})
+    statistics = {"s": Spread(gamma=np.full(8, 1.0), beta=np.full(8, 2.0))}
+    model = pair(network, "t = Relu(s)").with_facts(statistics=statistics)
     equalized = cle(model)
     scale = rows(model.param("w")) / rows(equalized.param("w"))
-    np.testing.assert_allclose(equalized.metadata["folded_statistics"]["s"]["beta"], 2 / scale, rtol=1e-5)
+    np.testing.assert_allclose(equalized.facts.statistics["s"].beta, 2 / scale, rtol=1e-5)
     np.testing.assert_allclose(equalized.param("b"), model.param("b") / scale, rtol=1e-5)
 
 

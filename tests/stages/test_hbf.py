@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from qpipe.errors import InputError
+from qpipe.model.network.facts import Spread
 from qpipe.stage import Samples
 from qpipe.stages.hbf import absorbed, hbf
 
@@ -24,7 +25,7 @@ def model_with(network, between="t = Relu(s)", second="y = Conv(t, v, c)", **ext
             **(bounds if "six" in between else {}),
         },
     )  # fmt: skip
-    return model.with_metadata({"folded_statistics": {"s": {"gamma": GAMMA.tolist(), "beta": BETA.tolist()}}})
+    return model.with_facts(statistics={"s": Spread(GAMMA, BETA)})
 
 
 def positive(*shape):
@@ -71,7 +72,7 @@ def test_above_the_constant_the_outputs_stay(network, run, between, second):
     expected, found = run(model, feeds)[0], run(folded, feeds)[0]
     assert np.abs(expected - found).max() <= 1e-5 * np.abs(expected).max()
     np.testing.assert_allclose(folded.param("b"), BETA - [1.5, 0, 2, 0], rtol=1e-6)
-    np.testing.assert_allclose(folded.metadata["folded_statistics"]["s"]["beta"], [1.5, 0.5, 3, 0])
+    np.testing.assert_allclose(folded.facts.statistics["s"].beta, [1.5, 0.5, 3, 0])
 
 
 @pytest.mark.parametrize(

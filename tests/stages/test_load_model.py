@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from qpipe.errors import InputError
+from qpipe.model import Model
+from qpipe.model.structure.layers import find_layers
 from qpipe.stage import Samples
 from qpipe.stages.load_model import load_model
 
@@ -131,7 +133,7 @@ def test_a_tied_parameter_is_filled_under_its_other_name(nets, tmp_path):
         tmp_path / "w.safetensors",
     )
     model = load_model(factory=f"{nets}:tied", weights=tmp_path / "w.safetensors")
-    weights = {layer.weight for layer in model.layers()}
+    weights = {layer.weight for layer in find_layers(model)}
     assert len(weights) == 1
 
 
@@ -219,7 +221,7 @@ def test_an_encodings_file_gives_a_float_model_its_grids(tmp_path, notes):
     onnx_file(tmp_path / "net.onnx")
     model = load_model(path=tmp_path / "net.onnx")
     x = {model.inputs[0].name: np.random.default_rng(0).normal(size=(2, 3, 8, 8)).astype(np.float32)}
-    made = quantized(model, x)
+    made = quantized(Model.of(model), x)
     write_encodings(made, tmp_path / "encodings.json", "2.0.0")
     found = load_model(path=tmp_path / "net.onnx", encodings=tmp_path / "encodings.json", ctx=notes)
     assert set(found.encodings) == set(made.encodings)

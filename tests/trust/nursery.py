@@ -148,7 +148,8 @@ def _serve() -> None:
 def _warm_up() -> None:
     import importlib
 
-    for name in ("cli", "commands", "sweep", "executor", "cache.cleanup", "code", "report.terminal", "report.html"):
+    engine = ("cli.main", "cli.run_commands", "run.sweep", "cache.cleanup", "keys.code")
+    for name in (*engine, "report.terminal.terminal", "report.page.html"):
         importlib.import_module(f"qpipe.{name}")
     for name in ("filelock", "networkx", "numpy", "safetensors.numpy", "yaml", "platformdirs"):
         importlib.import_module(name)

@@ -27,7 +27,8 @@ def watch():
         peak[0] = max(peak[0], anonymous())
 
 import numpy as np, onnxruntime, torch
-from qpipe.artifacts.artifact import Samples, load, save
+from qpipe.artifacts.artifact import load, save
+from qpipe.artifacts.kinds import Samples
 from qpipe.cache.store import Store
 from qpipe.methods.placement.target import Target
 from qpipe.numerics.scheme import Scheme, TensorScheme

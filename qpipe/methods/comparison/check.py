@@ -12,12 +12,15 @@ import numpy.typing as npt
 
 from qpipe.errors import InputError
 from qpipe.mapped import let_go, passing_over
+from qpipe.methods.comparison.compare import random_inputs, relative_error
 from qpipe.model.qdq.nodes import computes_codes
+from qpipe.model.runtime.session import make_session
+from qpipe.model.simulation.module import to_torch
 
 if TYPE_CHECKING:
     import onnxruntime
 
-    from qpipe.model.model import Model
+    from qpipe.model.network.network import Network
 
 Array = npt.NDArray[Any]
 TOLERANCE = 1e-4
@@ -29,9 +32,11 @@ _PASSING_BYTES = 1 << 26
 """Weights that the torch module has looked at before their pages are let go of."""
 
 
-def verify_import(model: Model, source: str | Path | bytes, seed: int = 0, batch: int = 2) -> dict[str, Any]:
+def verify_import(
+    model: Network, source: str | Path | bytes, seed: int = 0, batch: int = 2
+) -> dict[str, Any]:
     """Compare what three runs compute from the same random inputs: `source` (an ONNX file or its bytes) in
-    onnxruntime, `model` in onnxruntime, and `model.to_torch(quantized=False)`.
+    onnxruntime, `model` in onnxruntime, and `to_torch(model, quantized=False)`.
 
     `{"onnxruntime": e1, "torch": e2, "tolerance": …, "equal": …, "first_difference": None or {…}}`: the
     errors are the largest over the outputs of max |a - b| / max |a|. Where torch is off, `first_difference`
@@ -39,9 +44,9 @@ def verify_import(model: Model, source: str | Path | bytes, seed: int = 0, batch
     in QDQ form is compared as it is in onnxruntime; in torch, the float model that it was made from."""
     inputs = random_inputs(model, seed, batch)
     wanted = _run_source(source, inputs)
-    found = model.session().run(None, inputs) if model.encodings else _run_lean(model, inputs, source)
+    found = make_session(model).run(None, inputs) if model.encodings else _run_lean(model, inputs, source)
     e1 = max(map(relative_error, wanted, found), default=0.0)
-    floats = model.session(quantized=False).run(None, inputs) if model.encodings else wanted
+    floats = make_session(model, quantized=False).run(None, inputs) if model.encodings else wanted
     e2 = max(map(relative_error, floats, _run_torch(model, inputs)), default=0.0)
     float_tolerance = QUANTIZED_TOLERANCE if any(map(computes_codes, model.graph)) else TOLERANCE
     equal = e1 <= (QUANTIZED_TOLERANCE if model.encodings else float_tolerance) and e2 <= float_tolerance
@@ -54,40 +59,10 @@ def verify_import(model: Model, source: str | Path | bytes, seed: int = 0, batch
     }
 
 
-def random_inputs(model: Model, seed: int = 0, batch: int = 2) -> dict[str, Array]:
-    """Standard normal floats, integers of 0 and 1 (valid as indices, masks and token types alike); a dynamic
-    first dimension is `batch`, any other 8."""
-    rng = np.random.default_rng(seed)
-    arrays: dict[str, Array] = {}
-    for index, spec in enumerate(model.inputs):
-        first = spec.shape[0] if spec.shape else None
-        shape = [size if isinstance(size, int) else batch if size == first else 8 for size in spec.shape]
-        dtype = np.dtype(spec.dtype)
-        if dtype.kind == "f":
-            arrays[spec.name] = rng.standard_normal(shape).astype(dtype)
-        else:
-            ones = np.ones(shape) if index else rng.integers(0, 2, shape)
-            arrays[spec.name] = ones.astype(dtype)
-    return arrays
-
-
-def relative_error(wanted: Array, found: Array) -> float:
-    """max |wanted - found| / max |wanted|; infinite where shapes, or which numbers are finite, differ."""
-    if wanted.shape != found.shape:
-        return float("inf")
-    a, b = wanted.astype(np.float64), found.astype(np.float64)
-    finite = np.isfinite(a)
-    if not np.array_equal(a[~finite], b[~finite], equal_nan=True) or not np.isfinite(b[finite]).all():
-        return float("inf")
-    if not finite.any():
-        return 0.0
-    return float(np.abs(a[finite] - b[finite]).max() / max(float(np.abs(a[finite]).max()), 1e-12))
-
-
-def first_difference(model: Model, inputs: Mapping[str, Array]) -> dict[str, Any] | None:
+def first_difference(model: Network, inputs: Mapping[str, Array]) -> dict[str, Any] | None:
     """The first node whose value in torch is off from that in onnxruntime, given the same inputs."""
     names = [str(output.name) for node in model.graph for output in node.outputs[:1]]
-    session = model.session(quantized=False, outputs=names)
+    session = make_session(model, quantized=False, outputs=names)
     wanted = dict(zip(names, session.run(None, dict(inputs)), strict=True))
     found = _torch_values(model, inputs)
     for node in model.graph:
@@ -115,9 +90,7 @@ def _run_source(source: str | Path | bytes, inputs: Mapping[str, Array]) -> list
         raise InputError(f"onnxruntime cannot run the model as it is: {first}") from error
 
 
-def _run_lean(model: Model, inputs: Mapping[str, Array], source: str | Path | bytes) -> list[Array]:
-    from qpipe.model.runtime.session import make_session
-
+def _run_lean(model: Network, inputs: Mapping[str, Array], source: str | Path | bytes) -> list[Array]:
     session = make_session(model, quantized=False, lean=True)
     return _run_in_passing(session, dict(inputs), source)
 
@@ -136,7 +109,7 @@ def _as_type(array: Array, declared: str) -> Array:
     return array.astype(types[declared]) if declared in types else array
 
 
-def _run_torch(model: Model, inputs: Mapping[str, Array]) -> list[Array]:
+def _run_torch(model: Network, inputs: Mapping[str, Array]) -> list[Array]:
     import torch
 
     from qpipe.model.simulation.module import build
@@ -165,11 +138,11 @@ def _run_torch(model: Model, inputs: Mapping[str, Array]) -> list[Array]:
     return [np.asarray(tensor.numpy()) for tensor in tensors]
 
 
-def _torch_values(model: Model, inputs: Mapping[str, Array]) -> dict[str, Array]:
+def _torch_values(model: Network, inputs: Mapping[str, Array]) -> dict[str, Array]:
     """Every first output of a node, as the torch module computes it, by the name of its ONNX value."""
     import torch
 
-    module = model.to_torch(quantized=False, shared=True)
+    module = to_torch(model, quantized=False, shared=True)
     values: dict[str, Array] = {}
 
     class Recorder(torch.fx.Interpreter):

@@ -24,9 +24,11 @@ import numpy as np
 import numpy.typing as npt
 
 from qpipe.errors import InputError
+from qpipe.model.runtime.session import make_session
+from qpipe.model.simulation.module import to_torch
 
 if TYPE_CHECKING:
-    from qpipe.model.model import Model
+    from qpipe.model.network.network import Network
 
 Array = npt.NDArray[Any]
 LIMIT = 0.999
@@ -150,7 +152,7 @@ class ParityReport:
 
 
 def parity(
-    model: Model, inputs: Mapping[str, Array], *, batch_size: int = 16, threads: int | None = None
+    model: Network, inputs: Mapping[str, Array], *, batch_size: int = 16, threads: int | None = None
 ) -> ParityReport:
     """Simulation and deployment of `model` compared over all samples of `inputs`.
 
@@ -158,7 +160,7 @@ def parity(
     encodings, or inputs that do not fit.
     """
     from qpipe.model.qdq.writer import storage
-    from qpipe.model.simulation.run import batches
+    from qpipe.model.simulation.samples import batches
 
     if not model.encodings:
         raise InputError("The model has no encodings, so there is nothing to compare. Calibrate it first.")
@@ -169,10 +171,10 @@ def parity(
     units = {name: _Count(name, op_types[name], model) for name in names}
     whole = {name: _Count(name, op_types[name], model) for name in names}
     outputs = {spec.name: _Difference(spec.name) for spec in model.outputs}
-    cut = _cut(model, names).session(mode="deploy", threads=threads) if names else None
+    cut = make_session(_cut(model, names), mode="deploy", threads=threads) if names else None
     wanted = [*names, *(name for name in outputs if name not in names)]
-    deployed = model.session(mode="deploy", outputs=wanted, threads=threads)
-    simulated, samples = model.to_torch(shared=True), 0
+    deployed = make_session(model, mode="deploy", outputs=wanted, threads=threads)
+    simulated, samples = to_torch(model, shared=True), 0
     for batch in batches(model, inputs, batch_size):
         fed = {spec.name: array for spec, array in zip(model.inputs, batch.arrays, strict=True)}
         unrounded: dict[str, Array] = {}
@@ -195,7 +197,7 @@ def parity(
     )
 
 
-def quantized_values(model: Model) -> tuple[str, ...]:
+def quantized_values(model: Network) -> tuple[str, ...]:
     """The values with a grid that nodes produce, in the graph's order; not what nobody reads of a node's outputs."""
     produced = [
         output
@@ -206,7 +208,7 @@ def quantized_values(model: Model) -> tuple[str, ...]:
     return tuple(str(output.name) for output in produced if output.name in model.encodings)
 
 
-def unit_op_types(model: Model, names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+def unit_op_types(model: Network, names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
     """For each value the operators between the quantizers in front of it and its own, in order."""
     cuts, inside = set(names), dict[str, dict[str, str]]()
     found = {}
@@ -253,7 +255,7 @@ def given(name: str) -> str:
     return f"{name}__given"
 
 
-def _cut(model: Model, names: tuple[str, ...]) -> Model:
+def _cut(model: Network, names: tuple[str, ...]) -> Network:
     """`model` with an input in place of each value of `names` for those that read it."""
     import onnx_ir as ir
 
@@ -272,11 +274,11 @@ def _cut(model: Model, names: tuple[str, ...]) -> Model:
     return _with_encodings(editor)
 
 
-def _with_encodings(editor: Any) -> Model:
+def _with_encodings(editor: Any) -> Network:
     """The edited model; encodings of inputs that the edit added count."""
     encodings = dict(editor.encodings)
     editor.encodings = {}
-    model: Model = editor.model().with_encodings(encodings)
+    model: Network = editor.model().with_encodings(encodings)
     return model
 
 
@@ -291,7 +293,7 @@ def _run(session: Any, names: Any, fed: Mapping[str, Array]) -> Iterator[tuple[s
 class _Count:
     """Counts the steps between two arrays of the value `name`, batch after batch."""
 
-    def __init__(self, name: str, op_types: tuple[str, ...], model: Model) -> None:
+    def __init__(self, name: str, op_types: tuple[str, ...], model: Network) -> None:
         self.name, self.op_types = name, op_types
         self.scale = np.asarray(model.encodings[name].scale, np.float64)
         self.bitwidth = model.encodings[name].bitwidth

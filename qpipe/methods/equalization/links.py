@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from qpipe.model.structure.channels import Blocked, Step, Way, constant, dims, follow
 
 if TYPE_CHECKING:
-    from qpipe.model.model import Array, Editor
+    from qpipe.model.network.network import Array, Editor
     from qpipe.model.structure.layers import Layer
 
 Vector = NDArray[np.float64]

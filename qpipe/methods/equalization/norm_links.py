@@ -18,11 +18,12 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qpipe.model.simulation.run import batches
+from qpipe.model.runtime.session import make_session
+from qpipe.model.simulation.samples import batches
 from qpipe.model.structure.channels import constant, dims
 
 if TYPE_CHECKING:
-    from qpipe.model.model import Array, Editor, Model
+    from qpipe.model.network.network import Array, Editor, Network
     from qpipe.model.structure.layers import Layer
 
 Vector = NDArray[np.float64]
@@ -130,7 +131,7 @@ def _scales(reach: Vector, weights: Vector, max_scale: float) -> Vector:
 
 
 def measured(
-    model: Model, links: Sequence[NormLink], arrays: Mapping[str, Array] | None
+    model: Network, links: Sequence[NormLink], arrays: Mapping[str, Array] | None
 ) -> dict[str, Vector]:
     """max |x| of each channel behind every link, over the samples; without samples |b| + 3 |g|, what normal
     activations reach. Raises InputError for samples that do not fit."""
@@ -142,7 +143,7 @@ def measured(
             + (0.0 if link.bias is None else np.abs(model.param(link.bias).astype(np.float64)))
             for link in links
         }
-    session = model.session(quantized=False, outputs=[link.output for link in links])
+    session = make_session(model, quantized=False, outputs=[link.output for link in links])
     found: dict[str, Vector] = {}
     for batch in batches(model, arrays, 32):
         fed = dict(zip([spec.name for spec in model.inputs], batch.arrays, strict=True))

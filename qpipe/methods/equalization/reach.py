@@ -16,11 +16,12 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qpipe.methods.equalization.links import Link, along, bounds
-from qpipe.model.simulation.run import batches
+from qpipe.model.runtime.session import make_session
+from qpipe.model.simulation.samples import batches
 from qpipe.model.structure.channels import grouped
 
 if TYPE_CHECKING:
-    from qpipe.model.model import Array, Model
+    from qpipe.model.network.network import Array, Network
     from qpipe.model.structure.layers import Layer
 
 Vector = NDArray[np.float64]
@@ -28,11 +29,11 @@ DEVIATIONS = 3.0
 _BATCH = 32
 
 
-def expected_reach(model: Model, layer: Layer, link: Link) -> Vector:
+def expected_reach(model: Network, layer: Layer, link: Link) -> Vector:
     """(C,): the largest magnitude behind the first activation on the way, 3 deviations from the mean."""
-    statistics = model.metadata.get("folded_statistics", {}).get(layer.output)
-    if statistics is not None:
-        mean, spread = np.array(statistics["beta"]), np.abs(np.array(statistics["gamma"]))
+    normalized = model.facts.statistics.get(layer.output)
+    if normalized is not None:
+        mean, spread = normalized.beta, np.abs(normalized.gamma)
     else:
         weight = grouped(model.param(layer.weight), layer.groups, layer.channel_axis)
         mean = (
@@ -48,7 +49,7 @@ def expected_reach(model: Model, layer: Layer, link: Link) -> Vector:
 
 
 def measured_reach(
-    model: Model, arrays: Mapping[str, Array], layers: Mapping[str, Layer], links: Mapping[str, Link]
+    model: Network, arrays: Mapping[str, Array], layers: Mapping[str, Layer], links: Mapping[str, Link]
 ) -> dict[str, Vector]:
     """{first layer of a link: (C,)}: the largest magnitude behind its activation, over all samples, in
     onnxruntime.
@@ -64,7 +65,7 @@ def measured_reach(
     return found
 
 
-def unreached(model: Model, arrays: Mapping[str, Array], links: Iterable[Link]) -> set[str]:
+def unreached(model: Network, arrays: Mapping[str, Array], links: Iterable[Link]) -> set[str]:
     """The names of the Clips on the way of `links` whose upper bound no sample reaches, in onnxruntime."""
     uppers: dict[str, tuple[str, float]] = {}
     for node in (step.node for link in links for step in link.way.steps if step.node.op_type == "Clip"):
@@ -79,11 +80,11 @@ def unreached(model: Model, arrays: Mapping[str, Array], links: Iterable[Link]) 
     return free
 
 
-def _values(model: Model, arrays: Mapping[str, Array], names: list[str]) -> Iterator[list[Array]]:
+def _values(model: Network, arrays: Mapping[str, Array], names: list[str]) -> Iterator[list[Array]]:
     """The float values called `names`, batch by batch."""
     if not names:
         return
-    session = model.session(quantized=False, outputs=names)
+    session = make_session(model, quantized=False, outputs=names)
     for batch in batches(model, arrays, _BATCH):
         yield session.run(None, dict(zip([spec.name for spec in model.inputs], batch.arrays, strict=True)))
 

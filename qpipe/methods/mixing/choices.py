@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from qpipe.methods.mixing.work import FLOAT_BITS, Array, Work, measure_work
+from qpipe.model.structure.layers import find_layers
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from qpipe.methods.placement.placement import Placement
-    from qpipe.model.model import Model
+    from qpipe.model.network.network import Network
     from qpipe.numerics.grid import Encoding
 
 Cost = Literal["bitops", "size"]
@@ -99,7 +100,7 @@ class Choices:
 
 
 def find_choices(
-    model: Model,
+    model: Network,
     placement: Placement,
     grids: Mapping[str, Mapping[str, Encoding]],
     arrays: Mapping[str, Array],
@@ -117,7 +118,7 @@ def find_choices(
         for name in others:
             leader[_root(leader, name)] = _root(leader, first)
 
-    layers = model.layers()
+    layers = find_layers(model)
     for shared in placement.grids:
         join(shared)
     for layer in layers:
@@ -150,7 +151,7 @@ def find_choices(
 
 
 def _group(
-    model: Model,
+    model: Network,
     names: Sequence[str],
     grids: Mapping[str, Mapping[str, Encoding]],
     bits: Mapping[str, tuple[int, ...]],
@@ -235,7 +236,7 @@ def _merged(choices: Choices, choice: tuple[int, ...], island: set[int]) -> Iter
             yield tuple(proposal)
 
 
-def _neighbours(model: Model, groups: Sequence[Group], quantized: set[str]) -> tuple[tuple[int, int], ...]:
+def _neighbours(model: Network, groups: Sequence[Group], quantized: set[str]) -> tuple[tuple[int, int], ...]:
     """Pairs of groups between which values go: from what an operator reads to what comes out, through what has
     no grid of its own."""
     owner = {name: index for index, group in enumerate(groups) for name in group.activations}
@@ -267,7 +268,7 @@ def _bits(encodings: Mapping[str, Encoding], name: str) -> int:
     return encodings[name].bitwidth if name in encodings else FLOAT_BITS
 
 
-def _size(model: Model, bits: Mapping[str, int]) -> int:
+def _size(model: Network, bits: Mapping[str, int]) -> int:
     return sum(
         model.params[name].size * width for name, width in bits.items() if name in model.graph.initializers
     )

@@ -10,17 +10,19 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
+from qpipe.model.network.facts import Facts
+from qpipe.model.network.network import Network
+
 if TYPE_CHECKING:
-    from qpipe.model.model import Model
     from qpipe.numerics.grid import Encoding
 
 
 def float_fingerprint(
-    model: Model, arrays: Mapping[str, npt.NDArray[Any]], labels: npt.NDArray[Any] | None = None
+    model: Network, arrays: Mapping[str, npt.NDArray[Any]], labels: npt.NDArray[Any] | None = None
 ) -> str:
     """A digest of what the float model computes on `arrays`, and what it is held against: its graph, its tensors,
     the samples and their labels."""
-    meta, blobs = type(model)(model.ir, metadata={"biases": model.metadata.get("biases", "int32")}).pack()
+    meta, blobs = Network(model.ir, facts=Facts(biases=model.facts.biases)).pack()
     hashed = blake3()
     _add(hashed, "model", json.dumps(meta, sort_keys=True).encode())
     for name, blob in sorted(blobs.items()):

@@ -17,7 +17,7 @@ from qpipe.model.simulation.run import run
 from qpipe.numerics.metrics import LABELLED, refuse_missing, score_by_function, score_outputs
 
 if TYPE_CHECKING:
-    from qpipe.model.model import Model
+    from qpipe.model.network.network import Network
     from qpipe.numerics.grid import Encoding
 
 Array = npt.NDArray[Any]
@@ -29,7 +29,7 @@ class Judge:
 
     def __init__(
         self,
-        model: Model,
+        model: Network,
         arrays: Mapping[str, Array],
         labels: Array | None,
         metric: str,
@@ -74,7 +74,7 @@ class Judge:
     def _reference(self) -> dict[str, Array]:
         return self._run(self._model, False)
 
-    def _run(self, model: Model, quantized: bool) -> dict[str, Array]:
+    def _run(self, model: Network, quantized: bool) -> dict[str, Array]:
         return run(
             model, self._arrays, batch_size=self._batch_size, quantized=quantized, device=self._device
         )

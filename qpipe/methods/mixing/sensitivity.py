@@ -20,6 +20,7 @@ import torch
 from qpipe.methods.mixing.fingerprint import float_fingerprint, grids_fingerprint
 from qpipe.methods.rounding.walk import Walk
 from qpipe.model.structure.geometry import unfold_of
+from qpipe.model.structure.layers import find_layers
 from qpipe.numerics.grid import Encoding, quantize_dequantize
 from qpipe.numerics.rounding.moments import MomentSums
 from qpipe.numerics.rounding.unfold import Unfold, sample_positions
@@ -27,7 +28,7 @@ from qpipe.numerics.rounding.unfold import Unfold, sample_positions
 if TYPE_CHECKING:
     from qpipe.methods.mixing.choices import Choices, Group
     from qpipe.methods.placement.calibration import Observers
-    from qpipe.model.model import Model
+    from qpipe.model.network.network import Network
     from qpipe.model.structure.layers import Layer
 
 Array = npt.NDArray[Any]
@@ -62,7 +63,7 @@ class GramSensitivity:
 
     def __init__(
         self,
-        model: Model,
+        model: Network,
         arrays: Mapping[str, Array],
         observers: Observers,
         memo: Memo,
@@ -73,7 +74,7 @@ class GramSensitivity:
         self._model, self._arrays, self._memo = model, dict(arrays), memo
         self._seed, self._device = seed, device
         self._observers = dict(observers)
-        self._layers = model.layers()
+        self._layers = find_layers(model)
         self._content = float_fingerprint(model, arrays)
         self._moments: Mapping[str, Array] | None = None
 

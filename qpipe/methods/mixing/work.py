@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
-from qpipe.model.simulation.run import batches
+from qpipe.model.simulation.module import to_torch
+from qpipe.model.simulation.samples import batches
+from qpipe.model.structure.layers import find_layers
 
 if TYPE_CHECKING:
     from qpipe.methods.placement.placement import Placement
-    from qpipe.model.model import Model
+    from qpipe.model.network.network import Network
 
 Array = npt.NDArray[Any]
 
@@ -44,7 +46,7 @@ class Work:
         return products + sum(n * bits.get(name, FLOAT_BITS) for n, name in self.elements)
 
 
-def measure_work(model: Model, placement: Placement, arrays: Mapping[str, Array]) -> Work:
+def measure_work(model: Network, placement: Placement, arrays: Mapping[str, Array]) -> Work:
     """The work of `model` for one of the samples in `arrays`."""
     shapes, samples = _shapes(model, arrays)
 
@@ -52,7 +54,7 @@ def measure_work(model: Model, placement: Placement, arrays: Mapping[str, Array]
         return math.prod(shapes.get(name, (0,))) // samples
 
     products = []
-    layers = {layer.name: layer for layer in model.layers()}
+    layers = {layer.name: layer for layer in find_layers(model)}
     for node in model.graph:
         output, layer = str(node.outputs[0].name), layers.get(str(node.name))
         if layer and layer.op_type == "ConvTranspose":
@@ -69,7 +71,7 @@ def measure_work(model: Model, placement: Placement, arrays: Mapping[str, Array]
     return Work(tuple(products), tuple(elements))
 
 
-def _shapes(model: Model, arrays: Mapping[str, Array]) -> tuple[dict[str, tuple[int, ...]], int]:
+def _shapes(model: Network, arrays: Mapping[str, Array]) -> tuple[dict[str, tuple[int, ...]], int]:
     """The shape of every value for one small batch, and the number of samples in it."""
     import torch
     from torch.fx import Interpreter, Node
@@ -86,5 +88,5 @@ def _shapes(model: Model, arrays: Mapping[str, Array]) -> tuple[dict[str, tuple[
 
     batch = next(batches(model, arrays, 1))
     with torch.inference_mode():
-        Measure(model.to_torch(quantized=False)).run(*(torch.tensor(array) for array in batch.arrays))
+        Measure(to_torch(model, quantized=False)).run(*(torch.tensor(array) for array in batch.arrays))
     return found, len(batch.arrays[0])

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from qpipe.model.simulation.run import batches, sample_count
+from qpipe.model.simulation.module import to_torch
+from qpipe.model.simulation.samples import batches, sample_count
 from qpipe.numerics.grid import Encoding
 from qpipe.numerics.observers import HistogramObserver, weight_encoding
 
 if TYPE_CHECKING:
     from qpipe.methods.placement.placement import Placement
-    from qpipe.model.model import Model
+    from qpipe.model.network.network import Network
 
 Array = npt.NDArray[Any]
 Group = tuple[str, ...]
@@ -35,7 +36,7 @@ def observed_groups(placement: Placement) -> tuple[Group, ...]:
 
 
 def observe(
-    model: Model,
+    model: Network,
     arrays: Mapping[str, Array],
     groups: Sequence[Group],
     *,
@@ -52,7 +53,7 @@ def observe(
 
     observers = {group: HistogramObserver(name=group[0]) for group in groups}
     by_value = {name: observer for group, observer in observers.items() for name in group}
-    watcher = _watcher(model.to_torch(quantized=False, device=device, shared=True), by_value)
+    watcher = _watcher(to_torch(model, quantized=False, device=device, shared=True), by_value)
     total = sample_count(model, arrays)
     done = 0
     for batch in batches(model, arrays, batch_size):
@@ -65,7 +66,7 @@ def observe(
 
 
 def observed(
-    model: Model,
+    model: Network,
     arrays: Mapping[str, Array],
     groups: Sequence[Group],
     memo: Callable[..., Any],
@@ -132,7 +133,7 @@ def activation_encodings(placement: Placement, observers: Observers) -> dict[str
     return found
 
 
-def weight_encodings(model: Model, placement: Placement) -> dict[str, Encoding]:
+def weight_encodings(model: Network, placement: Placement) -> dict[str, Encoding]:
     """The grid of every weight by its observer; a frozen encoding that the model has is kept."""
     found = {}
     for name, (scheme, axis) in placement.weights.items():
@@ -141,7 +142,7 @@ def weight_encodings(model: Model, placement: Placement) -> dict[str, Encoding]:
     return found
 
 
-def content(model: Model) -> list[Any]:
+def content(model: Network) -> list[Any]:
     """What the float model computes, as values that can be hashed: its graph and tensors, no encodings."""
     meta, blobs = type(model)(model.ir).pack()
     return [meta, {name: np.frombuffer(blob, np.uint8) for name, blob in sorted(blobs.items())}]

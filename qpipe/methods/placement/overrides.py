@@ -15,18 +15,19 @@ from typing import TYPE_CHECKING
 
 from qpipe.errors import InputError
 from qpipe.methods.placement.filters import matched
+from qpipe.model.structure.layers import find_layers
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from qpipe.model.model import Model
+    from qpipe.model.network.network import Network
     from qpipe.numerics.scheme import Scheme, TensorScheme
 
 
 class Overridden:
     """The scheme of each tensor of a model."""
 
-    def __init__(self, model: Model, scheme: Scheme) -> None:
+    def __init__(self, model: Network, scheme: Scheme) -> None:
         """Raises InputError for a filter that matches nothing, or nothing that could change."""
         self._scheme = scheme
         initializers = set(model.graph.initializers)
@@ -36,7 +37,7 @@ class Overridden:
             address = f"scheme.overrides[{index}].nodes"
             nodes, values = matched(model.graph, override.nodes, address)
             read = {str(value.name) for node in nodes for value in _data(node)}
-            weights = {layer.weight for layer in model.layers() if model.graph.node(layer.name) in nodes}
+            weights = {layer.weight for layer in find_layers(model) if model.graph.node(layer.name) in nodes}
             self._weights.append(weights | (values & initializers))
             self._activations.append(read | (values - initializers))
             if override.activation is None and not self._weights[-1]:

@@ -14,13 +14,14 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from qpipe.methods.placement.overrides import Overridden
+from qpipe.model.structure.layers import find_layers
 from qpipe.numerics.scheme import Scheme, TensorScheme, code_bounds
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from qpipe.methods.placement.target import Target
-    from qpipe.model.model import Model
+    from qpipe.model.network.network import Network
     from qpipe.model.structure.layers import Layer
     from qpipe.numerics.grid import Encoding
 
@@ -50,13 +51,13 @@ class Placement:
         return tuple(group for group in self.grids if len(group) > 1 and group[0] not in self.fixed)
 
 
-def place(model: Model, target: Target, scheme: Scheme) -> Placement:
+def place(model: Network, target: Target, scheme: Scheme) -> Placement:
     """The quantizers that `target` wants in `model`, with the grids of `scheme`."""
     marks = _Marks(model, target)
     schemes = Overridden(model, scheme)
     weights = {
         layer.weight: weight_scheme(layer, schemes.weight(layer.weight))
-        for layer in reversed(model.layers())
+        for layer in reversed(find_layers(model))
         if not (marks.left.has(model.graph.node(layer.name)) or layer.weight in marks.left.values)
         and layer.op_type in target.weights
         and marks.is_data(layer.input)
@@ -95,7 +96,7 @@ def weight_scheme(layer: Layer, scheme: TensorScheme) -> tuple[TensorScheme, int
 class _Marks:
     """The values of one graph that are to have a grid, and which of them share one."""
 
-    def __init__(self, model: Model, target: Target) -> None:
+    def __init__(self, model: Network, target: Target) -> None:
         from qpipe.methods.placement.filters import left_in_float
         from qpipe.model.structure.composite import find_composites
 
@@ -104,8 +105,8 @@ class _Marks:
         self.data = data_values(model.graph)
         self.data_names = {str(value.name) for value in self.data}
         self.composites = find_composites(model.graph, self.data, target.composite)
-        self.adds = {layer.add for layer in model.layers() if layer.add is not None}
-        self.biased = {layer.name for layer in model.layers() if layer.add is not None}
+        self.adds = {layer.add for layer in find_layers(model) if layer.add is not None}
+        self.biased = {layer.name for layer in find_layers(model) if layer.add is not None}
         self.fused: set[ir.Node] = set()
         self.marked: dict[ir.Value, None] = {}
         self.leader: dict[ir.Value, ir.Value] = {}

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from qpipe.methods.placement.calibration import content
+from qpipe.model.network.parts import block
+from qpipe.model.simulation.module import to_torch
 from qpipe.model.structure.geometry import unfold_of
 from qpipe.numerics.grid import Encoding
 from qpipe.numerics.rounding.gradient import GradientOptions, Rounding, optimize, samples_of
@@ -27,7 +29,7 @@ from qpipe.numerics.rounding.rows import row_encoding, row_grid
 from qpipe.numerics.rounding.unfold import Unfold, sample_positions
 
 if TYPE_CHECKING:
-    from qpipe.model.model import Model
+    from qpipe.model.network.network import Network
     from qpipe.model.structure.layers import Layer
 
 Array = npt.NDArray[Any]
@@ -45,7 +47,7 @@ class Rounded:
 
 
 def round_by_gram(
-    model: Model,
+    model: Network,
     layer: Layer,
     x_hat: Sequence[Tensor],
     x: Sequence[Tensor],
@@ -105,7 +107,7 @@ def _moments(
 
 
 def round_by_gradient(
-    model: Model,
+    model: Network,
     layer: Layer,
     x_hat: Sequence[Tensor],
     x: Sequence[Tensor],
@@ -117,8 +119,8 @@ def round_by_gradient(
 ) -> Rounded:
     """AdaRound's own optimization; the target is the float output after the activation that follows."""
     encoding, device = model.encodings[layer.weight], x[0].device
-    block = model.block([layer.input], [layer.activation_output])
-    module = block.to_torch(quantized=False, device=str(device))
+    part = block(model, [layer.input], [layer.activation_output])
+    module = to_torch(part, quantized=False, device=str(device))
     name = module.meta["parameters"][layer.weight]
     with torch.no_grad():
         targets = torch.cat([module(batch) for batch in x])
@@ -142,5 +144,5 @@ def round_by_gradient(
         return {"weight": result.weights["weight"].cpu().numpy(), "report": result.report}
 
     data = [inputs.cpu().numpy(), targets.cpu().numpy()]
-    found = memo("gradient", run, content(block), data, encoding.to_json(), asdict(options), seed)
+    found = memo("gradient", run, content(part), data, encoding.to_json(), asdict(options), seed)
     return Rounded(found["weight"], None, replace(encoding, frozen=True), found["report"])

@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 import numpy.typing as npt
 import torch
 
-from qpipe.model.simulation.run import batches
+from qpipe.model.simulation.module import to_torch
+from qpipe.model.simulation.samples import batches
 from qpipe.model.simulation.stream import Stream
-from qpipe.model.structure.layers import refused_layers
+from qpipe.model.structure.layers import find_layers, refused_layers
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qpipe.model.model import Model
+    from qpipe.model.network.network import Network
     from qpipe.model.structure.layers import Layer
     from qpipe.numerics.grid import Encoding
 
@@ -30,7 +31,7 @@ BATCH_SIZE = 32
 """Samples that run through a node at once. Fixed, so that results do not depend on a setting."""
 
 
-def tunable_layers(model: Model) -> tuple[tuple[Layer, ...], dict[str, str]]:
+def tunable_layers(model: Network) -> tuple[tuple[Layer, ...], dict[str, str]]:
     """The layers whose weights may be tuned, in order, and the reason for each other one, by its name.
 
     A weight has to have a grid that is not frozen. One that several layers share is tuned where it is used
@@ -39,7 +40,7 @@ def tunable_layers(model: Model) -> tuple[tuple[Layer, ...], dict[str, str]]:
     chosen: list[Layer] = []
     refused = refused_layers(model)
     first: dict[str, str] = {}
-    for layer in model.layers():
+    for layer in find_layers(model):
         encoding = model.encodings.get(layer.weight)
         if encoding is None:
             refused[layer.name] = "its weight has no encoding"
@@ -58,7 +59,7 @@ class Walk:
 
     def __init__(
         self,
-        model: Model,
+        model: Network,
         arrays: Mapping[str, Array],
         *,
         asymmetric: bool = True,
@@ -67,8 +68,8 @@ class Walk:
         """Raises InputError for data that do not fit the model."""
         taken = (batch.arrays for batch in batches(model, arrays, BATCH_SIZE))
         data = [tuple(torch.tensor(array) for array in batch) for batch in taken]
-        self._float = Stream(model.to_torch(quantized=False, device=device), data)
-        self._quantized = Stream(model.to_torch(device=device), data) if asymmetric else None
+        self._float = Stream(to_torch(model, quantized=False, device=device), data)
+        self._quantized = Stream(to_torch(model, device=device), data) if asymmetric else None
 
     def inputs(self, layer: Layer) -> tuple[list[Tensor], list[Tensor]]:
         """What goes into `layer` in the quantized and in the float model, a tensor per batch each."""

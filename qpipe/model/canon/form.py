@@ -29,6 +29,7 @@ from qpipe.model.network.invariants import (
     restore,
 )
 from qpipe.model.network.naming import assign_names
+from qpipe.model.network.network import Network
 from qpipe.model.network.rewriting import Rule, apply
 from qpipe.model.network.shapes import infer_shapes
 from qpipe.model.qdq.nodes import scale_sources, standard_nodes
@@ -61,6 +62,13 @@ SIMPLIFICATIONS: tuple[Rule, ...] = (
 )
 _ROUNDS = 10
 """Folding makes shapes known and known shapes make constants; the deepest chain seen took 4 rounds."""
+
+
+def canonical_network(source: ir.Model) -> Network:
+    """`source`, which is used up, in canonical form, with the encodings that its QDQ nodes say and notes on what was
+    changed. Raises InputError for what cannot be taken, all of it listed."""
+    model, notes, grids = canonicalize(source)
+    return Network(model, grids.encodings, {"notes": notes} if notes else {}, grids.facts())
 
 
 def canonicalize(

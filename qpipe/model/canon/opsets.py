@@ -54,7 +54,7 @@ def to_canonical_opset(model: ir.Model) -> ir.Model:
 
 def _stays(node: ir.Node) -> bool:
     """Whether opset 21 has the node as it is, and so has our table; or it is to be refused under its name."""
-    from qpipe.model.operators import supported_ops
+    from qpipe.model.operators.table import supported_ops
 
     if node.op_type in _NEVER_EXPANDED:
         return True

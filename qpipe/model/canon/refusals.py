@@ -15,9 +15,9 @@ import onnx_ir as ir
 from qpipe.errors import InputError
 from qpipe.model.canon.definitions import has_definition, schema
 from qpipe.model.network.invariants import OPSET
-from qpipe.model.operators.registry import WIDE_UNSIGNED
 from qpipe.model.qdq.nodes import computes_codes, dequantizes, on_codes, quantizes
 from qpipe.model.qdq.operator_form import not_constant, unreadable
+from qpipe.model.structure.families import WIDE_UNSIGNED
 
 TYPES = frozenset(
     {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE, ir.DataType.BOOL}
@@ -190,7 +190,7 @@ def _foreign(node: ir.Node) -> str | None:
 
 
 def _unknown(node: ir.Node, version: int) -> str | None:
-    from qpipe.model.operators import supported_ops
+    from qpipe.model.operators.table import supported_ops
 
     canonical = schema(node.op_type, OPSET)
     if has_definition(node.op_type, max(version, OPSET)):

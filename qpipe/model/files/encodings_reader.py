@@ -17,28 +17,33 @@ import difflib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from qpipe.errors import InputError
+from qpipe.model.network.network import Network, value_names
+from qpipe.model.structure.layers import Layer, find_layers
 from qpipe.numerics.grid import Encoding, broadcast
 
-if TYPE_CHECKING:
-    from qpipe.model.model import Model
-    from qpipe.model.structure.layers import Layer
-
+N = TypeVar("N", bound=Network)
 Named = Iterator[tuple[str, dict[str, Any]]]
 _SHOWN = 5
 
 
-def read_encodings(model: Model, path: Path) -> dict[str, Encoding]:
+def with_encodings_file(model: N, path: Path) -> N:
+    """`model` with exactly the grids in the file, those of weights frozen. Raises InputError as
+    `read_encodings` does."""
+    return model.with_encodings(read_encodings(model, path)).with_facts(came_quantized=True)
+
+
+def read_encodings(model: Network, path: Path) -> dict[str, Encoding]:
     """The grids in the file at `path`, by the names of values of `model`. Raises InputError for a file that is none,
     for names that the model has not, and for grids that do not fit its tensors."""
     document = _document(path)
     entries = list(_FORMATS[document["version"]](document))
     _refuse_unknown(model, [name for name, _ in entries], path)
-    layers = {layer.weight: layer for layer in model.layers()}
+    layers = {layer.weight: layer for layer in find_layers(model)}
     found = {}
     for name, entry in entries:
         if _is_float(entry) or _bitwidth(entry) == 32:
@@ -66,9 +71,7 @@ def _document(path: Path) -> dict[str, Any]:
     return dict(document)
 
 
-def _refuse_unknown(model: Model, names: list[str], path: Path) -> None:
-    from qpipe.model.model import value_names
-
+def _refuse_unknown(model: Network, names: list[str], path: Path) -> None:
     known = set(value_names(model.graph))
     unknown = [name for name in names if name not in known]
     if not unknown:
@@ -129,7 +132,7 @@ def _bitwidth(entry: Mapping[str, Any]) -> int:
     return int(entry["bw"] if dtype is None else dtype.removeprefix("u").removeprefix("int"))
 
 
-def _encoding(model: Model, name: str, entry: Mapping[str, Any], layers: Mapping[str, Layer]) -> Encoding:
+def _encoding(model: Network, name: str, entry: Mapping[str, Any], layers: Mapping[str, Layer]) -> Encoding:
     """One grid. Raises ValueError where it does not fit the tensor."""
     is_param = name in model.params
     shape = model.param(name).shape if is_param else None

@@ -22,12 +22,12 @@ from qpipe.model.qdq.bias import bias_scale, effective_encodings, quantized_bias
 from qpipe.numerics.grid import Encoding
 
 if TYPE_CHECKING:
-    from qpipe.model.model import Model
+    from qpipe.model.network.network import Network
 
 Version = Literal["0.6.1", "1.0.0", "2.0.0"]
 
 
-def write_encodings(model: Model, path: Path, version: Version = "1.0.0") -> None:
+def write_encodings(model: Network, path: Path, version: Version = "1.0.0") -> None:
     """Writes the grids of `model` as JSON to `path`, a tensor a line, each made when its turn comes: a scale of a
     block takes many times its bytes as an object of Python. Errors: those of `_document`."""
     document = _document(model, version)
@@ -54,14 +54,14 @@ def _lines(value: Any) -> Iterator[str]:
     yield f"\n  {edges[1]}" if begun else edges
 
 
-def encodings_document(model: Model, version: Version = "1.0.0") -> dict[str, Any]:
+def encodings_document(model: Network, version: Version = "1.0.0") -> dict[str, Any]:
     """The grids of `model` as the JSON value that the format `version` prescribes, sorted by name. Errors: those of
     `_document`."""
     document = _document(model, version)
     return {key: list(value) if isinstance(value, Iterator) else value for key, value in document.items()}
 
 
-def _document(model: Model, version: Version) -> dict[str, Any]:
+def _document(model: Network, version: Version) -> dict[str, Any]:
     """The same, lists of grids as iterators.
 
     How the ranges were found is said where the model's metadata have `quant_scheme`. Raises InputError for
@@ -94,7 +94,7 @@ def _document(model: Model, version: Version) -> dict[str, Any]:
     }
 
 
-def _bias_encodings(model: Model) -> dict[str, Encoding]:
+def _bias_encodings(model: Network) -> dict[str, Encoding]:
     """The int32 grids of the biases; a bias that serves several layers has no grid of its own to be listed."""
     encodings = effective_encodings(model)
     biases = list(quantized_biases(model).values())

@@ -25,14 +25,14 @@ from qpipe.model.runtime.external_data import set_place, write_data
 
 if TYPE_CHECKING:
     from qpipe.model.files.encodings_writer import Version
-    from qpipe.model.model import Model
+    from qpipe.model.network.network import Network
 
 Array = npt.NDArray[Any]
 LARGEST_INLINE_BYTES = 1_800_000_000
 """Above this the tensors go into a file of their own: protobuf ends at 2^31 bytes, the graph included."""
 
 
-def save(model: Model, folder: Path, encodings_format: Version = "1.0.0") -> Path:
+def save(model: Network, folder: Path, encodings_format: Version = "1.0.0") -> Path:
     """Write the files above into `folder`, made where it is missing; returns the path of model.onnx.
 
     Beside the model this takes memory for one tensor.
@@ -86,7 +86,7 @@ def write_safetensors(arrays: Mapping[str, Array], path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def torch_weights(model: Model) -> dict[str, Array]:
+def torch_weights(model: Network) -> dict[str, Array]:
     """The float initializers as a torch module has them: permutations and reshapes of the import undone, tied
     parameters under both names. Constants that the import named are among them. Views, where they can be."""
     weights: dict[str, Array] = {}
@@ -99,7 +99,7 @@ def torch_weights(model: Model) -> dict[str, Array]:
         if SHAPE in value.metadata_props:
             array = array.reshape(json.loads(value.metadata_props[SHAPE]))
         weights[name] = array
-    for alias, name in model.metadata.get("tied", {}).items():
+    for alias, name in model.facts.tied.items():
         if name in weights:
             weights[alias] = weights[name]
     return weights

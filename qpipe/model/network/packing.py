@@ -20,6 +20,7 @@ import onnx
 import onnx_ir as ir
 
 from qpipe.errors import InputError
+from qpipe.model.network.facts import NAMES, Facts, facts_from
 
 if TYPE_CHECKING:
     from qpipe.numerics.grid import Encoding
@@ -98,16 +99,17 @@ def _sort(field: Any, key: Callable[[Any], str]) -> None:
 
 
 def pack(
-    model: ir.Model, encodings: Mapping[str, Encoding], metadata: Mapping[str, Any]
+    model: ir.Model, encodings: Mapping[str, Encoding], metadata: Mapping[str, Any], facts: Facts
 ) -> tuple[dict[str, Any], dict[str, bytes | memoryview]]:
-    """`(meta, blobs)`: meta is JSON; the blobs are named as in this module's docstring."""
+    """`(meta, blobs)`: meta is JSON, with the facts among the metadata; the blobs are named as in this module's
+    docstring."""
     proto, outside = graph_proto(model)
     blobs: dict[str, bytes | memoryview] = {"graph": proto.SerializeToString(deterministic=True)}
     for name in sorted(outside):
         blobs[f"tensor/{name}"] = tensor_bytes(outside[name])
     meta: dict[str, Any] = {
         "format": FORMAT,
-        "metadata": json.loads(json.dumps(dict(metadata), sort_keys=True)),
+        "metadata": json.loads(json.dumps({**metadata, **facts.to_json()}, sort_keys=True)),
         "encodings": {name: _grid(encodings[name]) for name in sorted(encodings)},
     }
     if encodings:
@@ -138,7 +140,7 @@ def _encoding_arrays(encodings: Mapping[str, Encoding]) -> bytes:
 
 def unpack(
     meta: Mapping[str, Any], read: Callable[[str], memoryview]
-) -> tuple[ir.Model, dict[str, Encoding], dict[str, Any]]:
+) -> tuple[ir.Model, dict[str, Encoding], dict[str, Any], Facts]:
     """What `pack` was given. The tensors are views of the buffers that `read` returns. Raises InputError for
     another format."""
     if meta.get("format") != FORMAT:
@@ -155,7 +157,8 @@ def unpack(
             value.const_value = _attached(value.const_value, read(f"tensor/{name}"))
     _refuse_external(model)
     encodings = _encodings(meta["encodings"], read) if meta["encodings"] else {}
-    return model, encodings, dict(meta["metadata"])
+    metadata = {name: value for name, value in meta["metadata"].items() if name not in NAMES}
+    return model, encodings, metadata, facts_from(meta["metadata"])
 
 
 def _refuse_external(model: ir.Model) -> None:

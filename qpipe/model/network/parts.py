@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import onnx_ir as ir
 
 from qpipe.model.network.invariants import restore
+from qpipe.model.network.network import Network, value_names
 
 if TYPE_CHECKING:
     import networkx as nx
 
-    from qpipe.model.model import Model
+N = TypeVar("N", bound=Network)
 
 
-def block(model: Model, inputs: Sequence[str], outputs: Sequence[str]) -> Model:
+def block(model: N, inputs: Sequence[str], outputs: Sequence[str]) -> N:
     """The nodes between the values `inputs` and the values `outputs` as a model; tensors are shared and the
     encodings of its values are kept. Raises ValueError for a name that is no value, or where the outputs
     need something that the inputs do not give (the message names it)."""
-    from qpipe.model.model import Model, value_names
-
     graph = model.graph
     known = set(value_names(graph))
     missing = [name for name in [*inputs, *outputs] if name not in known]
@@ -33,10 +32,10 @@ def block(model: Model, inputs: Sequence[str], outputs: Sequence[str]) -> Model:
     restore(extracted)
     names = set(value_names(extracted.graph))
     encodings = {name: encoding for name, encoding in model.encodings.items() if name in names}
-    return Model(extracted, encodings, model.metadata)
+    return type(model)(extracted, encodings, model.metadata, model.facts)
 
 
-def digraph(model: Model) -> nx.DiGraph[str]:
+def digraph(model: Network) -> nx.DiGraph[str]:
     """The nodes of `model` by name, in its order, with `op_type`; an edge carries the tuple `values` that its
     head reads from its tail. Inputs and initializers are no nodes of it."""
     import networkx as nx

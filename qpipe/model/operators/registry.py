@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import onnx_ir as ir
 import torch
 from torch import Tensor
 
@@ -35,12 +34,6 @@ class Operator:
     more: str = ""
     unsigned: Callable[..., Any] | None = None
 
-
-MOVING = frozenset(
-    {"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather", "Expand", "Tile"}
-    | {"DepthToSpace", "SpaceToDepth", "Identity", "MaxPool", "GlobalMaxPool"}
-)
-"""Their outputs hold values of their first input: on the same grid a second quantizer is redundant."""
 
 OPERATORS: dict[str, Operator] = {}
 """By operator name, in ONNX's default domain."""
@@ -101,5 +94,3 @@ TORCH_DTYPES: dict[int, torch.dtype] = {
     19: torch.float8_e5m2,
     20: torch.float8_e5m2fnuz,
 }
-
-WIDE_UNSIGNED = frozenset({ir.DataType.UINT16, ir.DataType.UINT32, ir.DataType.UINT64})

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from qpipe.model.structure.layers import Layer, find_layers
 from qpipe.numerics.grid import SMALLEST_SCALE, Encoding
 
 if TYPE_CHECKING:
-    from qpipe.model.model import Model
-    from qpipe.model.structure.layers import Layer
+    from qpipe.model.network.network import Network
 
 BIAS_MIN, BIAS_MAX = -(2**31), 2**31 - 128
 """Bounds of a bias code; the upper one is the largest below 2^31 that float32 can hold."""
@@ -41,17 +41,17 @@ class QuantizedBias:
     repeats: int
 
 
-def quantized_biases(model: Model) -> dict[tuple[str, int], QuantizedBias]:
+def quantized_biases(model: Network) -> dict[tuple[str, int], QuantizedBias]:
     """The biases that get an int32 grid, by (node name, input position).
 
     Those of layers whose input and weight have encodings, the weight's per tensor or per output channel. None
     where the bias, or the product that it is added to, has a grid of its own; none at all where the model's
-    metadata say `"biases": "float"`.
+    facts say that biases are float.
     """
-    if model.metadata.get("biases") == "float":
+    if model.facts.biases == "float":
         return {}
     found = {}
-    for layer in model.layers():
+    for layer in find_layers(model):
         weight = model.encodings.get(layer.weight)
         if layer.bias is None or weight is None or layer.input not in model.encodings:
             continue
@@ -80,7 +80,7 @@ def bias_codes(bias: npt.NDArray[np.float32], scale: npt.NDArray[np.float32]) ->
     return np.asarray(clipped, np.int32)
 
 
-def effective_encodings(model: Model) -> dict[str, Encoding]:
+def effective_encodings(model: Network) -> dict[str, Encoding]:
     """The model's encodings, the weights' scales raised where a bias would not fit into 32 bits otherwise."""
     encodings = dict(model.encodings)
     for bias in quantized_biases(model).values():
@@ -109,10 +109,10 @@ def _repeats(layer: Layer, weight: Encoding) -> int | None:
     return 1 if weight.axis == 0 and depthwise and layer.weight_shape[0] == layer.groups else None
 
 
-def _product(model: Model, node: str) -> str:
+def _product(model: Network, node: str) -> str:
     return str(model.graph.node(node).outputs[0].name)
 
 
-def _position(model: Model, node: str, value: str) -> int:
+def _position(model: Network, node: str, value: str) -> int:
     names = [None if v is None else v.name for v in model.graph.node(node).inputs]
     return names.index(value)

@@ -104,7 +104,7 @@ def _count(names: list[str], op_type: str) -> str:
 
 def _standard(node: ir.Node) -> bool:
     """Whether ONNX defines the operator, so that `qpipe.model.operators` computes it on integers."""
-    from qpipe.model.operators import OPERATORS
+    from qpipe.model.operators.table import OPERATORS
 
     return node.domain in ("", "ai.onnx") and node.op_type in OPERATORS
 

@@ -23,7 +23,6 @@ import onnx_ir as ir
 
 from qpipe.model.network.invariants import fresh_initializer_name
 from qpipe.model.network.rewriting import constant
-from qpipe.model.operators.registry import MOVING
 from qpipe.model.qdq.nodes import (
     BITWIDTH,
     clip_of_codes,
@@ -36,6 +35,7 @@ from qpipe.model.qdq.nodes import (
     quantizes,
 )
 from qpipe.model.qdq.weights import SUFFIX, Grids, follow_weights, take_over
+from qpipe.model.structure.families import MOVING
 from qpipe.numerics.grid import Encoding, dequantize, same_grid
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qpipe.errors import InputError
+from qpipe.model.network.facts import Facts
 from qpipe.model.network.invariants import PERMUTATION, SHAPE
 from qpipe.model.network.naming import Names
 from qpipe.model.network.rewriting import constant
@@ -54,11 +55,11 @@ class Grids:
     notes: list[str] = field(default_factory=list)
     _weights: dict[tuple[Any, ...], ir.Value] = field(default_factory=dict)
 
-    def metadata(self) -> dict[str, Any]:
-        """What a Model's metadata says about where its grids come from."""
+    def facts(self) -> Facts:
+        """What a network is to know about where its grids come from."""
         if not self.encodings:
-            return {}
-        return {"quantized_source": True, **({} if self.int32_biases else {"biases": "float"})}
+            return Facts()
+        return Facts(biases="int32" if self.int32_biases else "float", came_quantized=True)
 
 
 def read_weights(graph: ir.Graph, grids: Grids) -> bool:

@@ -28,16 +28,16 @@ import onnx_ir as ir
 from qpipe.errors import InputError
 from qpipe.model.network.naming import Names
 from qpipe.model.network.packing import graph_proto
-from qpipe.model.operators.registry import MOVING
 from qpipe.model.qdq.bias import QuantizedBias, bias_codes, bias_scale, effective_encodings, quantized_biases
 from qpipe.model.qdq.guards import guard_float_layers
 from qpipe.model.qdq.nodes import BITWIDTH
+from qpipe.model.structure.families import MOVING
 from qpipe.numerics.grid import Array, Encoding, quantize, same_grid
 
 if TYPE_CHECKING:
     import onnx
 
-    from qpipe.model.model import Model
+    from qpipe.model.network.network import Network
 
 
 Uses = tuple[tuple[ir.Node, int], ...]
@@ -46,7 +46,7 @@ _NAMES = "qpipe.names"
 """Key in the graph's metadata, which no file gets: the names that are taken."""
 
 
-def to_qdq(model: Model) -> onnx.ModelProto:
+def to_qdq(model: Network) -> onnx.ModelProto:
     """`model` with a QDQ pair at every encoding, opset 21, self-contained.
 
     Raises InputError for an encoding that ONNX has no integer type for (more than 16 bits).
@@ -55,7 +55,7 @@ def to_qdq(model: Model) -> onnx.ModelProto:
     return graph_proto(qdq_model(model), inline_bytes=None)[0]
 
 
-def qdq_model(model: Model) -> ir.Model:
+def qdq_model(model: Network) -> ir.Model:
     """What `to_qdq` writes, as an onnx_ir model of its own; big tensors that stay float are shared.
 
     The codes of weights are computed when they are asked for, each time, so that a model that is written tensor by

@@ -30,14 +30,14 @@ from qpipe.model.runtime.external_data import set_place, write_data
 from qpipe.model.runtime.options import open_session, session_options, set_lean
 
 if TYPE_CHECKING:
-    from qpipe.model.model import Model
+    from qpipe.model.network.network import Network
 
 LARGE_BYTES = 1 << 28
 """A model with tensors of more than this is large."""
 
 
 def make_session(
-    model: Model,
+    model: Network,
     mode: Literal["reference", "deploy"] = "reference",
     quantized: bool = True,
     outputs: Sequence[str] | None = None,
@@ -113,7 +113,7 @@ def _write_narrow(proto: onnx.ModelProto, tensors: dict[str, ir.TensorProtocol])
             initializer.raw_data = bytes(tensor_bytes(tensors.pop(initializer.name)))
 
 
-def _set_outputs(proto: onnx.ModelProto, model: Model, outputs: Sequence[str]) -> None:
+def _set_outputs(proto: onnx.ModelProto, model: Network, outputs: Sequence[str]) -> None:
     values = ir.convenience.create_value_mapping(model.graph, include_subgraphs=False)
     del proto.graph.output[:]
     for name in outputs:

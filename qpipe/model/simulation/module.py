@@ -28,9 +28,8 @@ import torch
 from torch import fx
 
 from qpipe.errors import InputError
-from qpipe.model.operators import OPERATORS, supported_ops
 from qpipe.model.operators.host import host_constant, to_device
-from qpipe.model.operators.registry import MOVING, WIDE_UNSIGNED
+from qpipe.model.operators.table import OPERATORS, supported_ops
 from qpipe.model.qdq.bias import BIAS_MAX, BIAS_MIN, QuantizedBias, effective_encodings, quantized_biases
 from qpipe.model.simulation.constants import (
     constant,
@@ -42,18 +41,19 @@ from qpipe.model.simulation.constants import (
     stays,
     tensor_of,
 )
+from qpipe.model.structure.families import MOVING, WIDE_UNSIGNED
 from qpipe.numerics.fake_quantize import FakeQuantize, fake_quantize
 from qpipe.numerics.grid import Encoding, same_grid
 
 if TYPE_CHECKING:
-    from qpipe.model.model import Model
+    from qpipe.model.network.network import Network
 
 BOUNDING = frozenset({"Min", "Max", "Clip", "Relu", "Pad", "Concat"})
 """Operators whose output may share the quantizer of their first input, but has to be rounded again."""
 
 
 def to_torch(
-    model: Model,
+    model: Network,
     quantized: bool = True,
     trainable: Iterable[str] = (),
     device: str = "cpu",

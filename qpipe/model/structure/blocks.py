@@ -30,7 +30,7 @@ import onnx_ir as ir
 from qpipe.model.structure.module_lists import named_pieces
 
 if TYPE_CHECKING:
-    from qpipe.model.model import Model
+    from qpipe.model.network.network import Network
 
 _SHAPES = frozenset({"Shape", "Size"})
 _ALWAYS_WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "LSTM", "GRU", "RNN"})
@@ -67,7 +67,7 @@ class Segment:
 Group = tuple[str | None, list[Segment]]
 
 
-def find_blocks(model: Model, by_name: bool = True) -> tuple[Block, ...]:
+def find_blocks(model: Network, by_name: bool = True) -> tuple[Block, ...]:
     """The blocks of `model`, in order, disjoint; each one's output is the next one's input. Every layer on the way from
     the first to the last cut is in one; an embedding, a last normalization and side branches are in none.
 

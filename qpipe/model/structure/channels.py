@@ -21,7 +21,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from qpipe.model.model import Array, Editor
+    from qpipe.model.network.network import Array, Editor
     from qpipe.model.structure.layers import Layer
 
 

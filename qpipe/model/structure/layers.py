@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import onnx_ir as ir
 
 if TYPE_CHECKING:
-    from qpipe.model.model import Model
+    from qpipe.model.network.network import Network
 
 LayerType = Literal["Conv", "ConvTranspose", "Gemm", "MatMul"]
 
@@ -79,13 +79,13 @@ class Layer:
         return inputs == 1
 
 
-def find_layers(model: Model) -> tuple[Layer, ...]:
+def find_layers(model: Network) -> tuple[Layer, ...]:
     """The layers of `model` in topological order; `refused_layers` lists the ones that are none, and why."""
     found = (_layer(node) for node in model.graph)
     return tuple(layer for layer in found if isinstance(layer, Layer))
 
 
-def refused_layers(model: Model) -> dict[str, str]:
+def refused_layers(model: Network) -> dict[str, str]:
     """The nodes that multiply by a weight and still are no layer, by name, each with its reason."""
     found = ((str(node.name), _layer(node)) for node in model.graph)
     return {name: reason for name, reason in found if isinstance(reason, str)}

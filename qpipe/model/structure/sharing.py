@@ -13,7 +13,7 @@ from qpipe.model.network.naming import SCOPE
 from qpipe.model.network.rewriting import permutation
 
 if TYPE_CHECKING:
-    from qpipe.model.model import Editor, Model
+    from qpipe.model.network.network import Editor, Network
 
 _WITH_BIAS = ("weight", "bias")
 _SLOTS: dict[str, tuple[str, ...]] = {
@@ -39,7 +39,7 @@ class _Use:
         return slots[self.index - 1] if 1 <= self.index <= len(slots) else None
 
 
-def shared_weights(model: Model) -> dict[str, tuple[str, ...]]:
+def shared_weights(model: Network) -> dict[str, tuple[str, ...]]:
     """The parameters that a layer shares with another reader: name -> the nodes that read it."""
     shared = {}
     for name, value in sorted(model.graph.initializers.items()):
@@ -49,7 +49,7 @@ def shared_weights(model: Model) -> dict[str, tuple[str, ...]]:
     return shared
 
 
-def with_own_weights(model: Model) -> Model:
+def with_own_weights(model: Network) -> Network:
     """The model in which no layer shares its weight or bias; what it computes is the same.
 
     Who is no layer keeps the parameter, else the first layer does; the others get a copy, called

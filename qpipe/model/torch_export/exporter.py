@@ -12,6 +12,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qpipe.errors import InputError
 from qpipe.model.canon.form import canonicalize
-from qpipe.model.model import Model
 from qpipe.model.network.invariants import OPSET
 from qpipe.model.network.naming import MODULE_CLASS, SCOPE
+from qpipe.model.network.network import Network
 from qpipe.model.torch_export.errors import explain, refuse_unfit_module, unwrapped
 from qpipe.model.torch_export.names import rename
 
@@ -36,8 +37,11 @@ def from_torch(
     example_inputs: Any,
     dynamic_shapes: Any = None,
     input_names: Sequence[str] | None = None,
-) -> Model:
-    """See `Model.from_torch`."""
+) -> Network:
+    """The module as it computes in eval mode; dimension 0 of every input is dynamic and called `batch`.
+
+    `example_inputs` is a tensor, a tuple of them or a dict by argument name; `dynamic_shapes`, if given,
+    goes to torch.export as it is. Raises InputError where torch cannot export the module."""
     module = unwrapped(module)
     refuse_unfit_module(module)
     args, kwargs = _arguments(module, example_inputs)
@@ -57,11 +61,9 @@ def from_torch(
     grid_of = {values[name]: encoding for name, encoding in grids.encodings.items()}
     rename(model.graph, parameters, input_names)
     metadata: dict[str, Any] = {"notes": notes + changes} if notes + changes else {}
-    metadata |= grids.metadata()
-    if tied := _tied(module, set(model.graph.initializers)):
-        metadata["tied"] = tied
+    facts = replace(grids.facts(), tied=_tied(module, set(model.graph.initializers)))
     encodings = {str(value.name): encoding for value, encoding in grid_of.items()}
-    return Model(model, encodings, metadata).edit().model()
+    return Network(model, encodings, metadata, facts).edit().model()
 
 
 def _tied(module: torch.nn.Module, kept: set[str]) -> dict[str, str]:

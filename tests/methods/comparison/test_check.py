@@ -9,13 +9,8 @@ import onnx
 import pytest
 
 from qpipe.errors import InputError
-from qpipe.methods.comparison.check import (
-    TOLERANCE,
-    first_difference,
-    random_inputs,
-    relative_error,
-    verify_import,
-)
+from qpipe.methods.comparison.check import TOLERANCE, first_difference, verify_import
+from qpipe.methods.comparison.compare import random_inputs, relative_error
 from qpipe.model import Model
 from tests.model.nets import normal, parsed
 

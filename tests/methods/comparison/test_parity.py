@@ -18,7 +18,9 @@ from qpipe.methods.comparison.parity import (
     unit_op_types,
 )
 from qpipe.model import Model
-from qpipe.model.simulation.module import MOVING
+from qpipe.model.network.network import Network
+from qpipe.model.simulation.module import to_torch
+from qpipe.model.structure.families import MOVING
 from tests.model.nets import Mobile, UNet, normal, randomized
 from tests.model.qdq.test_writer import X, cnn
 from tests.model.quantized import quantized, scheme
@@ -63,15 +65,14 @@ def test_weights_alone_have_no_units_but_outputs() -> None:
 
 def test_the_first_difference_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     model = quantized(cnn(), X)
-    honest = Model.to_torch
 
-    def broken(self: Model, quantized: bool = True, **_: object) -> object:
-        module = honest(self, quantized=quantized)
+    def broken(network: Network, **_: object) -> object:
+        module = to_torch(network)
         with torch.no_grad():
             module.w3.mul_(1.2)  # from here on the simulation is another model
         return module
 
-    monkeypatch.setattr(Model, "to_torch", broken)
+    monkeypatch.setattr("qpipe.methods.comparison.parity.to_torch", broken)
     report = parity(model, X)
     assert report.first == "p"
     assert report.worst == "p"

@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 import torch
 
-from qpipe.model.operators import OPERATORS
+from qpipe.model.operators.table import OPERATORS
 from qpipe.model.simulation.module import build
 from tests.model.nets import normal, parsed
 

@@ -217,7 +217,7 @@ def test_torch_fx_quantization_exported_to_onnx(tmp_path: Path) -> None:
     module = _convert_to_reference_decomposed_fx(prepared)
     torch.onnx.export(module, (x,), str(path), dynamo=True, input_names=["x"], verbose=False)
     model = check_file(path, {"x": x.numpy()})
-    assert model.metadata["biases"] == "float"
+    assert model.facts.biases == "float"
     step = float(model.encodings[model.outputs[0].name].scale)
     found = model.session().run(None, {"x": x.numpy()})[0]
     np.testing.assert_allclose(found, module(x).detach().numpy(), atol=2.01 * step)

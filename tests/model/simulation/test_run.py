@@ -8,7 +8,8 @@ import pytest
 
 from qpipe.errors import InputError
 from qpipe.model import Model
-from qpipe.model.simulation.run import batches, run, thinned
+from qpipe.model.simulation.run import run
+from qpipe.model.simulation.samples import batches, thinned
 
 
 def network(batch: str) -> Model:

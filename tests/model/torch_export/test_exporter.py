@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from qpipe.errors import InputError
-from qpipe.methods.comparison.check import relative_error
+from qpipe.methods.comparison.compare import relative_error
 from qpipe.model import Model
 from qpipe.model.files.onnx_writer import torch_weights
 from tests.model.nets import Mobile, Oddities, UNet, op_types, randomized
@@ -101,7 +101,7 @@ def test_oddities() -> None:
     weights = torch_weights(model)
     assert np.allclose(weights["conv.weight"], conv.weight.detach().numpy(), atol=1e-7)
     assert "'conv.weight' is what the model computes from" in model.metadata["notes"][0]
-    assert set(model.metadata["tied"].items()) & {
+    assert set(model.facts.tied.items()) & {
         ("table.weight", "head.weight"),
         ("head.weight", "table.weight"),
     }

@@ -1,0 +1,63 @@
+"""What later stages have to know of a network, beside its graph and its grids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Vector = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Spread:
+    """How the outputs of a layer are distributed by the normalization that was folded into it: per channel (C,), the
+    mean `beta` and, but for the sign, the standard deviation `gamma`."""
+
+    gamma: Vector
+    beta: Vector
+
+
+@dataclass(frozen=True)
+class Facts:
+    """`biases`: whether quantized layers have int32 biases or keep float ones. `came_quantized`: whether the grids came
+    with the model, so that its weights stay where they are. `statistics`: the Spread of a layer's output, by its name.
+    `tied`: names under which torch knows a parameter besides its own: that name -> the initializer's.
+    """
+
+    biases: Literal["int32", "float"] = "int32"
+    came_quantized: bool = False
+    statistics: Mapping[str, Spread] = field(default_factory=dict)
+    tied: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.biases not in ("int32", "float"):
+            raise ValueError(f"biases are int32 or float, got {self.biases!r}.")
+
+    def to_json(self) -> dict[str, Any]:
+        """What differs from the defaults, under the names that a packed model has it."""
+        spreads = {
+            name: {"gamma": spread.gamma.tolist(), "beta": spread.beta.tolist()}
+            for name, spread in self.statistics.items()
+        }
+        found: dict[str, Any] = {
+            _BIASES: self.biases, _CAME: self.came_quantized, _STATISTICS: spreads, _TIED: dict(self.tied)
+        }  # fmt: skip
+        return {name: value for name, value in found.items() if value and value != "int32"}
+
+
+_BIASES, _CAME, _STATISTICS, _TIED = NAMES = ("biases", "quantized_source", "folded_statistics", "tied")
+
+
+def facts_from(packed: Mapping[str, Any]) -> Facts:
+    """The facts that stand among the entries of a packed model's metadata."""
+    statistics = {
+        name: Spread(np.array(spread["gamma"], np.float64), np.array(spread["beta"], np.float64))
+        for name, spread in packed.get(_STATISTICS, {}).items()
+    }
+    return Facts(
+        packed.get(_BIASES, "int32"), bool(packed.get(_CAME, False)), statistics, dict(packed.get(_TIED, {}))
+    )
