@@ -6,8 +6,7 @@ the logits on the evaluation images, squared, over the float logits' variance: t
 activations stay float. CPU seconds are those of the stage as a whole: streams, moments and all.
 
     OMP_NUM_THREADS=1 python benchmarks/adaround.py                        about forty minutes on one core
-    OMP_NUM_THREADS=1 python benchmarks/adaround.py --iterations 500       a minute; the gradient is not at
-                                                                           its best then
+    OMP_NUM_THREADS=1 python benchmarks/adaround.py --iterations 500       a minute; the gradient is not at its best
 """
 
 from __future__ import annotations
@@ -107,9 +106,7 @@ def line(record: dict[str, Any]) -> str:
 
 
 def claim(records: list[dict[str, Any]], scheme: str) -> dict[str, Any]:
-    """How gram compares with the gradient: the ratio of their errors and of their times, and whether it
-    holds.
-    """
+    """How gram compares with the gradient: the ratio of their errors and of their times, and whether it holds."""
     found = {
         record["solver"].partition(",")[0]: record
         for record in reversed(records)

@@ -1,5 +1,4 @@
-"""Both rounding solvers on single layers, side by side in one run: held-out relative output error and CPU
-seconds.
+"""Both rounding solvers on single layers, side by side in one run: held-out relative output error and CPU seconds.
 
 Synthetic layers with inputs that are correlated between channels and neighbours and never negative, as after
 a Relu; weights of 4 bits per output channel, minmax scales. Errors are measured on samples that no solver
@@ -8,8 +7,7 @@ them; `after` counts them behind a Relu, as the gradient optimizes them. CPU sec
 include collecting its moments.
 
     python benchmarks/adaround_layers.py                        about twenty minutes on one core
-    python benchmarks/adaround_layers.py --iterations 1000      one minute; the gradient is then not at its
-    best
+    python benchmarks/adaround_layers.py --iterations 1000      one minute; the gradient is then not at its best
 """
 
 from __future__ import annotations

@@ -9,11 +9,9 @@ since a zero that was padded was never shifted. What neither can take becomes Mu
 After folding into the layer before, its outputs are distributed around beta with the spread gamma:
 `facts.statistics` keep both, per channel.
 
-Assumes: BatchNormalization in inference mode with constant parameters. Arithmetic in float64, rounded once to
-float32.
-Source: Jacob et al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
-Inference, section 3.2, arXiv 1712.05877; the statistics: Nagel et al., Data-Free Quantization, arXiv
-1906.04721.
+Assumes: BatchNormalization in inference mode with constant parameters. Arithmetic in float64, rounded once to float32.
+Source: Jacob et al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference,
+section 3.2, arXiv 1712.05877; the statistics: Nagel et al., Data-Free Quantization, arXiv 1906.04721.
 """
 
 from __future__ import annotations
@@ -62,9 +60,7 @@ def fold_behind(weight: Vector, bias: Vector, factor: Vector, shift: Vector) -> 
 
 
 def read_affine(node: ir.Node) -> tuple[Vector, Vector, Vector, Vector] | None:
-    """(factor, shift, gamma, beta) of a BatchNormalization node, None where it trains or its parameters are
-    computed.
-    """
+    """(factor, shift, gamma, beta) of a BatchNormalization node; None where it trains or computes its parameters."""
     import numpy as np
 
     from qpipe.model.structure.channels import constant
@@ -173,8 +169,7 @@ def remove(editor: Editor, norm: ir.Node, value: ir.Value, name: str | None) -> 
 
 
 def fold(editor: Editor, norm: ir.Node, layers: dict[str, Layer]) -> tuple[str, str]:
-    """Take `norm` out of the graph; where it went (before, behind, written out, left), and the layer or
-    reason.
+    """Take `norm` out of the graph; where it went (before, behind, written out, left), and the layer or reason.
 
     `layers` are keyed by the name of the node that gives their output, and follow what changes.
     """
@@ -227,8 +222,7 @@ def bnf(model: Network, *, ctx: Context = NULL) -> Network:
     """The model without BatchNormalization: each one folded into a layer, or written out as Mul and Add.
 
     A folded layer's output takes the name of the BatchNormalization's, since it holds the same numbers;
-    `facts.statistics` give gamma and beta by that name. Errors: InputError for a quantized
-    model.
+    `facts.statistics` give gamma and beta by that name. Errors: InputError for a quantized model.
     """
     from qpipe.methods.preconditions import float_weights
     from qpipe.model.structure.layers import find_layers

@@ -1,12 +1,12 @@
 """Cross-layer equalization: channels are rescaled between layers until their weights share one range.
 
-For layers that only positively homogeneous operators separate, f(a x) = a f(x), channel i may be divided by
-any s_i > 0 in the first and multiplied by it in the next. With r1_i = max abs W1 of output channel i, r2_i =
-max abs W2 of input channel i
+For layers that only positively homogeneous operators separate, f(a x) = a f(x), channel i may be divided by any
+s_i > 0 in the first and multiplied by it in the next. With
 
-    s_i = r1_i / sqrt(r1_i r2_i)        W1 /= s, b1 /= s (rows)        W2 *= s (columns)
+    r1_i = max abs W1 of output channel i       r2_i = max abs W2 of input channel i
+    s_i = r1_i / sqrt(r1_i r2_i)                W1 /= s, b1 /= s (rows)        W2 *= s (columns)
 
-makes both ranges sqrt(r1_i r2_i). Depthwise layers between them are equalized along: with n layers in a row
+both ranges become sqrt(r1_i r2_i). Depthwise layers between them are equalized along: with n layers in a row
 all ranges of channel i become the n-th root of their product (conv, depthwise, conv: the cube root). Repeated
 until no scale moves.
 
@@ -14,17 +14,15 @@ A bound scales too: min(x, 6) / s = min(x / s, 6 / s). So Clip(0, 6) becomes Rel
 channel, and the model computes what it did. `relu6: replace_if_unused` puts Relu in its place where no sample
 reaches the bound.
 
-A channel whose weights are nearly zero but whose bias is not, a dead one, would be stretched by its scale
-until it alone sets the range of all activations: a network trained with a penalty on its normalizations fell
-from 96.3 % to 12.6 % at 8 bits. `headroom` limits how much further than the channels that count a channel may
-reach: 96.1 % again, and 90 % instead of 10 % with 4-bit weights. The reach comes from samples, else from
-folded statistics.
+A channel whose weights are nearly zero but whose bias is not, a dead one, would be stretched by its scale until it
+alone sets the range of all activations: a network trained with a penalty on its normalizations fell from 96.3 % to
+12.6 % at 8 bits. `headroom` limits how much further than the channels that count a channel may reach: 96.1 % again,
+and 90 % instead of 10 % with 4-bit weights. The reach comes from samples, else from folded statistics.
 
 `norms: true` also rescales channels between a LayerNormalization (or the Mul that ends an RMS norm) and the linear
 layers that read it, so that activations and weights share one range per channel.
 
-Assumes: BatchNormalization folded (bnf); every value between the layers is read once, every weight by one
-layer.
+Assumes: BatchNormalization folded (bnf); every value between the layers is read once, every weight by one layer.
 Source: Nagel, van Baalen, Blankevoort, Welling, Data-Free Quantization Through Weight Equalization and Bias
 Correction, arXiv 1906.04721, sections 4.1 and 5.1.1.
 """
@@ -57,8 +55,7 @@ SMALLEST = 1e-30
 def scales(ranges: Sequence[Vector]) -> list[Vector]:
     """s_1 … s_(n-1), each (C,), that give n layers in a row the geometric mean of their `ranges`, each (C,).
 
-    Layer k is divided by s_(k+1) in its rows and multiplied by s_k in its columns. A range of zero counts as
-    `SMALLEST`.
+    Layer k is divided by s_k in its rows and multiplied by s_(k-1) in its columns. A zero range counts as `SMALLEST`.
     """
     import numpy as np
 
@@ -96,9 +93,8 @@ def equalize(
 ) -> tuple[dict[str, Vector], int]:
     """The scale (C,) of each link, by its first layer, and the number of passes it took.
 
-    `peaks` are max abs over the kernel, (g, O/g, I/g) by layer; `reach` the activations' by first layer. The
-    first pass takes layers in a row together, the others two by two: a scale that is held back moves its
-    neighbours too.
+    `peaks` are max abs over the kernel, (g, O/g, I/g) by layer; `reach` the activations' by first layer. The first
+    pass takes layers in a row together, the others two by two: a scale that is held back moves its neighbours too.
     """
     import numpy as np
 
@@ -138,9 +134,7 @@ def equalize(
 def apply(
     editor: Editor, layers: Mapping[str, Layer], links: Mapping[str, Link], totals: Mapping[str, Vector]
 ) -> None:
-    """Divide each layer's rows, bias and folded statistics by its own scale, multiply its columns by the one
-    before.
-    """
+    """Divide each layer's rows, bias and folded statistics by its own scale, multiply its columns by the one before."""
     from dataclasses import replace
 
     from qpipe.model.network.facts import Spread

@@ -1,14 +1,12 @@
-"""Score a model on samples: by a metric of the task, or by how near its outputs are to those of the float
-model.
+"""Score a model on samples: by a metric of the task, or by how near its outputs are to those of the float model.
 
     top1, top5          share of the samples whose label has the highest, one of the five highest logits
     sqnr_db, cosine     of the outputs against those of `float_model`; no labels needed
     mse                 the same, negated: for every metric, higher is better
     module:function     a function of your own: (outputs, labels) -> number, higher is better
 
-Assumes: labels for top1 and top5, `float_model` for sqnr_db, cosine and mse. With several outputs, top1 and
-top5 look at the first, the others take the mean over all, and a function of your own gets a dict by output
-name.
+Assumes: labels for top1 and top5, `float_model` for sqnr_db, cosine and mse. With several outputs, top1 and top5 look
+at the first, the others take the mean over all, and a function of your own gets a dict by output name.
 Source: own.
 """
 

@@ -1,14 +1,12 @@
-"""High bias folding: hand what a channel is sure to exceed on to the next layer, so that activations need
-less range.
+"""High bias folding: hand what a channel is sure to exceed on to the next layer, so that activations need less range.
 
 Equalization can leave a channel with a large bias: its activations lie far from zero in a narrow band, and
 the whole tensor's grid has to reach there. Where x >= c for nearly all inputs, relu(x) = c + relu(x - c), so
 
-    c = max(0, beta - 3 abs(gamma))        b1 -= c        b2 += sum(W2) c        min(x, u) becomes min(x - c,
-    u - c)
+    c = max(0, beta - 3 abs(gamma))
+    b1 -= c        min(x, u) becomes min(x - c, u - c)        b2 += sum(W2) c
 
-with beta and gamma, the mean and spread of the first layer's outputs, from the normalization that was folded
-into it.
+with beta and gamma, the mean and spread of the first layer's outputs, from the normalization folded into it.
 
 Unlike equalization this moves the float outputs a little, where x < c (0.1 % of a normal distribution): the
 error is measured and noted. A layer that pads with zeros is not given a constant, since what it pads is not
@@ -40,9 +38,7 @@ if TYPE_CHECKING:
 _RESHAPES = frozenset(("Identity", "Dropout", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze"))
 _POOLS = frozenset(("MaxPool", "ReduceMean", "ReduceMax", "GlobalAveragePool", "GlobalMaxPool"))
 COMMUTING = _RESHAPES | _POOLS
-"""Operators f with f(x + c) = f(x) + c for a constant c of each channel; AveragePool where it counts no
-padding.
-"""
+"""Operators f with f(x + c) = f(x) + c for a constant c of each channel; AveragePool where it counts no padding."""
 
 
 def absorbed(gamma: Vector, beta: Vector, deviations: float) -> Vector:
@@ -53,9 +49,7 @@ def absorbed(gamma: Vector, beta: Vector, deviations: float) -> Vector:
 
 
 def shifted_bias(weight: Vector, bias: Vector, constant: Vector) -> Vector:
-    """Bias (O,) of the layer whose inputs have lost `constant` (I,): b + sum(W) c, with W as (g, O/g, I/g,
-    K).
-    """
+    """Bias (O,) of the layer whose inputs have lost `constant` (I,): b + sum(W) c, with W as (g, O/g, I/g, K)."""
     groups, _, columns, _ = weight.shape
     moved: Vector = (weight * constant.reshape(groups, 1, columns, 1)).sum(axis=(2, 3)).reshape(-1)
     return bias + moved
@@ -110,9 +104,7 @@ def capped(link: Link, constant: Vector) -> Vector:
 
 
 def hand_on(editor: Editor, layers: dict[str, Layer], link: Link, constant: Vector) -> None:
-    """Take `constant` (C,) out of the first layer of `link` and the bounds on the way, and into the second
-    layer.
-    """
+    """Take `constant` (C,) out of the first layer of `link` and the bounds on the way, and into the second layer."""
     from qpipe.methods.equalization.links import along, bounds, set_bounds
     from qpipe.model.structure.channels import bias_vector, grouped, own_bias, set_bias
 
@@ -136,13 +128,11 @@ def hbf(
     deviations: Annotated[float, Range(ge=0)] = 3.0,
     ctx: Context = NULL,
 ) -> Network:
-    """The model whose layers hand the constant part of their activations on to the next layer, where that is
-    right.
+    """The model whose layers hand the constant part of their activations on to the next layer, where that is right.
 
-    `deviations` says how far below the mean the constant lies. The outputs move where an activation falls
-    below it: by how much, on `data` or on random inputs, is noted and kept in `metadata["hbf"]`, with the
-    layers that were left and the reason. Errors: InputError for a quantized model, and for one without folded
-    statistics.
+    `deviations` says how far below the mean the constant lies. The outputs move where an activation falls below it: by
+    how much, on `data` or on random inputs, is noted and kept in `metadata["hbf"]`, with the layers that were left and
+    the reason. Errors: InputError for a quantized model, and for one without folded statistics.
     """
     from dataclasses import replace
 

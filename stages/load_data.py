@@ -34,9 +34,7 @@ def thinned(count: int, limit: int | None) -> list[int]:
 
 
 def read_npz(path: Path, limit: int | None) -> Arrays:
-    """{name: array} of an npz file, at most `limit` samples. Errors: InputError for another file, or pickled
-    data.
-    """
+    """{name: array} of an npz file, at most `limit` samples. Errors: InputError for another file, or pickled data."""
     import zipfile
 
     import numpy as np
@@ -57,9 +55,7 @@ def read_npz(path: Path, limit: int | None) -> Arrays:
 
 
 def from_factory(factory: str, split: str, limit: int | None) -> Arrays:
-    """{name: array} of what `module:function` returns for `split`: a mapping of arrays, or an iterable of
-    them.
-    """
+    """{name: array} of what `module:function` returns for `split`: a mapping of arrays, or an iterable of them."""
     import numpy as np
 
     returned = load_factory(factory)(split=split)
@@ -116,9 +112,7 @@ def _array(value: Any) -> NDArray[Any]:
 
 
 def check_arrays(source: str, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Errors: InputError, one line naming the array: none at all, empty, no sample axis, other lengths, NaN,
-    inf.
-    """
+    """Errors: InputError, one line naming the array: none at all, empty, no sample axis, other lengths, NaN, inf."""
     import numpy as np
 
     if not set(arrays) - {"labels"}:
@@ -211,10 +205,9 @@ def load_data(
     """Samples from one source: `path` (npz), `images` (a folder, with `labels`) or `factory` (with `split`).
 
     `reads` names the files and folders that the factory opens by itself, so that their content counts.
-    `limit` keeps that many samples, evenly spread (of a factory's batches: the first ones). `input_name`
-    names the model input that images go to; `size`, `fit`, `crop`, `mode`, `scale`, `mean`, `std` and
-    `layout` say how they are prepared. Errors: InputError, one line, for a source
-    that cannot be read or arrays that cannot serve.
+    `limit` keeps that many samples, evenly spread (of a factory's batches: the first ones). `input_name` names the
+    model input that images go to; `size`, `fit`, `crop`, `mode`, `scale`, `mean`, `std` and `layout` say how they are
+    prepared. Errors: InputError, one line, for a source that cannot be read or arrays that cannot serve.
     """
     source = source_of(locals())
     if path is not None:

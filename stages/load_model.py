@@ -1,5 +1,4 @@
-"""Bring a model in, from an ONNX file or from torch, in the one canonical form; and show that it computes the
-same.
+"""Bring a model in, from an ONNX file or from torch, in the one canonical form; and show that it computes the same.
 
 The import is held against its source on random inputs (torch: on the example inputs): onnxruntime on the
 source, onnxruntime on the canonical form, and the torch module that simulation runs on.
@@ -163,11 +162,10 @@ def load_model(
     activations until `calibrate` makes new ones.
 
     `reads` names the files and folders that the factory opens by itself, so that their content counts.
-    `weights` (.safetensors, or a state dict saved by torch) replace a torch module's parameters. `data` give
-    the example where the factory returns none, and the name of a single input. `encodings` is a file in AIMET's
-    format (0.6.1, 1.0.0 or 2.0.0), whose grids take the place of the model's own. Errors: InputError for a file
-    or a module that cannot be taken, for weights that do not fit, and for an import that computes something
-    else.
+    `weights` (.safetensors, or a state dict saved by torch) replace a torch module's parameters. `data` give the
+    example where the factory returns none, and the name of a single input. `encodings` is a file in AIMET's format
+    (0.6.1, 1.0.0 or 2.0.0), whose grids take the place of the model's own. Errors: InputError for a file or a module
+    that cannot be taken, for weights that do not fit, and for an import that computes something else.
     """
     from qpipe.methods.comparison.check import TOLERANCE, first_difference, verify_import
     from qpipe.model.canon.form import canonical_network

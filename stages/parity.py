@@ -41,9 +41,7 @@ def difference(report: ParityReport) -> str | None:
 
 
 def origin(report: ParityReport) -> str | None:
-    """Sentences that say where the differences come from, unit by unit and end to end; None where there are
-    none.
-    """
+    """Sentences that say where the differences come from, unit by unit and end to end; None where there are none."""
     elements = sum(unit.elements for unit in report.units)
     apart = elements - sum(unit.counts[0] for unit in report.units)
     if not apart:

@@ -82,8 +82,7 @@ def prepare(
     tolerance: Annotated[float, Range(gt=0)] = 1e-4,
     ctx: Context = NULL,
 ) -> Network:
-    """The model as later stages want it; what it computes is the same, which is measured unless `verify` is
-    false.
+    """The model as later stages want it; what it computes is the same, which is measured unless `verify` is false.
 
     A weight that several layers share stays one, unless `tied_weights` is copy: then each layer can be tuned
     by itself, at the cost of size. The error is noted and kept in `metadata["prepare"]`. Errors: InputError

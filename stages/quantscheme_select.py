@@ -6,9 +6,9 @@ Weights are tried with float activations, activations with float weights, so tha
 other. One pass of the float model serves all candidates; no labels are needed. The scores go to the `choice`
 port of `calibrate`.
 
-Assumes: `calibration` are samples like those the model will see. Scores are taken on `evaluation` where it is
-wired, on `calibration` otherwise. A tie goes to the candidate that stands first, and
-so does a choice among candidates that all leave more noise than signal.
+Assumes: `calibration` are samples like those the model will see. Scores are taken on `evaluation` where it is wired,
+on `calibration` otherwise. A tie goes to the candidate that stands first, and so does a choice among candidates that
+all leave more noise than signal.
 Source: own; sqnr is known as tf_enhanced in AIMET, whose AutoQuant tries schemes in the same way.
 """
 

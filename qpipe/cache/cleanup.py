@@ -2,8 +2,7 @@
 
 Safe beside running processes: what one of them found, put or published stays until it ends (qpipe.cache.usage says
 how), and so does what is pinned. Results go in the order of their last use, a hit or a publication; a blob goes with
-the last result that needs it. Results go before their blobs, so that a cleanup that is killed leaves no result without
-blobs.
+the last result that needs it. Results go before their blobs: a cleanup that is killed leaves no result without them.
 
 Where the file system has no locks, nobody can say who lives: blobs that were put within the last hour then stay.
 """
@@ -56,8 +55,7 @@ class Entry:
 def read_results(
     store: Store, known: Mapping[str, Entry] | None = None
 ) -> tuple[dict[str, Entry], list[str]]:
-    """Every readable result, and the keys under which something unreadable stands; of `known` only what changed is
-    read again."""
+    """Every readable result, and the keys of what cannot be read; of `known` only what changed is read again."""
     found: dict[str, Entry] = {}
     unreadable: list[str] = []
     for key, status in store.results():

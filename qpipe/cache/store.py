@@ -454,8 +454,10 @@ def sealed(key: str, result: dict[str, Json]) -> bytes:
 
 
 def unsealed(key: str, content: bytes) -> dict[str, Json]:
-    """The result in such a content. Errors: ValueError, KeyError, TypeError, AttributeError or RecursionError for any
-    other content."""
+    """The result in such a content.
+
+    Raises ValueError, KeyError, TypeError, AttributeError or RecursionError for any other content.
+    """
     record = json.loads(content)
     result: dict[str, Json] = record["result"]
     as_written = content[:10] == b'{"result":' and content[-75:-66] == b',"seal":"'

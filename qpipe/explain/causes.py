@@ -1,5 +1,4 @@
-"""Why a node runs: which ingredient of its key changed, and, for an input, what changed in that which made it, up to
-the roots.
+"""Why a node runs: which ingredient of its key changed, and, for an input, what changed above it, up to the roots.
 
 Two sides are held against each other: how things are (a walk through the cache as it is now), and how they were (the
 last result of the node and, by their keys, the results that made its inputs; or the record of a run).

@@ -103,8 +103,7 @@ def listing(parts: Mapping[str, str | None]) -> str:
 
 
 def digests_in(ingredients: Mapping[str, Any]) -> list[str]:
-    """The digests that stand for something longer: the code, and in the params the contents of paths and the code of
-    factories."""
+    """The digests that stand for something longer: the code, and in the params contents of paths, code of factories."""
     found = [ingredients["code"]]
     stack = [*ingredients["params"].values()]
     while stack:

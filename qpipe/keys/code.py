@@ -58,8 +58,7 @@ class CodeIndex:
         return self._versions(self._reach_all(module_names))
 
     def module(self, name: str, search_path: Path) -> str | None:
-        """The digest of one module by itself, looked for in `search_path` first; None where it cannot be found or
-        read."""
+        """The digest of one module by itself, looked for in `search_path` first; None where none can be read."""
         try:
             found = self._finders.setdefault(search_path, _Finder(search_path)).find(name)
             return self._analysis(found.file).digest if found is not None and found.file else None

@@ -38,10 +38,9 @@ def fake_quantize(
 ) -> Tensor:
     """`x` rounded onto the grid, of x's shape, differentiable in `x`, `scale` and `zero_point`.
 
-    `scale` and `zero_point` have shape () per tensor, (C,) per channel along `axis`, and the shape of `x`
-    with `axis` counted in blocks per block. A floating-point `zero_point` is rounded first, straight
-    through. The gradient of the scale is the plain one; LSQ's factor 1 / sqrt(n * qmax) is left to the
-    learning rate.
+    `scale` and `zero_point` have shape () per tensor, (C,) per channel along `axis`, and the shape of `x` with `axis`
+    counted in blocks per block. A floating-point `zero_point` is rounded first, straight through. The gradient of
+    the scale is the plain one; LSQ's factor 1 / sqrt(n * qmax) is left to the learning rate.
     """
     learned = torch.is_grad_enabled() and (scale.requires_grad or zero_point.requires_grad)
     if axis is None and not learned and not x.is_cuda:

@@ -25,9 +25,7 @@ SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a file becomes an array: `size` is (height, width), `ratio` the part of the shorter side a crop
-    keeps.
-    """
+    """How a file becomes an array: `size` is (height, width), `ratio` the part of the shorter side a crop keeps."""
 
     size: tuple[int, int] | None = None
     fit: Literal["crop", "stretch"] = "crop"
@@ -52,9 +50,8 @@ class Preprocessing:
 def find_images(folder: Path, labels: Path | None) -> tuple[list[Path], NDArray[np.int64] | None]:
     """Image files in the order of their paths (of the CSV, where given), and their classes (N,), or None.
 
-    Classes come from the CSV `filename,label`, or from one sub-folder per class, numbered in the order of
-    their names. Errors: InputError for a missing folder, no image, an image listed but missing or beside the
-    class folders.
+    Classes come from the CSV `filename,label`, or from one sub-folder per class, numbered in the order of their
+    names. Errors: InputError for a missing folder, no image, an image listed but missing or beside the class folders.
     """
     if not folder.is_dir():
         raise InputError(f"There is no folder of images {folder}.")
@@ -100,9 +97,7 @@ def class_numbers(names: list[str]) -> NDArray[np.int64]:
 
 
 def read_image(file: Path, how: Preprocessing) -> NDArray[np.float32]:
-    """One image, (channels, height, width) or (height, width, channels). Errors: InputError for a broken
-    file.
-    """
+    """One image, (channels, height, width) or (height, width, channels). Errors: InputError for a broken file."""
     try:
         with Image.open(file) as opened:
             image = opened.convert("L" if how.mode == "L" else "RGB")

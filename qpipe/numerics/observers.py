@@ -1,5 +1,4 @@
-"""From data to ranges: one streaming pass over activations that serves every observer, and exact search for
-weights.
+"""From data to ranges: one streaming pass over activations that serves every observer, exact search for weights.
 
 `HistogramObserver` keeps the exact minimum and maximum, a moving average of both, and a histogram whose bins
 have the width 2^k and edges at whole multiples of it. When the data outgrow it, neighbouring bins merge and
@@ -205,8 +204,7 @@ class HistogramObserver:
 
 
 def weight_encoding(w: Array, scheme: TensorScheme, axis: int = 0, name: str = "") -> Encoding:
-    """The grid of a weight by the scheme's observer, searched on its elements, all channels or blocks at
-    once.
+    """The grid of a weight by the scheme's observer, searched on its elements, all channels or blocks at once.
 
     `axis` is that of the output channels per channel, the blocked one per block, and unread per tensor.
     Raises InputError, with the `name`, for a nan or an infinity.

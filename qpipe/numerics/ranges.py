@@ -6,12 +6,10 @@ For a grid with scale s and codes that stand for a..b steps, and u = x / s, r = 
     sqnr      the same, with clipped elements counted threefold (known as tf_enhanced)
     entropy   KL(P || Q), P the histogram with clipped mass moved to its ends, Q what the codes keep of it
 
-Each is a function of arrays (scale, zero_point) of shape (rows,), one row per range that is looked for, so
-that the channels of a weight are searched together. `search` never returns a range that costs more than
-minmax.
+Each is a function of arrays (scale, zero_point) of shape (rows,), one row per range that is looked for, so that the
+channels of a weight are searched together. `search` never returns a range that costs more than minmax.
 
-Source: Migacz, "8-bit Inference with TensorRT", GTC 2017 (entropy); the antiderivative of the rounding error
-is elementary.
+Source: Migacz, "8-bit Inference with TensorRT", GTC 2017 (entropy); the rounding error's antiderivative is elementary.
 """
 
 from __future__ import annotations
@@ -39,9 +37,8 @@ _ROWS_AT_ONCE = 1 << 20
 def search(cost: Cost, lo: Array, hi: Array, scheme: TensorScheme) -> tuple[Array, Array]:
     """Per row the range (lo, hi), each shrunk towards zero by a factor of its own, of the least cost.
 
-    `lo` and `hi` have shape (rows,). Coordinate search: both ends together down a ladder of factors, then
-    each alone, then steps of 8, 4, 2 and 1 percent around the best. One-sided and symmetric ranges move both
-    ends together.
+    `lo` and `hi` have shape (rows,). Coordinate search: both ends together down a ladder of factors, then each alone,
+    then steps of 8, 4, 2 and 1 percent around the best. One-sided and symmetric ranges move both ends together.
     """
     lo, hi = np.minimum(lo, 0.0).astype(np.float64), np.maximum(hi, 0.0).astype(np.float64)
     rows = replace(scheme, granularity="per_channel", block_size=0)
@@ -97,11 +94,9 @@ def noise_of_values(values: Array, scheme: TensorScheme, clip_weight: float) -> 
 
 
 def noise_of_histogram(counts: Array, edges: Array, scheme: TensorScheme, clip_weight: float) -> Cost:
-    """The same for one histogram whose mass lies evenly within its bins; exact for any step, also below a
-    bin's width.
+    """The same for one histogram whose mass lies evenly within its bins; exact for steps below a bin's width too.
 
-    `counts` (bins,), `edges` (bins + 1,) evenly spaced. The antiderivative of (u - r(u))^2 is r / 12 + (u -
-    r)^3 / 3.
+    `counts` (bins,), `edges` (bins + 1,) evenly spaced. The antiderivative of (u - r(u))^2 is r / 12 + (u - r)^3 / 3.
     """
     qmin, qmax = code_bounds(scheme.bitwidth, scheme.signed)
     width = float(edges[1] - edges[0])
@@ -122,8 +117,7 @@ def noise_of_histogram(counts: Array, edges: Array, scheme: TensorScheme, clip_w
 
 
 def entropy_of_histograms(counts: Array, edges: Array, scheme: TensorScheme) -> Cost:
-    """KL divergence in nats of each row's histogram from what its codes keep; infinite where codes are finer
-    than bins.
+    """KL divergence in nats of each row's histogram from what its codes keep; infinite for codes finer than bins.
 
     `counts` (rows, bins), `edges` (rows, bins + 1). Mass outside the range counts in P at the range's ends
     and not at all in Q, which spreads each code's mass evenly over the code's bins that hold any.

@@ -1,8 +1,8 @@
 """Carries a plan out: runs what the walks ask for, publishes results, and tells the walks.
 
-The only one that publishes the results of nodes. Promise: at-least-once execution, exactly-once publication. One action
-at a time per key, in this process by the `_wanted` table, between processes by the store's file locks, which die with
-their owner.
+The only one that publishes the results of nodes. Promise: at-least-once execution, exactly-once publication. One
+action at a time per key: in this process by the `_wanted` table, between processes by the store's file locks, which
+die with their owner.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""Small networks for the tests of the stages: a graph as text, its parameters as arrays, its outputs by
-onnxruntime.
-"""
+"""Small networks for the tests of the stages: a graph as text, its parameters as arrays, its outputs by onnxruntime."""
 
 from __future__ import annotations
 
@@ -27,9 +25,7 @@ Run = Callable[[Model, Arrays], list[NDArray[Any]]]
 
 @pytest.fixture
 def network() -> Network:
-    """`network(text, {name: array or shape})`: shapes become random parameters, positive where the name ends
-    in `var`.
-    """
+    """`network(text, {name: array or shape})`: shapes become random parameters, positive where a name ends in `var`."""
 
     def build(text: str, params: Mapping[str, Any] | None = None, seed: int = 0) -> Model:
         rng = np.random.default_rng(seed)

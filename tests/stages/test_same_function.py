@@ -1,6 +1,4 @@
-"""prepare, bnf and cle on random networks: groups, transposed and depthwise layers, pads, bounds, residual
-branches.
-"""
+"""prepare, bnf and cle on random networks: groups, transposed and depthwise layers, pads, bounds, residual branches."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Networks as `torch.onnx.export` writes them go through the whole pipeline, and compute in onnxruntime what was
-simulated.
+"""Networks as `torch.onnx.export` writes them go through the whole pipeline; onnxruntime computes what was simulated.
 
 Op by op, from equal inputs, none is off by more than one grid step, and at 8 bits at least 99.9 % are equal. At 16
 bits a step is near the rounding of a float32 sum: there values next to the middle between two codes may differ.

@@ -1,5 +1,4 @@
-"""kill -9 in the middle of a real adaround, then the same command: it finishes, and every digest is that of an
-undisturbed run."""
+"""kill -9 in the middle of a real adaround, then the same command: it finishes, with an undisturbed run's digests."""
 
 from __future__ import annotations
 

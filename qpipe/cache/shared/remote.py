@@ -116,8 +116,7 @@ class Remote:
     def fetch(self, name: str, limit: int, take: Callable[[Iterator[bytes]], T]) -> T:
         """What `take` makes of the content, which comes in pieces; it is called again where a try failed.
 
-        FileNotFoundError where there is no such object; LieError where it is larger than `limit`; what `take` raises
-        itself.
+        FileNotFoundError where there is no such object; LieError where it is larger than `limit`; what `take` raises.
         """
 
         def work(call: Call[T]) -> T:
@@ -261,8 +260,7 @@ class Call(Generic[T]):
         self._heard = time.monotonic()
 
     def wait(self, stall_s: float, total_s: float) -> T:
-        """The result, or what the work raised. TimeoutError where nothing is heard for `stall_s`, or all takes
-        `total_s`."""
+        """The result, or what the work raised; TimeoutError after `stall_s` without a sign, or after `total_s`."""
         started = time.monotonic()
         while True:
             now = time.monotonic()

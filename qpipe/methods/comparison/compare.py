@@ -18,8 +18,7 @@ def outputs_error(
 ) -> float:
     """max |y - y'| / max |y| over the outputs of the float models, in onnxruntime.
 
-    On the first `size` samples of `arrays`, or on random inputs. Raises InputError for samples that do not
-    fit.
+    On the first `size` samples of `arrays`, or on random inputs. Raises InputError for samples that do not fit.
     """
     if arrays is None:
         fed = random_inputs(before)

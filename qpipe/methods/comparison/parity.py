@@ -9,9 +9,8 @@ this from a mistake. An integer kernel that scales its sums in float32, such as 
 off by 1e-5 steps at 8 bits; the sum of a convolution in float32, another order of which is as good, by up to
 0.05 steps at 16 bits.
 
-Unit by unit onnxruntime runs one graph in which every
-quantized value has been cut: what reads it reads an input of the graph instead, so that one session, with all
-optimizations, runs all units side by side.
+Unit by unit onnxruntime runs one graph in which every quantized value has been cut: what reads it reads an input
+of the graph instead, so that one session, with all optimizations, runs all units side by side.
 """
 
 from __future__ import annotations
@@ -84,8 +83,9 @@ class Steps:
 
 @dataclass(frozen=True)
 class Output:
-    """One output of the model, end to end: the largest difference, the largest deployed value (both absolute), and the
-    direction's agreement."""
+    """One output of the model, end to end: the largest difference and the largest deployed value, both absolute, and
+    how well the directions agree.
+    """
 
     name: str
     max_difference: float

@@ -1,5 +1,4 @@
-"""Links: pairs of layers between which channels may be rescaled, because f(a x) = a f(x) for all that
-separates them.
+"""Links: pairs of layers between which channels may be rescaled, since f(a x) = a f(x) for all that separates them.
 
 `find_links` gives for each layer the one that it can be rescaled against, or the reason why its outputs must
 stay as they are. `rescale_bounds` then divides what does not scale by itself, the bounds of Clip, Min and Max
@@ -29,8 +28,7 @@ _POOLS = frozenset(
     ("AveragePool", "MaxPool", "GlobalAveragePool", "GlobalMaxPool", "ReduceMean", "ReduceMax")
 )
 HOMOGENEOUS = _RESHAPES | _POOLS | {"Relu", "LeakyRelu", "PRelu"}
-"""Operators that may be passed as they are. Clip, Min, Max, Pad and Resize may under conditions (`admits`).
-"""
+"""Operators that may be passed as they are. Clip, Min, Max, Pad and Resize may under conditions (`admits`)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,9 +41,7 @@ class Link:
 
 
 def find_links(editor: Editor, layers: Mapping[str, Layer]) -> tuple[dict[str, Link], dict[str, str]]:
-    """The links by their first layer, and for each other layer the reason why its outputs must stay as they
-    are.
-    """
+    """The links by their first layer, and for each other layer the reason why its outputs must stay as they are."""
     heads = {editor.node(name) for name in layers}
     links: dict[str, Link] = {}
     refused: dict[str, str] = {}
@@ -91,9 +87,7 @@ def admits(node: ir.Node) -> str | None:
 
 
 def chains(links: Mapping[str, Link], layers: Mapping[str, Layer]) -> list[list[Link]]:
-    """Links in rows: one after the other while the layer between them is depthwise, with one filter per
-    channel.
-    """
+    """Links in rows: one after the other while the layer between them is depthwise, with one filter per channel."""
 
     def passes(name: str) -> bool:
         layer = layers[name]
@@ -165,9 +159,7 @@ def rescale_bounds(editor: Editor, step: Step, scale: Vector, unused: bool) -> N
 
 
 def replace_clip(editor: Editor, clip: ir.Node, parts: Sequence[tuple[str, Array | None]]) -> None:
-    """Put nodes, one for each operator and its constant, in the place of `clip`; the last output takes its
-    name over.
-    """
+    """Put nodes, one for each operator and its constant, in the place of `clip`; the last output takes its name."""
     output, value = clip.outputs[0], clip.inputs[0]
     assert value is not None
     for op_type, bound in parts:

@@ -1,5 +1,4 @@
-"""How far the activations between two layers reach, channel by channel: measured on samples, or told by
-statistics.
+"""How far the activations between two layers reach, channel by channel: measured on samples, or told by statistics.
 
 Without samples a layer's output is taken for normal: with the mean beta and spread gamma that a folded
 normalization left, or else, for inputs of unit variance, with its bias for the mean and the norm of its
@@ -51,9 +50,7 @@ def expected_reach(model: Network, layer: Layer, link: Link) -> Vector:
 def measured_reach(
     model: Network, arrays: Mapping[str, Array], layers: Mapping[str, Layer], links: Mapping[str, Link]
 ) -> dict[str, Vector]:
-    """{first layer of a link: (C,)}: the largest magnitude behind its activation, over all samples, in
-    onnxruntime.
-    """
+    """{first layer of a link: (C,)}: the largest magnitude behind its activation, over all samples, in onnxruntime."""
     names = [layers[name].activation_output for name in links]
     found: dict[str, Vector] = {}
     for outputs in _values(model, arrays, names):

@@ -33,8 +33,7 @@ class Left:
 
 
 def left_in_float(graph: ir.Graph, nodes: Nodes) -> Left:
-    """The nodes and values of `graph` that `nodes` leaves in float. Raises InputError for a filter that matches
-    nothing."""
+    """The nodes and values of `graph` that `nodes` leaves in float; InputError for a filter that matches nothing."""
     if not nodes.exclude and not nodes.only:
         return Left()
     names = {

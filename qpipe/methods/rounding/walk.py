@@ -1,5 +1,4 @@
-"""The float and the quantized model walked side by side, layer by layer, for methods that tune weights in
-order.
+"""The float and the quantized model walked side by side, layer by layer, for methods that tune weights in order.
 
 Each stops in front of a layer, hands out what goes into it in both models, has the layer's weight replaced in
 the quantized one, and goes on: later layers see what the tuned ones make of the data. A walk costs one
@@ -34,8 +33,7 @@ BATCH_SIZE = 32
 def tunable_layers(model: Network) -> tuple[tuple[Layer, ...], dict[str, str]]:
     """The layers whose weights may be tuned, in order, and the reason for each other one, by its name.
 
-    A weight has to have a grid that is not frozen. One that several layers share is tuned where it is used
-    first.
+    A weight has to have a grid that is not frozen. One that several layers share is tuned where it is used first.
     """
     chosen: list[Layer] = []
     refused = refused_layers(model)

@@ -89,8 +89,7 @@ def _size_bytes(value: ir.Value) -> int:
 
 
 def _evaluated(graph: ir.Graph, values: Sequence[ir.Value]) -> list[tuple[ir.Value, np.ndarray[Any, Any]]]:
-    """The values as onnxruntime computes them; those that it cannot compute, or that turn out too large, are
-    left out."""
+    """The values as onnxruntime computes them, without those that it cannot compute or that turn out too large."""
     if not values:
         return []
     try:

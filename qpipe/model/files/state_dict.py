@@ -1,6 +1,4 @@
-"""State dicts: read from a file without unpickling code, and loaded into a module whose names and shapes they
-fit.
-"""
+"""State dicts: read from a file without unpickling code, and loaded into a module whose names and shapes they fit."""
 
 from __future__ import annotations
 
@@ -13,9 +11,7 @@ from qpipe.errors import InputError
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """A state dict from .safetensors, or from what torch.save wrote, read without unpickling code. Errors:
-    InputError.
-    """
+    """A state dict from .safetensors, or from what torch.save wrote, read without unpickling code; or InputError."""
     if not path.is_file():
         raise InputError(f"There is no file of weights {path}.")
     try:

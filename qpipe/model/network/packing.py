@@ -141,8 +141,7 @@ def _encoding_arrays(encodings: Mapping[str, Encoding]) -> bytes:
 def unpack(
     meta: Mapping[str, Any], read: Callable[[str], memoryview]
 ) -> tuple[ir.Model, dict[str, Encoding], dict[str, Any], Facts]:
-    """What `pack` was given. The tensors are views of the buffers that `read` returns. Raises InputError for
-    another format."""
+    """What `pack` was given, its tensors views of the buffers that `read` returns. InputError for another format."""
     if meta.get("format") != FORMAT:
         raise InputError(
             f"A packed model of format {meta.get('format')!r} was found; this version reads format {FORMAT}. "

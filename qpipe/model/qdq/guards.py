@@ -22,8 +22,8 @@ _TAKEN_OUT = frozenset({"Identity", "Dropout", "Add", "Sub", "Mul", "Div"})
 """What onnxruntime takes out of a graph where it changes nothing."""
 _PASSED = frozenset({"Relu", "Clip"}) | _TAKEN_OUT
 _POOLED = (2.0**-16, 256.0)
-"""Its GlobalAveragePool takes input scale / (output scale * elements) from 2^-32 on, below 256: this holds for up to
-2^16 elements."""
+"""Bounds of input scale / output scale. Its GlobalAveragePool takes that, over the number of elements, from 2^-32 on,
+below 256: these bounds keep to it for up to 2^16 elements."""
 
 
 def guard_float_layers(graph: ir.Graph, names: Names) -> None:

@@ -9,9 +9,8 @@ Names are the ONNX names with every character that Python does not allow in a na
 from the ONNX names are in `module.meta`: "parameters" (initializer -> attribute) and "quantizers" (value ->
 attribute); `node.meta` holds "onnx_name" (nodes only) and "outputs" (the ONNX values it stands for).
 
-What is computed from shapes stays on the CPU, as tensors or Python numbers, wherever the module lives: a
-batch dimension stays dynamic and no GPU waits. A value moves to the device where an operator takes it as
-data.
+What is computed from shapes stays on the CPU, as tensors or Python numbers, wherever the module lives: a batch
+dimension stays dynamic and no GPU waits. A value moves to the device where an operator takes it as data.
 """
 
 from __future__ import annotations

@@ -207,9 +207,7 @@ def _pooled(node: ir.Node, channels: Channels) -> Channels | None:
 
 
 def _axes(node: ir.Node, rank: int) -> list[int] | None:
-    """The axes a node names by attribute or by its second input, none negative; None where they are not
-    constant.
-    """
+    """The axes a node names by attribute or by its second input, none negative; None where they are not constant."""
     if "axes" in node.attributes:
         given = list(node.attributes["axes"].as_ints())
     elif len(node.inputs) > 1 and node.inputs[1] is not None:

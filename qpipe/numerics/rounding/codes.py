@@ -1,5 +1,4 @@
-"""Integer codes that minimize a quadratic error: greedy and beam search along a triangular factor, then
-descent.
+"""Integer codes that minimize a quadratic error: greedy and beam search along a triangular factor, then descent.
 
 For each row t of targets, find codes q in qmin..qmax, w = s (q - z), so that
 
@@ -11,8 +10,7 @@ candidate kept is the greedy rule (the same codes as GPTQ in that order, without
 beam. `descend` then changes the one code of a row that lowers J most, by its best step, until no change of
 one code lowers J.
 
-All rows of all groups run together: targets (groups, rows, K), H and M (groups, K, K), s and z (groups,
-rows, 1 or K).
+All rows of all groups run together: targets (groups, rows, K), H and M (groups, K, K), s and z (groups, rows, 1 or K).
 
 Source: Babai, "On Lovasz' lattice reduction and the nearest lattice point problem" (nearest plane); Frantar
 et al., "GPTQ", arXiv 2210.17323.
@@ -43,11 +41,9 @@ def upper_factor(h: Tensor) -> Tensor:
 
 
 def search(target: Tensor, grid: RowGrid, factor: Tensor, order: Tensor, beam: int) -> Tensor:
-    """Codes (groups, rows, K) by beam search in `order`, (groups, K); `factor` is that of H with permuted
-    columns.
+    """Codes (groups, rows, K) by beam search in `order`, (groups, K); `factor` is that of H with permuted columns.
 
-    `beam` candidates per row are kept; 1 is the greedy rule. Rows do not meet: they run in parts that fit
-    memory.
+    `beam` candidates per row are kept; 1 is the greedy rule. Rows do not meet: they run in parts that fit memory.
     """
     index = order[:, None].expand(-1, target.shape[1], -1)
     permuted, columns, m = target.gather(2, index), grid.permuted(order), factor.to(target.dtype)
@@ -139,8 +135,7 @@ def _branch(
 def descend(target: Tensor, codes: Tensor, grid: RowGrid, h: Tensor) -> tuple[Tensor, int]:
     """Codes from which no change of one code lowers J any more, and the number of changes made.
 
-    J never rises. Changes that gain less than 1e-5 of one step's own curvature are left, as float32 cannot
-    tell them.
+    J never rises. Changes that gain less than 1e-5 of one step's own curvature are left: float32 cannot tell them.
     """
     groups, rows, k = target.shape
     h = h.to(target.dtype)

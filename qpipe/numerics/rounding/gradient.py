@@ -5,8 +5,7 @@
 
 V starts where h(V) is the fraction of W / s, so that w^ = W; y are float outputs after the activation that
 follows. For the first `warm_start` of the iterations the second term is off; then beta falls along a cosine,
-from `beta_range[0]`, which leaves h alone between 0 and 1, to `beta_range[1]`, which drives it to one of
-them.
+from `beta_range[0]`, which leaves h alone between 0 and 1, to `beta_range[1]`, which drives it to either end.
 
 Source: Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", arXiv 2004.10568.
 """

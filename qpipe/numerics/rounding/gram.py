@@ -1,16 +1,14 @@
-"""The layerwise rounding problem in closed form, on second moments alone: no pass over samples, no learning
-rate.
+"""The layerwise rounding problem in closed form, on second moments alone: no pass over samples, no learning rate.
 
-With e = W - W^ and the moments of `qpipe.numerics.rounding.moments`, the error of a layer's output, each bias at its
-best, is
+With e = W - W^ and the moments of `moments`, the error of a layer's output, each bias at its best, is
 
     E |W x - W^ x^ - mean|^2 = v + 2 <C, e> + <e H, e>        per output, exactly
 
-    1  shrink   H' = (1 - l) H + l mean(diag H) I, l chosen on the held-out samples: the codes fit H's noise
-    otherwise 2  target   W* = W + a C H'^-1, which makes up for x^ != x; a in 0..1 minimizes the held-out
-    error, exactly 3  scales   as given, or (option) 13 factors per row scored by greedy codes, then refitted
-    to the codes found 4  codes    per row the best of: greedy in natural order, greedy and beam by
-    descending diagonal, each descended 5  bias     b^ = b + W mu - W^ mu^
+    1  shrink   H' = (1 - l) H + l mean(diag H) I: the codes fit H's noise otherwise; l chosen on the held-out samples
+    2  target   W* = W + a C H'^-1, which makes up for x^ != x; a in 0..1 minimizes the held-out error of W*, exactly
+    3  scales   as given, or (option) the best of 13 factors per row, by greedy codes, then refitted to the codes found
+    4  codes    per row the best of greedy in natural order, greedy and beam by descending diagonal, each descended
+    5  bias     b^ = b + W mu - W^ mu^
 
 Never worse than nearest rounding on the held-out samples: nearest is kept otherwise, and the report says so.
 

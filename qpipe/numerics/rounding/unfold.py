@@ -1,5 +1,4 @@
-"""Layers as matrices: a convolution, its transpose or a linear layer as y = W x with rows of K inputs per
-output.
+"""Layers as matrices: a convolution, its transpose or a linear layer as y = W x, rows of K inputs per output.
 
 A weight becomes (groups, O / groups, K), the inputs become (groups, rows, K), K = C_in / groups * kernel
 elements, and row by row `inputs @ weight^T` are the layer's outputs before the bias:
