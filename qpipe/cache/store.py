@@ -4,7 +4,7 @@
     actions/<2>/<key>.json    the result of an action: its outputs, the blobs they consist of, its provenance
     locks/<2>/<key>.lock      held by the process that computes an action; the kernel frees it when that dies
     running/                  what live processes rely on, so that no cleanup takes it (qpipe.cache.usage)
-    pins/<name>.json          results that no cleanup takes until they are unpinned (qpipe.cache.cleanup)
+    pins/<name>.json          results that no cleanup takes until they are unpinned (qpipe.cache.pins)
     tmp/                      files being written: locked by their writer, renamed when whole
     damaged/                  what was not what its name says, kept for a look until the next gc
     index/                    what can be rebuilt (qpipe.cache.index)

@@ -1,9 +1,9 @@
 """To the canonical opset, from below and from above.
 
-Below 21 the version converters of onnxscript and onnx lift the model. Above, no converter leads down; but up
-to opset 26 the operators changed in the types that they admit and not in what they compute, so a node whose
-name, attributes and inputs opset 21 knows stays as it is, and what is new (Attention, RMSNormalization,
-RotaryEmbedding, Swish) is replaced by its definition in terms of older operators.
+Below 21 the version converters of onnxscript and onnx lift the model. Above, no converter leads down; but up to opset
+28, the newest of onnx 1.23, the operators of opset 21 changed in the types and attributes that they admit and not in
+what they compute, so a node whose name and attributes opset 21 knows stays as it is. What is new, an operator or what
+an attribute says, is replaced by its definition in terms of older operators (`qpipe.model.definitions`), or refused.
 """
 
 from __future__ import annotations
@@ -36,15 +36,18 @@ _NEVER_EXPANDED = frozenset({"Bernoulli", "DynamicQuantizeLinear", "SequenceMap"
 
 
 def to_canonical_opset(model: ir.Model) -> ir.Model:
-    """`model` at opset 21, its default domain written `''`. Raises InputError for opsets outside 7..26 and
-    for a model that no converter can take."""
+    """`model` at opset 21, its default domain written `''`.
+
+    Raises InputError for a model without an opset or with one outside 1 to the newest of the installed onnx, and for
+    one that no converter can take.
+    """
     _one_default_domain(model)
     version = model.opset_imports.get("")
     if version is None:
-        raise InputError("The model imports no ONNX opset. Export it again with opset 13 to 21.")
+        raise InputError(f"The model imports no ONNX opset. Export it again, with opset {OPSET}.")
     if not OLDEST <= version <= NEWEST:
         raise InputError(
-            f"The model uses opset {version}; {OLDEST} to {NEWEST} can be read. Export it with opset 21."
+            f"The model uses opset {version}; {OLDEST} to {NEWEST} can be read. Export it with opset {OPSET}."
         )
     if version < OPSET:
         model, version = _lifted(model, version), OPSET
