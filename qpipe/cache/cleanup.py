@@ -59,7 +59,7 @@ def read_results(
     found: dict[str, Entry] = {}
     unreadable: list[str] = []
     for key, status in store.results():
-        identity = (status.st_ino, status.st_size, status.st_mtime_ns)
+        identity = (status.st_ino, status.st_size, status.st_mtime_ns)  # a hit sets the time: it is read again then
         before = (known or {}).get(key)
         if before is not None and before.identity == identity:
             found[key] = before
@@ -108,9 +108,8 @@ def collect(
     results, _ = read_results(store)  # the long part, while others go on
     have = dict(store.blobs())
     lacking = [key for key, entry in results.items() if not _is_here(entry, have)]
-    lost = {
-        key for key in lacking if store.complete({"blobs": results[key].blobs})
-    }  # of a remote cache's, none may be
+    # Blobs that a remote promises are not lost. It may answer slowly, so it is asked before everybody has to wait.
+    lost = {key for key in lacking if store.complete({"blobs": results[key].blobs})}
     with alone(store.root) as in_use:
         return _collect(store, results, lost, in_use, older_than_s, grace_s, max_bytes, drop)
 
@@ -125,9 +124,10 @@ def _collect(
     max_bytes: int | None,
     drop: Collection[str],
 ) -> Removed:
-    results, going = read_results(store, known)
+    results, going = read_results(store, known)  # again, since others went on
     have = dict(store.blobs())
     kept = in_use.keys | pinned(store)
+    # What lacks a blob is a miss, whoever relies on it.
     going += [key for key, entry in results.items() if key in lost and not _is_here(entry, have)]
     going += [key for key in drop if key in results and key not in kept]
     if older_than_s is not None:

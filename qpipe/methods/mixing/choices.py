@@ -119,6 +119,7 @@ def find_choices(
             leader[_root(leader, name)] = _root(leader, first)
 
     layers = find_layers(model)
+    # The factors of a product are never in two groups, so that costs add up.
     for shared in placement.grids:
         join(shared)
     for layer in layers:
@@ -187,7 +188,7 @@ def fewer_conversions(
 ) -> tuple[int, ...]:
     """`choice` after its islands, the neighbours of one bitwidth, took over the bitwidth around them, as long as
     that leaves fewer conversions and is `allowed`; what leaves fewest is asked first, then what is cheapest."""
-    refused: set[tuple[int, ...]] = set()
+    refused: set[tuple[int, ...]] = set()  # not asked again: `allowed` measures the whole model
 
     def rank(proposal: tuple[int, ...]) -> tuple[int, int]:
         bitops = sum(group.bitops[i] for group, i in zip(choices.groups, proposal, strict=True))

@@ -88,8 +88,8 @@ def canonicalize(
     notes = to_float32(model)
     graph, grids = model.graph, Grids()
     for value in [value for value in graph.inputs if value.is_initializer()]:
-        graph.inputs.remove(value)
-    named = _float_parameters(graph) if parameters is None else parameters
+        graph.inputs.remove(value)  # a default that a caller may override; before IR version 4 all had to be inputs
+    named = _float_parameters(graph) if parameters is None else parameters  # before Constant nodes become initializers
     kept = frozenset(named) - scale_sources(graph)
     lift_constants(graph)
     graph.sort()
@@ -97,14 +97,14 @@ def canonicalize(
     assign_names(model)
     notes += write_out(graph)
     skip_clips(graph)
-    read_weights(graph, grids)
+    read_weights(graph, grids)  # the rules look for weights among the float initializers
     simplify(model, kept | grids.names)
     notes += write_out(graph)  # whose scales had to be folded first
     while read_weights(graph, grids):  # scales that had to be folded first
         simplify(model, kept | grids.names)
     while apply(graph, (unrolling.choose_between,)):  # only now it is known what cannot be decided
         simplify(model, kept | grids.names)
-    read_activations(graph, grids)
+    read_activations(graph, grids)  # not earlier: the Identity that stands for a rounding would be taken out
     notes += fold_weights(model)
     layer_forms.drop_made_up_biases(graph, kept | grids.names)
     remove_dead_nodes(model)

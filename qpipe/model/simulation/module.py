@@ -136,6 +136,7 @@ class _Builder:
         self.host = host_values(graph)
         self.statistics = statistics(graph)
         self.trainable = self._check_trainable(trainable)
+        # Kept for the ONNX nodes, before placeholders and quantizers ask for names.
         self.taken = {sanitize(str(node.name)) for node in graph}
         self.attributes: set[str] = set()
         self.parameters: dict[str, str] = {}
@@ -152,7 +153,7 @@ class _Builder:
         outputs = tuple(self._output(value) for value in self.onnx.outputs)
         self.graph.output(outputs[0] if len(outputs) == 1 else outputs)
         module = fx.GraphModule(self.root, self.graph, class_name="OnnxModule")
-        self._add_aliases(module)
+        self._add_aliases(module)  # not before: the module takes over from the root only what the graph refers to
         module.meta["parameters"] = dict(self.parameters)
         module.meta["quantizers"] = dict(self.quantizers)
         return module
@@ -169,7 +170,7 @@ class _Builder:
         args = tuple(self._argument(node, i, value, i in op.numbers) for i, value in enumerate(node.inputs))
         kwargs = {name: value for a in node.attributes.values() for name, value in keywords(a)}
         named = [i for i, output in enumerate(node.outputs) if output.name and (i == 0 or _wanted(output))]
-        several = op.many or (bool(op.more) and any(named))
+        several = op.many or (bool(op.more) and any(named))  # an output behind the first, which is number 0
         if op.more and several:
             kwargs[op.more] = True
         if node.op_type == "Split" and len(node.inputs) == 1:
@@ -214,6 +215,7 @@ class _Builder:
         if value not in self.host:
             return node
         if value not in self.moved:
+            # The code does not know where it will run: this buffer moves with the module.
             if not hasattr(self.root, "_anchor"):
                 self.root.register_buffer("_anchor", torch.empty(0), persistent=False)
             anchor = self.graph.get_attr("_anchor")
@@ -223,6 +225,7 @@ class _Builder:
         return self.moved[value]
 
     def _host_constant(self, array: np.ndarray[Any, Any]) -> fx.Node:
+        """A constant of shape arithmetic, written into the code: a buffer would leave the CPU with the module."""
         dtype = torch.from_numpy(np.zeros((), array.dtype)).dtype
         return self.graph.call_function(host_constant, (literal(array.tolist()), dtype))
 
@@ -278,7 +281,7 @@ class _Builder:
         made = self.graph.create_node(
             "call_function", fake_quantize_bias, args, name=self._free(f"{bias.name}__quantizer")
         )
-        made.meta["outputs"] = ()
+        made.meta["outputs"] = ()  # no ONNX value: each layer that shares a bias rounds it on a grid of its own
         return made
 
     def _add_aliases(self, module: fx.GraphModule) -> None:
