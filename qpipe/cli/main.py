@@ -313,8 +313,3 @@ def make_job(config: DictConfig, folder: Path, overrides: tuple[str, ...], label
     from qpipe.language.spec import read_spec
 
     return Job(read_spec(config), folder, overrides, label)
-
-
-def command_line() -> list[str]:
-    """The command as it was typed, for the record."""
-    return ["qpipe", *sys.argv[1:]]
