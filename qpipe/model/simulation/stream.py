@@ -24,20 +24,14 @@ from qpipe.model.simulation.module import value_nodes
 class Stream:
     """Where a walk through `module` stands. Values are lists with one tensor per batch."""
 
-    def __init__(
-        self, module: fx.GraphModule, batches: Iterable[Sequence[Any]], keep: Iterable[str] = ()
-    ) -> None:
-        """`batches` hold arrays or tensors in the order of the module's inputs; all are taken in at once.
-
-        Values whose names are in `keep` are held until `release`. Raises KeyError for a name that is none.
-        """
+    def __init__(self, module: fx.GraphModule, batches: Iterable[Sequence[Any]]) -> None:
+        """`batches` hold arrays or tensors in the order of the module's inputs; all are taken in at once."""
         self.module = module
         self.device = next((p.device for p in module.parameters()), torch.device("cpu"))
         self._nodes = list(module.graph.nodes)
         self._value_nodes = value_nodes(module)
         self._constant = _constants(self._nodes)
         self._last = _last_readers(self._nodes, self._constant)
-        self._kept = {self._node_of(name) for name in keep}
         self._values: dict[fx.Node, list[Any]] = {}
         self._next = 0
         self._outputs: list[Any] | None = None
@@ -46,14 +40,6 @@ class Stream:
     def advance(self, before: str) -> None:
         """Runs every node in front of the ONNX node `before`; nothing where that is done already."""
         stop = self._position(before)
-        while self._next < stop:
-            self._step()
-
-    def advance_through(self, last: str) -> None:
-        """Runs every node up to the ONNX node `last`, and the quantizers of its outputs."""
-        stop = self._position(last) + 1
-        while stop < len(self._nodes) and self._belongs(self._nodes[stop], self._nodes[stop - 1]):
-            stop += 1
         while self._next < stop:
             self._step()
 
@@ -67,8 +53,7 @@ class Stream:
     def value(self, name: str) -> list[Tensor]:
         """The ONNX value `name` as its readers see it, per batch.
 
-        Raises KeyError where there is none, where it has not been computed yet, or where its last reader has
-        run (`keep` holds it longer).
+        Raises KeyError where there is none, where it has not been computed yet, or where its last reader has run.
         """
         node = self._node_of(name)
         if node in self._constant:
@@ -78,13 +63,6 @@ class Stream:
             state = "is not held any more" if done else "has not been computed yet"
             raise KeyError(f"the value {name!r} {state}.")
         return list(self._values[node])
-
-    def release(self, name: str) -> None:
-        """Holds the value `name` no longer than its readers need it."""
-        node = self._node_of(name)
-        self._kept.discard(node)
-        if self._last.get(node, -1) < self._next:
-            self._values.pop(node, None)
 
     def set_parameter(self, name: str, value: Any) -> None:
         """Replaces the parameter of the initializer `name`; nodes that have run already keep what they gave."""
@@ -98,7 +76,7 @@ class Stream:
     def _start(self, batches: list[tuple[Any, ...]]) -> None:
         placeholders = [node for node in self._nodes if node.op == "placeholder"]
         for i, node in enumerate(placeholders):
-            if node in self._last or node in self._kept:
+            if node in self._last:
                 self._values[node] = [torch.as_tensor(batch[i]).to(self.device) for batch in batches]
         self._count = len(batches)
         while self._next < len(self._nodes) and self._nodes[self._next].op == "placeholder":
@@ -114,10 +92,10 @@ class Stream:
             results = [self._run(node, {**fixed, **self._batch(node, b)}) for b in range(self._count)]
             if node.op == "output":
                 self._outputs = results
-            elif node in self._last or node in self._kept:
+            elif node in self._last:
                 self._values[node] = results
         for read in node.all_input_nodes:
-            if self._last.get(read) == self._next and read not in self._kept:
+            if self._last.get(read) == self._next:
                 self._values.pop(read, None)
         self._next += 1
 
@@ -153,11 +131,6 @@ class Stream:
             if node.meta.get("onnx_name") == onnx_name:
                 return i
         raise KeyError(f"the module has no node {onnx_name!r}.")
-
-    def _belongs(self, node: fx.Node, previous: fx.Node) -> bool:
-        """Whether `node` is a quantizer or an item of what ran just before it."""
-        follows = "onnx_name" not in node.meta and previous in node.all_input_nodes
-        return follows and node.op != "output" and bool(node.meta.get("outputs"))
 
 
 def _constants(nodes: list[fx.Node]) -> set[fx.Node]:
