@@ -16,18 +16,12 @@ _LOCATION = re.compile(rb"\x0a\x08location\x12")
 """StringStringEntryProto: field 1 (key) = "location", then field 2 (value), a length and the text."""
 
 
-def digest_with_companions(path: Path, memo: Memo | None = None) -> str:
-    """`digest_tree(path)`; for an ONNX file with external data, a digest of it and of every file it names.
-
-    Errors: OSError, as for `digest_tree`. A companion that is missing counts as missing; loading refuses it.
-    """
-    return content(path, memo)[0]
-
-
 def content(path: Path, memo: Memo | None = None) -> tuple[str, dict[str, str | None]]:
-    """The digest of `digest_with_companions`, and what it is made of: {name: digest} of every file.
+    """The digest of what `path` holds, and what that is made of: {name: digest} of every file.
 
-    Errors: as there.
+    A file's is that of its bytes, a folder's one of its `tree_contents`, and that of an ONNX file with external data
+    one of it and of every file it names; one that is missing counts as missing, and loading refuses it. Errors:
+    OSError where something cannot be read, InputError as `digest_file` and `tree_contents`.
     """
     if path.is_dir():
         contents = tree_contents(path, memo)

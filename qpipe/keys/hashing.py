@@ -282,20 +282,12 @@ def digest_file(path: Path, memo: Memo | None = None) -> str:
     return found
 
 
-def digest_tree(path: Path, memo: Memo | None = None) -> str:
-    """The digest of a file's content, or of a folder's: relative names and contents, empty folders included.
-
-    The name of `path` itself, times, permissions and the order in which the file system lists do not count.
-    Links are followed where they stay inside the folder. InputError for a link that leads outside or to a
-    folder above itself, and for anything that is neither file nor folder: what they hold cannot be named.
-    """
-    return digest("tree", tree_contents(path, memo)) if path.is_dir() else digest_file(path, memo)
-
-
 def tree_contents(path: Path, memo: Memo | None = None) -> dict[str, str | None]:
-    """{relative name: digest} of every file below the folder `path`, and {name/: None} of every folder.
+    """{relative name: digest} of every file below the folder `path`, and {name/: None} of every folder, empty ones too.
 
-    Errors: as for `digest_tree`.
+    Neither the name of `path` itself nor times and permissions count. Links are followed where they stay inside the
+    folder. InputError for a link that leads outside or to a folder above itself, and for anything that is neither file
+    nor folder: what they hold cannot be named.
     """
     contents: dict[str, str | None] = {}
     root = path.resolve()

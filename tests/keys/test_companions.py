@@ -9,8 +9,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from qpipe.keys.companions import digest_with_companions, locations
-from qpipe.keys.hashing import digest_tree
+from qpipe.keys.companions import content, locations
+from qpipe.keys.hashing import digest_file
 from qpipe.model import Model
 
 
@@ -24,6 +24,10 @@ def write(folder: Path, external: bool, name: str = "weights.bin") -> Path:
     return path
 
 
+def digest_of(path: Path) -> str:
+    return content(path)[0]
+
+
 def test_the_locations_are_those_that_onnx_reads(tmp_path: Path) -> None:
     path = write(tmp_path, external=True)
     entries = onnx.load(path, load_external_data=False).graph.initializer[0].external_data
@@ -32,26 +36,34 @@ def test_the_locations_are_those_that_onnx_reads(tmp_path: Path) -> None:
 
 def test_one_changed_byte_in_a_companion_changes_the_digest(tmp_path: Path) -> None:
     path = write(tmp_path, external=True)
-    before = digest_with_companions(path)
+    before = digest_of(path)
     data = tmp_path / "weights.bin"
-    content = bytearray(data.read_bytes())
-    content[100] ^= 1
-    data.write_bytes(content)
-    assert digest_with_companions(path) != before
-    content[100] ^= 1
-    data.write_bytes(content)
-    assert digest_with_companions(path) == before
+    held = bytearray(data.read_bytes())
+    held[100] ^= 1
+    data.write_bytes(held)
+    assert digest_of(path) != before
+    held[100] ^= 1
+    data.write_bytes(held)
+    assert digest_of(path) == before
     data.unlink()
-    assert digest_with_companions(path) != before
+    assert digest_of(path) != before
 
 
 def test_a_model_in_one_file_and_any_other_file_count_as_themselves(tmp_path: Path) -> None:
     path = write(tmp_path, external=False)
     assert locations(path) == []
-    assert digest_with_companions(path) == digest_tree(path)
+    assert digest_of(path) == digest_file(path)
     other = tmp_path / "x.npz"
     other.write_bytes(b"\x0a\x08location\x12\x03abc")
-    assert digest_with_companions(other) == digest_tree(other)
+    assert digest_of(other) == digest_file(other)
+
+
+def test_a_folder_counts_by_what_it_holds_and_not_by_its_name(tmp_path: Path) -> None:
+    for name, text in {"one": "1", "two": "1", "three": "3"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").write_text(text)
+    assert digest_of(tmp_path / "one") == digest_of(tmp_path / "two") != digest_of(tmp_path / "three")
+    assert content(tmp_path / "one")[1] == {"x": digest_file(tmp_path / "one" / "x")}
 
 
 def test_a_location_outside_the_folder_is_not_followed(tmp_path: Path) -> None:
@@ -81,10 +93,10 @@ def test_companions_are_those_that_the_reader_opens(tmp_path: Path, way: str) ->
                     entry.value = f"a/../{entry.value}"
         given = folder / "other.onnx"
         given.write_bytes(proto.SerializeToString())
-    before = digest_with_companions(given)
+    before = digest_of(given)
     first = {name: array.copy() for name, array in Model.load(given).params.items()}
-    content = bytearray(data.read_bytes())
-    content[0] ^= 1
-    data.write_bytes(content)
+    held = bytearray(data.read_bytes())
+    held[0] ^= 1
+    data.write_bytes(held)
     assert any((first[name] != array).any() for name, array in Model.load(given).params.items())
-    assert digest_with_companions(given) != before
+    assert digest_of(given) != before

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qpipe.errors import InputError
-from qpipe.keys.hashing import digest, digest_bytes, digest_file, digest_tree, file_identity, is_digest
+from qpipe.keys.hashing import digest, digest_bytes, digest_file, file_identity, is_digest, tree_contents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,19 +241,19 @@ def _tree(folder: Path, files: dict[str, str]) -> Path:
 
 def test_a_tree_counts_by_relative_names_and_contents(tmp_path: Path) -> None:
     files = {"a.txt": "1", "sub/b.txt": "2", "sub/deep/c.txt": "3"}
-    base = digest_tree(_tree(tmp_path / "one", files))
-    assert digest_tree(_tree(tmp_path / "two", dict(reversed(files.items())))) == base
-    assert digest_tree(_tree(tmp_path / "three", {**files, "a.txt": "9"})) != base
+    base = tree_contents(_tree(tmp_path / "one", files))
+    assert tree_contents(_tree(tmp_path / "two", dict(reversed(files.items())))) == base
+    assert tree_contents(_tree(tmp_path / "three", {**files, "a.txt": "9"})) != base
     renamed = {"z.txt": "1", "sub/b.txt": "2", "sub/deep/c.txt": "3"}
-    assert digest_tree(_tree(tmp_path / "four", renamed)) != base
-    assert digest_tree(_tree(tmp_path / "five", {"a.txt": "1", "sub": "x"})) != base
+    assert tree_contents(_tree(tmp_path / "four", renamed)) != base
+    assert tree_contents(_tree(tmp_path / "five", {"a.txt": "1", "sub": "x"})) != base
     (tmp_path / "two" / "empty").mkdir()
-    assert digest_tree(tmp_path / "two") != base
+    assert tree_contents(tmp_path / "two") != base
 
 
 def test_a_single_file_counts_by_content_and_not_by_name(tmp_path: Path) -> None:
     _tree(tmp_path, {"a": "same", "b": "same"})
-    assert digest_tree(tmp_path / "a") == digest_tree(tmp_path / "b") == digest_file(tmp_path / "a")
+    assert digest_file(tmp_path / "a") == digest_file(tmp_path / "b") == digest_bytes(b"same")
 
 
 def test_links_inside_a_tree_are_followed(tmp_path: Path) -> None:
@@ -261,9 +261,9 @@ def test_links_inside_a_tree_are_followed(tmp_path: Path) -> None:
     linked = _tree(tmp_path / "linked", {"a": "1", "real/x": "2"})
     (linked / "alias").symlink_to("real")
     (linked / "b").symlink_to("a")
-    assert digest_tree(linked) == digest_tree(plain)
+    assert tree_contents(linked) == tree_contents(plain)
     (tmp_path / "door").symlink_to("linked")
-    assert digest_tree(tmp_path / "door") == digest_tree(plain)
+    assert tree_contents(tmp_path / "door") == tree_contents(plain)
 
 
 @pytest.mark.parametrize(
@@ -285,17 +285,17 @@ def test_a_link_that_cannot_be_followed_is_refused(tmp_path: Path, link: str, ta
         (folder / "other" / "down").symlink_to("../sub")
     (folder / link).symlink_to(target)
     with pytest.raises(InputError, match=said):
-        digest_tree(folder)
+        tree_contents(folder)
 
 
 @pytest.mark.parametrize("given", ["/dev/zero", "pipe"])
 def test_what_may_have_no_end_is_refused(tmp_path: Path, given: str) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(InputError, match="neither a file nor a folder"):
-        digest_tree(tmp_path / given)
+        digest_file(tmp_path / given)
 
 
 def test_a_pipe_in_a_tree_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(InputError, match="neither a file nor a folder"):
-        digest_tree(tmp_path)
+        tree_contents(tmp_path)

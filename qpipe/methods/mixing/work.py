@@ -57,7 +57,7 @@ def measure_work(model: Network, placement: Placement, arrays: Mapping[str, Arra
     layers = {layer.name: layer for layer in find_layers(model)}
     for node in model.graph:
         output, layer = str(node.outputs[0].name), layers.get(str(node.name))
-        if layer and layer.op_type == "ConvTranspose":
+        if layer and layer.op_type == "ConvTranspose":  # at its inputs: each meets all weights of its channel
             times = count(layer.input) * math.prod(layer.weight_shape[1:])
         elif layer:
             times = count(output) * (math.prod(layer.weight_shape) // layer.channels)
