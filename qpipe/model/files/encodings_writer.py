@@ -54,15 +54,8 @@ def _lines(value: Any) -> Iterator[str]:
     yield f"\n  {edges[1]}" if begun else edges
 
 
-def encodings_document(model: Network, version: Version = "1.0.0") -> dict[str, Any]:
-    """The grids of `model` as the JSON value that the format `version` prescribes, sorted by name. Errors: those of
-    `_document`."""
-    document = _document(model, version)
-    return {key: list(value) if isinstance(value, Iterator) else value for key, value in document.items()}
-
-
 def _document(model: Network, version: Version) -> dict[str, Any]:
-    """The same, lists of grids as iterators.
+    """The JSON value that the format `version` prescribes, sorted by name; its lists of grids are iterators.
 
     How the ranges were found is said where the model's metadata have `quant_scheme`. Raises InputError for
     another version, and where 0.6.1 is asked for block scales, which it cannot express.

@@ -12,11 +12,18 @@ import pytest
 from qpipe.errors import InputError
 from qpipe.model import Model
 from qpipe.model.files.encodings_reader import read_encodings
-from qpipe.model.files.encodings_writer import encodings_document, write_encodings
+from qpipe.model.files.encodings_writer import write_encodings
 from qpipe.numerics.grid import Encoding, same_grid
 from tests.model.nets import normal, parsed
 from tests.model.qdq.test_writer import X, cnn
 from tests.model.quantized import quantized, scheme
+
+
+def document_of(model: Model, folder: Path, version: Any = "1.0.0") -> dict[str, Any]:
+    """What the file says that `write_encodings` writes."""
+    write_encodings(model, folder / "document.json", version)
+    document: dict[str, Any] = json.loads((folder / "document.json").read_text())
+    return document
 
 
 def by_name(entries: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -24,9 +31,9 @@ def by_name(entries: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {entry["name"]: entry for entry in entries}
 
 
-def test_version_1_0_0_gives_scales_and_offsets() -> None:
+def test_version_1_0_0_gives_scales_and_offsets(tmp_path: Path) -> None:
     model = quantized(cnn(), X)
-    document = encodings_document(model)
+    document = document_of(model, tmp_path)
     assert document["version"] == "1.0.0"
     weight = by_name(document["param_encodings"])["w1"]
     assert {k: weight[k] for k in ("enc_type", "dtype", "bw", "is_sym")} == {
@@ -45,18 +52,18 @@ def test_version_1_0_0_gives_scales_and_offsets() -> None:
     assert activation["is_sym"] is False
 
 
-def test_biases_are_listed_with_32_bits() -> None:
+def test_biases_are_listed_with_32_bits(tmp_path: Path) -> None:
     model = quantized(cnn(), X)
-    bias = by_name(encodings_document(model)["param_encodings"])["b1"]
+    bias = by_name(document_of(model, tmp_path)["param_encodings"])["b1"]
     assert (bias["bw"], bias["enc_type"]) == (32, "PER_CHANNEL")
     assert bias["offset"] == [-(2**31)] * 8
     expected = model.encodings["x"].scale * model.encodings["w1"].scale
     assert bias["scale"] == expected.tolist()
 
 
-def test_version_0_6_1_gives_the_ranges() -> None:
+def test_version_0_6_1_gives_the_ranges(tmp_path: Path) -> None:
     model = quantized(cnn(), X)
-    document = encodings_document(model, "0.6.1")
+    document = document_of(model, tmp_path, "0.6.1")
     (entry,) = document["activation_encodings"]["r"]
     e = model.encodings["r"]
     assert entry["min"] == 0.0
@@ -71,13 +78,13 @@ def test_version_0_6_1_gives_the_ranges() -> None:
 
 
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel", "per_block"])
-def test_version_2_0_0_gives_every_grid_back(granularity: Any) -> None:
+def test_version_2_0_0_gives_every_grid_back(granularity: Any, tmp_path: Path) -> None:
     block = 4 if granularity == "per_block" else 0
     text = "n (float[N,8] x) => (float[N,6] y) { y = MatMul(x, w) }"
     model = quantized(
         Model.from_proto(parsed(text, w=normal(8, 6))), {"x": normal(9, 8)}, scheme(4, 8, granularity, block)
     )
-    entries = by_name(encodings_document(model, "2.0.0")["encodings"])
+    entries = by_name(document_of(model, tmp_path, "2.0.0")["encodings"])
     assert set(entries) == set(model.encodings)
     for name, e in model.encodings.items():
         entry = entries[name]
@@ -102,21 +109,21 @@ def test_version_2_0_0_gives_every_grid_back(granularity: Any) -> None:
         )
 
 
-def test_blocks_are_listed_channel_by_channel() -> None:
+def test_blocks_are_listed_channel_by_channel(tmp_path: Path) -> None:
     text = "n (float[N,8] x) => (float[N,6] y) { y = MatMul(x, w) }"
     model = quantized(
         Model.from_proto(parsed(text, w=normal(8, 6))), {"x": normal(9, 8)}, scheme(4, 8, "per_block", 4)
     )
-    entry = by_name(encodings_document(model)["param_encodings"])["w"]
+    entry = by_name(document_of(model, tmp_path)["param_encodings"])["w"]
     assert (entry["enc_type"], entry["block_size"]) == ("PER_BLOCK", 4)
     assert entry["scale"] == model.encodings["w"].scale.T.reshape(-1).tolist()
     with pytest.raises(InputError, match="block scales of 'w'"):
-        encodings_document(model, "0.6.1")
+        document_of(model, tmp_path, "0.6.1")
 
 
-def test_an_unknown_version_is_refused_with_the_known_ones() -> None:
+def test_an_unknown_version_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"0\.6\.1, 1\.0\.0, 2\.0\.0, got '3'"):
-        encodings_document(quantized(cnn(), X), "3")  # type: ignore[arg-type]  # what a user may write
+        document_of(quantized(cnn(), X), tmp_path, "3")
 
 
 def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -163,7 +170,7 @@ def test_blocks_are_read_back(version: Any, op: str, tmp_path: Path) -> None:
 
 def written(tmp_path: Path, change: Any, version: Any = "1.0.0") -> Path:
     """A file of the small network's grids that `change` has spoilt."""
-    document = encodings_document(quantized(cnn(), X), version)
+    document = document_of(quantized(cnn(), X), tmp_path, version)
     change(document)
     path = tmp_path / "e.json"
     path.write_text(json.dumps(document))
