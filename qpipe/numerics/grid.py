@@ -12,7 +12,6 @@ Source: ONNX operators QuantizeLinear and DequantizeLinear, opset 21.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,7 +93,7 @@ class Encoding:
         return "per_channel" if self.block_size is None else "per_block"
 
     def to_json(self) -> dict[str, Any]:
-        """A plain JSON value; `from_json` returns the same grid bit for bit."""
+        """A plain JSON value that holds the grid bit for bit: `Encoding(**value)` is one like it."""
         return {
             "bitwidth": self.bitwidth,
             "signed": self.signed,
@@ -105,20 +104,6 @@ class Encoding:
             "block_size": self.block_size,
             "frozen": self.frozen,
         }
-
-    @staticmethod
-    def from_json(value: Mapping[str, Any]) -> Encoding:
-        """The encoding that `to_json` wrote."""
-        return Encoding(
-            bitwidth=int(value["bitwidth"]),
-            signed=bool(value["signed"]),
-            symmetric=bool(value["symmetric"]),
-            scale=np.asarray(value["scale"], np.float32),
-            zero_point=np.asarray(value["zero_point"], np.int32),
-            axis=value["axis"],
-            block_size=value["block_size"],
-            frozen=bool(value["frozen"]),
-        )
 
 
 def same_grid(a: Encoding, b: Encoding) -> bool:

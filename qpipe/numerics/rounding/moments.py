@@ -11,7 +11,7 @@ reason. Every tenth sample is held out: it enters sums of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -168,16 +168,10 @@ class LayerMoments:
 
 
 def to_arrays(moments: Moments) -> dict[str, npt.NDArray[Any]]:
-    """The moments as arrays, to be cached; `from_arrays` returns them."""
+    """The moments as arrays by name, without what is None: what a sub-result's key is made of."""
     fields = ("mean", "mean_hat", "cov", "cross", "drift", "energy")
     present = {name: getattr(moments, name) for name in fields if getattr(moments, name) is not None}
     return {"count": np.array(moments.count), **{name: t.cpu().numpy() for name, t in present.items()}}
-
-
-def from_arrays(arrays: Mapping[str, npt.NDArray[Any]], device: str | torch.device = "cpu") -> Moments:
-    """The moments that `to_arrays` took apart, on `device`."""
-    tensors = {name: torch.tensor(value, device=device) for name, value in arrays.items() if name != "count"}
-    return Moments(int(arrays["count"]), **tensors)
 
 
 @contextmanager
