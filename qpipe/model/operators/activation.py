@@ -71,12 +71,6 @@ def hard_swish(x: Tensor) -> Tensor:
     return F.hardswish(x)
 
 
-@operator("Swish")
-def swish(x: Tensor, *, alpha: float = 1.0) -> Tensor:
-    """x sigmoid(alpha x)."""
-    return x * torch.sigmoid(alpha * x)
-
-
 @operator("Gelu")
 def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
     """x Phi(x), exactly or with the tanh approximation."""

@@ -64,7 +64,7 @@ def gather_nd(x: Tensor, indices: Tensor, *, batch_dims: int = 0) -> Tensor:
     return picked.reshape(indices.shape[:-1] + x.shape[batch_dims + depth :])
 
 
-@operator("ScatterElements", "Scatter")
+@operator("ScatterElements")
 def scatter_elements(
     x: Tensor, indices: Tensor, updates: Tensor, *, axis: int = 0, reduction: str = "none"
 ) -> Tensor:

@@ -75,15 +75,6 @@ def layer_normalization(
     return y, mean, torch.rsqrt(variance + epsilon)
 
 
-@operator("RMSNormalization")
-def rms_normalization(
-    x: Tensor, scale: Tensor, *, axis: int = -1, epsilon: float = 1e-5, stash_type: int = 1
-) -> Tensor:
-    """scale x / sqrt(mean(x^2) + epsilon) over the dimensions from `axis` on."""
-    dims = tuple(range(axis % x.ndim, x.ndim))
-    return (x * torch.rsqrt(x.square().mean(dims, keepdim=True) + epsilon)).to(x.dtype) * scale
-
-
 @operator("MeanVarianceNormalization")
 def mean_variance_normalization(x: Tensor, *, axes: tuple[int, ...] = (0, 2, 3)) -> Tensor:
     """(x - mean) / deviation over `axes`."""

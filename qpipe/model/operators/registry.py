@@ -40,13 +40,12 @@ OPERATORS: dict[str, Operator] = {}
 
 
 def operator(
-    *names: str, numbers: tuple[int, ...] = (), many: bool = False, more: str = ""
+    name: str, *, numbers: tuple[int, ...] = (), many: bool = False, more: str = ""
 ) -> Callable[[Function], Function]:
-    """Enters the decorated function into the table under `names`; see `Operator` for the rest."""
+    """Enters the decorated function into the table under `name`; see `Operator` for the rest."""
 
     def enter(function: Function) -> Function:
-        for name in names:
-            OPERATORS[name] = Operator(function, frozenset(numbers), many, more)
+        OPERATORS[name] = Operator(function, frozenset(numbers), many, more)
         return function
 
     return enter

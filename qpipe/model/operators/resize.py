@@ -51,14 +51,6 @@ def resize(
     return y.to(x.dtype)
 
 
-@operator("Upsample", numbers=(1,))
-def upsample(x: Tensor, scales: Floats, *, mode: str = "nearest") -> Tensor:
-    """Resize as it was before opset 10: coordinates divided by the scale, rounded down."""
-    return resize(
-        x, None, scales, mode=mode, coordinate_transformation_mode="asymmetric", nearest_mode="floor"
-    )
-
-
 def _floats(value: Floats) -> tuple[float, ...] | None:
     """`value` as Python numbers; None where it is absent or empty, which ONNX treats alike."""
     if value is None:
