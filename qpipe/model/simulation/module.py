@@ -275,7 +275,6 @@ class _Builder:
 
     def _bias(self, value: ir.Value, bias: QuantizedBias) -> fx.Node:
         float_bias = self._device(value)
-        self._device(self.onnx.initializers[bias.weight])
         scales = [self.graph.get_attr(f"{self.quantizers[name]}.scale") for name in (bias.input, bias.weight)]
         args: tuple[Any, ...] = (float_bias, *scales, bias.repeats)
         made = self.graph.create_node(
