@@ -134,6 +134,8 @@ class Stage:
     always: bool
     takes_context: bool
     check: Check | None = None
+    not_after: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    not_before: Mapping[str, str] = dataclasses.field(default_factory=dict)
     address: str = ""
 
     @property
@@ -173,7 +175,13 @@ class _Decorator(Protocol):
 
 
 def stage(
-    *, version: int, config: Mapping[str, Any] | None = None, always: bool = False, check: Check | None = None
+    *,
+    version: int,
+    config: Mapping[str, Any] | None = None,
+    always: bool = False,
+    check: Check | None = None,
+    not_after: Mapping[str, str] | None = None,
+    not_before: Mapping[str, str] | None = None,
 ) -> _Decorator:
     """Make a stage of a function. Raise `version` when its meaning changes in a way its code does not show.
 
@@ -181,12 +189,16 @@ def stage(
     interpolation a param usually takes (`{"scheme": "${scheme}"}`). `always` is for sources that read the
     outside world: they run every time, and what depends on them still hits when they bring back the same bytes.
     `check` is given {param: value} before anything runs and raises ValueError or InputError, a sentence, for values
-    that do not go together.
+    that do not go together. `not_after` and `not_before` name stages, built-in or of any plug-in, that the model should
+    not come from or go on to, and say why; such an order is refused unless `allow_discouraged` is set. No key holds
+    them.
     """
 
     def decorate(function: Function) -> Function:
         described = describe_function(function, version, config or {}, always)
-        function.__stage__ = dataclasses.replace(described, check=check)  # type: ignore[attr-defined]
+        function.__stage__ = dataclasses.replace(  # type: ignore[attr-defined]
+            described, check=check, not_after=dict(not_after or {}), not_before=dict(not_before or {})
+        )
         return function
 
     return decorate

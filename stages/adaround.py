@@ -73,7 +73,16 @@ def refuse_untunable(layers: tuple[Layer, ...], reasons: Mapping[str, str]) -> N
     raise InputError(f"No layer can be tuned: {found}. Put the stage 'calibrate' before 'adaround'.")
 
 
-@stage(version=1, config={"data": "calibration", "seed": "${seed}"}, check=refuse_unread)
+@stage(
+    version=1,
+    config={"data": "calibration", "seed": "${seed}"},
+    check=refuse_unread,
+    not_after={
+        "nearest": "after rounding to nearest there is nothing left to tune",
+        "bias_correction": "the correction belongs to the rounding that adaround replaces",
+    },
+    not_before={"bias_correction": "the tuned rounding already carries the correction"},
+)
 def adaround(
     model: Network,
     data: Samples,

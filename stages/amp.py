@@ -143,6 +143,10 @@ def find(
         "metric": "${goal.metric}", "max_drop": "${goal.max_drop}", "seed": "${seed}",
     },
     check=refuse,
+    not_after={
+        "adaround": "weights that are tuned keep their grid, so that there is little left to mix",
+        "nearest": "weights that are rounded keep their grid, so that there is little left to mix",
+    },
 )  # fmt: skip
 def amp(
     model: Network,

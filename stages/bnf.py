@@ -217,7 +217,16 @@ def fold(editor: Editor, norm: ir.Node, layers: dict[str, Layer]) -> tuple[str, 
     return "behind", layer.name
 
 
-@stage(version=1)
+@stage(
+    version=1,
+    not_after={
+        "adaround": "folding scales weights whose rounding is already tuned",
+        "nearest": "folding scales weights that are already rounded",
+        "calibrate": "the ranges were observed on a model that folding changes",
+        "amp": "the mix was chosen for a model that folding changes",
+        "cle": "equalization looks for the batch norms' scales inside the weights",
+    },
+)
 def bnf(model: Network, *, ctx: Context = NULL) -> Network:
     """The model without BatchNormalization: each one folded into a layer, or written out as Mul and Add.
 

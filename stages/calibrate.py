@@ -47,6 +47,7 @@ def refuse_scheme(given: Mapping[str, Any]) -> None:
     version=1,
     config={"data": "calibration", "scheme": "${scheme}", "target": "${target}"},
     check=refuse_scheme,
+    not_after={"amp": "one scheme for all would take the place of the mix"},
 )
 def calibrate(
     model: Network,

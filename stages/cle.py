@@ -160,7 +160,16 @@ def apply(
     editor.facts = replace(editor.facts, statistics=statistics)
 
 
-@stage(version=1, config={"data": "calibration"})
+@stage(
+    version=1,
+    config={"data": "calibration"},
+    not_after={
+        "adaround": "equalization moves the grid under weights whose rounding is already tuned",
+        "nearest": "equalization moves the grid under weights that are already rounded",
+        "calibrate": "the ranges were observed on a model that equalization changes",
+        "amp": "the mix was chosen for a model that equalization changes",
+    },
+)
 def cle(
     model: Network,
     data: Samples | None = None,

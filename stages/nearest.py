@@ -27,7 +27,10 @@ def open_weights(model: Network) -> list[str]:
     return [name for name in sorted(model.encodings) if name in params and not model.encodings[name].frozen]
 
 
-@stage(version=1)
+@stage(
+    version=1,
+    not_after={"adaround": "the tuned weights are on the grid already"},
+)
 def nearest(model: Network, *, ctx: Context = NULL) -> Network:
     """The model with every quantized weight rounded to its grid and frozen.
 

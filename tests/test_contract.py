@@ -51,6 +51,18 @@ def test_its_schema_is_plain_and_only_ports_and_required_params_are_missing(name
             assert required or (key in stage.ports and not stage.ports[key].optional)
 
 
+NOT_HERE_YET = {"bias_correction"}
+"""Techniques of plug-ins that built-in ones say an order about."""
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_the_orders_that_it_advises_against_name_stages_and_say_why(name: str) -> None:
+    stage = catalog()[name]
+    for orders in (stage.not_after, stage.not_before):
+        assert set(orders) <= {*STAGES, *NOT_HERE_YET} - {name}
+        assert all(len(why.split()) > 4 and not why.endswith(".") for why in orders.values())
+
+
 @pytest.mark.parametrize("name", STAGES)
 def test_it_has_a_test_file_of_its_own(name: str) -> None:
     assert (ROOT / "tests" / "stages" / f"test_{name}.py").exists()

@@ -36,7 +36,7 @@ def tuned(
 def test_ports_params_and_outputs_are_read_off_the_signature() -> None:
     found = describe_function(tuned, 1, {"data": "calibration"}, False)
     assert found.ports == {
-        "model": Port("model", "Model"),
+        "model": Port("model", "Model", face=True),
         "data": Port("data", "Samples", optional=True),
         "extra": Port("extra", "Scores", many=True),
         "choice": Port("choice", "Scores", optional=True),
@@ -46,6 +46,21 @@ def test_ports_params_and_outputs_are_read_off_the_signature() -> None:
     assert found.outputs == {"model": "Model"}
     assert found.takes_context
     assert found.summary == "Tunes."
+
+
+def test_who_asks_for_a_model_has_all_of_it_in_the_key_and_who_asks_for_a_network_has_that() -> None:
+    def faced(models: list["Model"]) -> Scores:  # noqa: UP037  # no import says where the name comes from
+        return Scores({"score": len(models)})
+
+    def plain(model: "Network | None" = None) -> "Network":  # type: ignore[name-defined]  # noqa: F821, UP037
+        return model
+
+    face, network = (describe_function(each, 1, {}, False) for each in (faced, plain))
+    assert face.ports == {"models": Port("models", "Model", many=True, face=True)}
+    assert face.modules == (__name__, "qpipe.model.model")
+    assert network.ports == {"model": Port("model", "Model", optional=True)}
+    assert network.modules == (__name__, "qpipe.model.network.network")
+    assert network.outputs == {"model": "Model"}
 
 
 def test_a_named_tuple_gives_several_outputs() -> None:

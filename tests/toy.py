@@ -79,6 +79,15 @@ def refuse(scores: Scores, *, limit: float = 1.0) -> Scores:
         raise InputError(f"the score is above {limit}.")
     return scores
 
+@stage(version=1, not_after={"cle": "pruned channels cannot be told"}, not_before={"bnf": "pruning comes last"})
+def prune(model: "Network") -> "Network":
+    return model
+
+@stage(version=1)
+def handed(model: "Model", networks: list["Network"]) -> Scores:
+    names = [type(each).__name__ for each in (model, *networks)]
+    return Scores({"score": float(len(model.layers())), "metric": "toy", "types": names})
+
 @stage(version=1)
 def files(scores: Scores) -> Files:
     called("files")
@@ -86,7 +95,7 @@ def files(scores: Scores) -> Files:
 '''
 
 FORMULA = "def add(a, b):\n    return a + b\n"
-STAGES = ("number", "add", "total", "sign", "read", "boom", "refuse", "files")
+STAGES = ("number", "add", "total", "sign", "read", "boom", "refuse", "files", "prune", "handed")
 
 
 class Toy:

@@ -22,6 +22,7 @@ from qpipe.keys.hashing import digest
 _UNCOUNTED_FIELDS = frozenset({"type_comment", "type_ignores", "kind", "ctx"})
 _IMPORTERS = frozenset({"import_module", "__import__", "resolve_name", "run_module", "locate", "attach"})
 """What imports by name: importlib, builtins, pkgutil, runpy, pydoc, lazy_loader."""
+_OF_ORDER = frozenset({"not_after", "not_before"})
 _LISTERS = frozenset({"iter_modules", "walk_packages"})
 _DOTTED = re.compile(r"(\.*)([^\W\d]\w*(?:\.[^\W\d]\w*)*)")
 _PREFIX = re.compile(r"(\.*)((?:[^\W\d]\w*\.)*)(?:\W.*)?", re.DOTALL)
@@ -67,7 +68,7 @@ def analyse(source: bytes, file: str) -> Analysis:
         raise ConfigError(f"{file}:{error.lineno or 1}: not Python, {error.msg}.") from error
     except (ValueError, RecursionError, MemoryError) as error:
         raise ConfigError(f"{file}: cannot be parsed as Python, {error or type(error).__name__}.") from error
-    made = digest("syntax", list(_tokens(tree)))
+    made = digest("syntax", list(_tokens(_plain(tree))))
     lazy = _lazy(tree)
     if not lazy:
         return Analysis(made, tuple(dict.fromkeys(_imports(tree))))
@@ -118,6 +119,22 @@ def _tokens(tree: ast.AST) -> Iterator[object]:
 @dataclass(frozen=True)
 class _Label:
     name: str
+
+
+def _plain(tree: ast.Module) -> ast.Module:
+    """`tree` without what `@stage(...)` says of orders: that lets a pipeline through or not, and is in no result."""
+    names = {
+        alias.asname or alias.name
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom) and node.module == "qpipe.stage" and not node.level
+        for alias in node.names
+        if alias.name == "stage"
+    }
+    for node in tree.body if names else ():
+        for mark in node.decorator_list if isinstance(node, ast.FunctionDef) else ():
+            if isinstance(mark, ast.Call) and isinstance(mark.func, ast.Name) and mark.func.id in names:
+                mark.keywords = [each for each in mark.keywords if each.arg not in _OF_ORDER]
+    return tree
 
 
 def _fields(node: ast.AST) -> list[tuple[str, Any]]:

@@ -13,32 +13,12 @@ from graphlib import CycleError, TopologicalSorter
 from qpipe.errors import ConfigError
 from qpipe.language.spec import FirstWithin, NodeSpec, PipelineSpec, Ref
 from qpipe.param import listed, nearest
+from qpipe.stage import Stage
 
 FORM_OUTPUTS: Mapping[str, str] = {"model": "Model", "scores": "Scores"}
 
 LONG_CIRCLE = 20
 """Nodes of a circle that are named."""
-
-DISCOURAGED: tuple[tuple[str, str, str], ...] = (
-    ("adaround", "cle", "equalization moves the grid under weights whose rounding is already tuned"),
-    ("adaround", "bnf", "folding scales weights whose rounding is already tuned"),
-    ("nearest", "cle", "equalization moves the grid under weights that are already rounded"),
-    ("nearest", "bnf", "folding scales weights that are already rounded"),
-    ("nearest", "adaround", "after rounding to nearest there is nothing left to tune"),
-    ("adaround", "nearest", "the tuned weights are on the grid already"),
-    ("calibrate", "bnf", "the ranges were observed on a model that folding changes"),
-    ("calibrate", "cle", "the ranges were observed on a model that equalization changes"),
-    ("adaround", "amp", "weights that are tuned keep their grid, so that there is little left to mix"),
-    ("nearest", "amp", "weights that are rounded keep their grid, so that there is little left to mix"),
-    ("amp", "calibrate", "one scheme for all would take the place of the mix"),
-    ("amp", "bnf", "the mix was chosen for a model that folding changes"),
-    ("amp", "cle", "the mix was chosen for a model that equalization changes"),
-    ("cle", "bnf", "equalization looks for the batch norms' scales inside the weights"),
-    ("adaround", "bias_correction", "the tuned rounding already carries the correction"),
-    ("bias_correction", "adaround", "the correction belongs to the rounding that adaround replaces"),
-)
-"""(upstream stage, downstream stage, why): orders the field advises against."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Source:
@@ -219,25 +199,28 @@ def _order(needs: Mapping[str, set[str]]) -> tuple[str, ...]:
 def _refuse_discouraged(
     spec: PipelineSpec, order: tuple[str, ...], inputs: Mapping[str, Mapping[str, tuple[Source, ...]]]
 ) -> None:
-    """Refuse a rule's downstream stage where its upstream stage is in the history of the model it gets."""
-    upstream_names = {first for first, _, _ in DISCOURAGED}
-    history: dict[str, frozenset[str]] = {}
+    """Refuse a stage where the model that it gets went through one that either of the two says it should not."""
+    history: dict[str, Mapping[str, Stage]] = {}
     for name in order:
         node = spec.nodes[name]
-        came = frozenset[str]().union(
-            *(history[source.node] for source in _model_sources(spec, inputs[name]))
-        )
+        came: dict[str, Stage] = {}
+        for source in _model_sources(spec, inputs[name]):
+            came |= history[source.node]
+        history[name] = came
         if isinstance(node, FirstWithin):
-            history[name] = came
             continue
-        for first, second, why in DISCOURAGED:
-            if node.stage.name == second and first in came and "Model" in node.stage.outputs.values():
+        if "Model" not in node.stage.outputs.values():
+            history[name] = {}
+            continue
+        orders = {**node.stage.not_after}
+        orders |= {first: why for first in came if (why := came[first].not_before.get(node.stage.name))}
+        for first, why in orders.items():
+            if first in came:
                 raise ConfigError(
-                    f"stages.{name}: '{second}' after '{first}' is discouraged: {why}. "
+                    f"stages.{name}: '{node.stage.name}' after '{first}' is discouraged: {why}. "
                     f"Change the order, or set allow_discouraged=true."
                 )
-        makes_model = "Model" in node.stage.outputs.values()
-        history[name] = came | ({node.stage.name} & upstream_names) if makes_model else frozenset()
+        history[name] = {**came, node.stage.name: node.stage}
 
 
 def _model_sources(spec: PipelineSpec, ports: Mapping[str, tuple[Source, ...]]) -> Iterator[Source]:

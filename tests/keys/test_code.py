@@ -38,8 +38,8 @@ def code(module: str) -> str:
     return CodeIndex(Notes()).digest(module)
 
 
-def reached(module: str) -> set[str]:
-    return set(CodeIndex(Notes())._reach(module).modules)
+def reached(*modules: str) -> set[str]:
+    return set(CodeIndex(Notes()).modules(*modules))
 
 
 def test_a_reformatted_module_is_the_same_and_a_changed_one_is_not(write: Write) -> None:
@@ -126,6 +126,69 @@ def test_circles_and_long_chains_end(write: Write) -> None:
 
 def test_a_lazy_package_reaches_what_it_hands_out() -> None:
     assert {"qpipe.model.model", "qpipe.model.simulation.module"} <= reached("qpipe.model")
+
+
+LAZY = """
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    from zq_lazy.face import Face
+__all__ = ["Face", "value"]
+def __getattr__(name):
+    if name == "Face":
+        from zq_lazy.face import Face
+        return Face
+    raise AttributeError(name)
+"""
+
+
+@pytest.mark.parametrize(
+    ("source", "reaches_face"),
+    [
+        ("from zq_lazy.value import VALUE", False),
+        ("def f():\n    from zq_lazy.inner.deep import DEEP", False),
+        ("from zq_lazy import Face", True),
+        ("from zq_lazy import value", True),  # the package itself is at hand, and may be asked for more
+        ("from zq_lazy import *", True),
+        ("import zq_lazy.value", True),
+        ("import zq_lazy", True),
+        ("import importlib\nimportlib.import_module('zq_lazy.value')", True),
+    ],
+)
+def test_what_a_package_hands_out_lazily_counts_where_it_is_asked(
+    write: Write, source: str, reaches_face: bool
+) -> None:
+    write(
+        {
+            "zq_root.py": source,
+            "zq_lazy/__init__.py": LAZY,
+            "zq_lazy/value.py": "VALUE = 1",
+            "zq_lazy/inner/__init__.py": "",
+            "zq_lazy/inner/deep.py": "from ..value import VALUE\nDEEP = VALUE",
+            "zq_lazy/face.py": "class Face: ...",
+        }
+    )
+    found = reached("zq_root")
+    assert "zq_lazy" in found  # its own code runs when anything in it is imported
+    assert ("zq_lazy.face" in found) == reaches_face
+    assert "zq_lazy.face" in reached("zq_root", "zq_lazy.face")
+
+
+def test_a_module_that_asks_its_own_getattr_is_not_lazy(write: Write) -> None:
+    write({"zq_root.py": "from zq_own.value import VALUE", "zq_own/value.py": "VALUE = 1"})
+    write({"zq_own/face.py": "class Face: ..."})
+    source = "def __getattr__(name):\n    from zq_own import face\n    return 1\nX = __getattr__('X')"
+    write({"zq_own/__init__.py": source})
+    assert "zq_own.face" in reached("zq_root")
+
+
+def test_a_module_without_statements_is_no_ingredient_until_it_has_some(write: Write) -> None:
+    write({"zq_root.py": "from zq_empty.m import x", "zq_empty/__init__.py": "", "zq_empty/m.py": "x = 1"})
+    first = code("zq_root")
+    assert reached("zq_root") == {"zq_root", "zq_empty.m"}
+    write({"zq_empty/__init__.py": '"""Only words."""\n'})
+    assert code("zq_root") == first
+    write({"zq_empty/__init__.py": "import sys"})
+    assert code("zq_root") != first
 
 
 def test_the_engine_is_no_part_of_a_formula() -> None:

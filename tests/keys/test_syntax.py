@@ -52,6 +52,21 @@ def test_the_normal_form_is_frozen() -> None:
     assert analyse(SOURCE.encode(), "x.py").digest == GOLDEN
 
 
+ORDERED = "from qpipe.stage import stage{}\n@{}(version=1{})\ndef f(): ...\n"
+
+
+def test_the_orders_that_a_stage_advises_against_are_not_in_its_form() -> None:
+    plain = ORDERED.format("", "stage", "")
+    assert same(plain, ORDERED.format("", "stage", ", not_after={'cle': 'why'}, not_before={'bnf': 'why'}"))
+    assert same(ORDERED.format(" as s", "s", ""), ORDERED.format(" as s", "s", ", not_after={'cle': 'why'}"))
+    assert not same(plain, ORDERED.format("", "stage", ", always=True"))
+
+
+def test_an_order_of_anybody_else_s_decorator_is_in_the_form() -> None:
+    other = "from elsewhere import stage\n@stage(version=1{})\ndef f(): ...\n"
+    assert not same(other.format(""), other.format(", not_after={'cle': 'why'}"))
+
+
 _PRINT_TOKENS = """
 import ast, sys, types
 sys.modules["blake3"] = types.SimpleNamespace(blake3=None)  # another interpreter has none

@@ -105,6 +105,29 @@ def test_a_mistake_is_one_sentence_with_its_address(stages: dict[str, Any], word
     assert "\n" not in message
 
 
+def test_a_plug_in_says_which_orders_it_advises_against() -> None:
+    source = {"uses": "load_model", "path": "net.onnx"}
+
+    def chain(*names: str, **rest: Any) -> Graph:
+        nodes = {"source": source}
+        for name in names:
+            optional = {} if name in ("bnf", "toy_prune") else {"data": None}
+            nodes[name.removeprefix("toy_")] = {"uses": name, "model": list(nodes)[-1], **optional}
+        return graph_of(nodes, **rest)
+
+    assert chain("bnf", "cle").order == ("source", "bnf", "cle")
+    assert chain("bnf", "toy_prune").order == ("source", "bnf", "prune")
+    with pytest.raises(ConfigError) as after:
+        chain("cle", "hbf", "toy_prune")
+    assert "stages.prune: 'toy_prune' after 'cle' is discouraged: pruned channels cannot be told." in str(after.value)
+    with pytest.raises(ConfigError) as before:
+        chain("toy_prune", "bnf")
+    assert "stages.bnf: 'bnf' after 'toy_prune' is discouraged: pruning comes last. Change" in str(before.value)
+    with pytest.raises(ConfigError, match="'bnf' after 'cle' is discouraged: equalization looks"):
+        chain("cle", "bnf")
+    assert chain("toy_prune", "bnf", allow_discouraged=True).order == ("source", "prune", "bnf")
+
+
 def test_an_unknown_target_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"targets: no node 'bb'\. Did you mean 'b'\?"):
         graph_of({"a": NUMBER, "b": add("a")}, targets=["bb"])
