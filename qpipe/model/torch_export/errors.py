@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
+import sysconfig
 import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,7 +18,9 @@ from torch.utils import _pytree as pytree
 from qpipe.errors import InputError
 
 _OTHERWISE = "or export the model to ONNX yourself and load that file"
-_TORCH = str(Path(torch.__file__).parent)
+_TORCH = os.path.join(Path(torch.__file__).parent, "")
+_INSTALLED = tuple({os.path.join(sysconfig.get_path(name), "") for name in ("stdlib", "purelib", "platlib")})
+_OURS = os.path.join(Path(__file__).parents[2], "")
 _CALL = re.compile(r'File "([^"]+)", line \d+, in \S+\n\s+(.+)')
 _NO_OPERATOR = re.compile(r"No ONNX function found for <OpOverload\(op='([\w.]+)'")
 
@@ -110,16 +114,17 @@ def _place(module: nn.Module, chain: list[BaseException]) -> str:
 
 def _own_line(error: BaseException) -> str:
     """The last line of code outside torch that was running, or that torch says was."""
-    told = [code.strip() for file, code in _CALL.findall(str(error)) if not _of_torch(file)]
+    told = [code.strip() for file, code in _CALL.findall(str(error)) if _is_theirs(file)]
     if told:
         return str(told[-1])
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not _of_torch(frame.filename) and "qpipe" not in frame.filename]
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_theirs(frame.filename)]
     return str(own[-1].line or "") if own else ""
 
 
-def _of_torch(file: str) -> bool:
-    return file.startswith((_TORCH, "<")) or "site-packages" in file
+def _is_theirs(file: str) -> bool:
+    """Whether the person who brings the module wrote the file: it follows from where the others lie, not from what
+    its path is called."""
+    return not file.startswith((_TORCH, *_INSTALLED, _OURS, "<"))
 
 
 def _deepest_module(module: nn.Module, error: BaseException) -> str | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import runpy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -151,3 +153,19 @@ def test_a_compiled_module_is_the_module_that_was_compiled() -> None:
 def test_a_module_that_torch_quantized_is_refused() -> None:
     quantized = nn.Sequential(torch.ao.nn.quantized.dynamic.Linear(4, 4))  # type: ignore[no-untyped-call]
     assert "is quantized by torch already, in its part '0'" in refused(quantized)
+
+
+@pytest.mark.parametrize("folder", ["qpipe", "my qpipe models", "torch", "site-packages"])
+def test_the_line_at_fault_is_told_wherever_its_file_lies(tmp_path: Path, folder: str) -> None:
+    file = tmp_path / folder / "zq_nets.py"
+    file.parent.mkdir()
+    file.write_text(
+        "import torch\n"
+        "class Net(torch.nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        while x.abs().max() > 0.1:\n"
+        "            x = x / 2\n"
+        "        return x\n"
+    )
+    namespace = runpy.run_path(str(file))
+    assert "at `while x.abs().max() > 0.1" in refused(namespace["Net"](), X)
