@@ -47,7 +47,10 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
     "model.runtime": ((*VALUE, "model.qdq"), "options external_data session"),
     "model.canon": (
         MODEL,
-        "definitions floats unrolling plain_forms layer_forms attention_forms bound_forms folding opsets refusals form",
+        (
+            "definitions floats unrolling sequences plain_forms layer_forms attention_forms bound_forms folding "
+            "opsets refusals form"
+        ),
     ),
     "model.simulation": (MODEL, "constants samples module stream run"),
     "model.files": (

@@ -17,7 +17,7 @@ from collections.abc import Collection
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from qpipe.model.canon import attention_forms, bound_forms, layer_forms, plain_forms, unrolling
+from qpipe.model.canon import attention_forms, bound_forms, layer_forms, plain_forms, sequences, unrolling
 from qpipe.model.canon.floats import to_float32
 from qpipe.model.canon.folding import fold_constants, fold_weights
 from qpipe.model.canon.opsets import to_canonical_opset
@@ -40,6 +40,7 @@ from qpipe.model.qdq.weights import Grids, read_weights
 SIMPLIFICATIONS: tuple[Rule, ...] = (
     plain_forms.trim_inputs,
     plain_forms.cast_like_to_cast,
+    *sequences.RULES,
     unrolling.inline_decided_if,
     unrolling.unroll_loop,
     unrolling.unroll_scan,

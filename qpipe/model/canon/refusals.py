@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from qpipe.errors import InputError
 from qpipe.model.canon.definitions import has_definition, schema
+from qpipe.model.canon.sequences import SEQUENCES
 from qpipe.model.network.invariants import OPSET
 from qpipe.model.qdq.nodes import computes_codes, dequantizes, on_codes, quantizes
 from qpipe.model.qdq.operator_form import not_constant, unreadable
@@ -42,14 +43,11 @@ _RANDOM = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
 )
 _TEXT = frozenset({"StringConcat", "StringNormalizer", "StringSplit", "RegexFullMatch", "TfIdfVectorizer"})
-_CONTAINERS = frozenset(
-    {"SequenceAt", "SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert", "SequenceLength"}
-    | {"SequenceMap", "SplitToSequence", "ConcatFromSequence"}
-    | {"Optional", "OptionalGetElement", "OptionalHasElement"}
-)
+_CONTAINERS = frozenset({"SequenceMap", "Optional", "OptionalGetElement", "OptionalHasElement"})
 _WAYS_OUT = {
     _RANDOM: "it draws random numbers. Export the model in eval mode",
     _TEXT: "text is not supported. Process it before the model",
+    SEQUENCES: "a sequence goes out of the model, or what it holds depends on the data. Give tensors of their own",
     _CONTAINERS: "sequences, maps and optionals are not supported. Give tensors of their own to the model",
     frozenset({"ImageDecoder"}): "image files are not supported. Decode them before the model",
 }
@@ -66,7 +64,8 @@ def refuse_unfit(model: ir.Model) -> None:
     types = _HELD | _CODES if any(map(computes_codes, _nodes(model))) else _HELD
     found = [*_values(model.graph, types), *_quantized(model)]
     for node in _nodes(model):
-        reason = None if on_codes(node) or _qdq(node) else _unfit(node, version, types)
+        mends = on_codes(node) or _qdq(node) or (node.op_type in SEQUENCES and not node.domain)
+        reason = None if mends else _unfit(node, version, types)
         if reason is not None:
             found.append(_clause(node, reason))
     if found:
