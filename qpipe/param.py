@@ -7,13 +7,14 @@ holds into one of that type, or refuses with the address, what was found and wha
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import importlib
 import re
 import sys
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -104,6 +105,60 @@ def coerce(value: Any, hint: Any, address: str) -> Any:
     if origin in (dict, Mapping) or hint is dict or str(origin).endswith("Mapping'>"):
         return _mapping(value, hint, address)
     return _scalar(value, hint, address)
+
+
+def of_its_type(default: Any, hint: Any) -> Any:
+    """A signature's default as a config would give it: text for a path as a path, a list for a tuple as a tuple, all of
+    it new, so that what a function does to it stays with that call. A default of another type is itself."""
+    try:
+        return coerce(default, hint, "default")
+    except (ConfigError, TypeError):
+        return copy.deepcopy(default)
+
+
+def absolute(value: Any) -> Any:
+    """The value of a param with every path in it absolute: what runs may be in another folder than who asked."""
+    if isinstance(value, Path):
+        return value.absolute()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        changed = {f.name: absolute(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+        same = all(changed[name] is getattr(value, name) for name in changed)
+        return value if same else dataclasses.replace(value, **changed)
+    if isinstance(value, dict):
+        return {key: absolute(item) for key, item in value.items()}
+    if isinstance(value, list | tuple) and type(value) in (list, tuple):
+        return type(value)(absolute(item) for item in value)
+    return value
+
+
+def factories_in(value: Any, hint: Any) -> Iterator[str]:
+    """The names of functions in a param's value, as its type says where they stand: `Factory`, and lists, mappings,
+    dataclasses and unions of it."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        if isinstance(value, str) and any(isinstance(mark, _FactoryMark) for mark in arguments[1:]):
+            yield value
+        else:
+            yield from factories_in(value, arguments[0])
+    elif origin in (Union, types.UnionType):
+        names_one = (
+            isinstance(value, str) and ":" in value
+        )  # of `Literal[...] | Factory`, that which names a function
+        for option in arguments if names_one or not isinstance(value, str) else ():
+            yield from factories_in(value, option)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        hints = get_type_hints(type(value), include_extras=True)
+        for field in dataclasses.fields(value):
+            yield from factories_in(getattr(value, field.name), hints[field.name])
+    elif isinstance(value, Mapping) and len(arguments) == 2:
+        for item in value.values():
+            yield from factories_in(item, arguments[1])
+    elif isinstance(value, list | tuple) and arguments:
+        kinds = (
+            arguments if origin is tuple and arguments[-1] is not Ellipsis else [arguments[0]] * len(value)
+        )
+        for item, kind in zip(value, kinds, strict=False):
+            yield from factories_in(item, kind)
 
 
 def describe(hint: Any) -> str:

@@ -62,7 +62,8 @@ class Context:
         """`fn(*inputs)`, from the cache where the same stage code has seen the same inputs.
 
         `inputs` are numpy arrays, bytes or JSON values and must say everything that the result depends on: of
-        `fn`, only where it was written counts, not what it holds on to. It changes none of its inputs. The result is a
+        `fn`, only where it was written counts, not what it holds on to. The name of a function that came as a param
+        counts by its code. It changes none of its inputs. The result is a
         dict of arrays and JSON values, or a JSON value; it comes as it is read back, arrays read-only, tuples as lists.
         """
         return fn(*inputs)

@@ -23,7 +23,7 @@ ENGINE = ("errors", "mapped", "keys", "artifacts", "param", "stage", "cache", "c
 HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
     "numerics": (("errors",), "scheme grid fake_quantize ranges observers allocation search metrics images"),
     "numerics.rounding": (("errors", "numerics"), "moments unfold rows codes gram gradient"),
-    "keys": (("errors", "mapped"), "hashing companions syntax code loaded changes"),
+    "keys": (("errors", "mapped"), "hashing companions syntax code state loaded changes"),
     "artifacts": (("errors", "mapped", "keys", "numerics"), "kinds artifact"),
     "model.network": (
         ("errors", "mapped", "numerics"),
@@ -90,7 +90,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "language": (("errors", "keys", "param", "stage", "cache.shared"), "catalog spec graph"),
     "plan": (ENGINE[:-1], "verdicts history keyring decision walk estimate"),
-    "run": (ENGINE, "machine context performing workers executor record stores sweep"),
+    "run": (ENGINE, "machine context isolation performing workers executor record stores sweep"),
     "explain": ((*ENGINE, "run"), "past_runs causes runs_apart artifacts verification"),
     "report": ((), "text facts"),
     "report.terminal": (("report",), "table activity closing plain live terminal"),

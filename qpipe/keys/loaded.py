@@ -16,11 +16,12 @@ import os
 import sys
 import time
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from qpipe.keys.code import is_first_party, remembered_analysis
 from qpipe.keys.hashing import Memo, file_identity
+from qpipe.keys.state import state_of
 from qpipe.keys.syntax import Analysis
 
 _RACY_NS = 2_000_000_000  # as in qpipe.keys.hashing: file systems stamp times as coarsely as this
@@ -37,6 +38,11 @@ class _Source:
 
 _sources: dict[str, _Source] = {}
 _analyses: dict[str, Analysis] = {}
+_inside: dict[str, set[str]] = {}
+"""Module -> those that were loaded while it was, or found on the way of an action whose key holds it."""
+_loading: list[str] = []
+_states: dict[str, object] = {}
+"""Module of a user's -> what it held when it was loaded."""
 _agreed: dict[str, int] = {}
 """Code digest -> how many modules were loaded when all of them last agreed with it."""
 
@@ -68,6 +74,35 @@ def differing(code: str, expected: Mapping[str, str], memo: Memo) -> list[str]:
     return found
 
 
+def belonging(names: Iterable[str]) -> set[str]:
+    """The first-party modules, other than qpipe's, that belong to those called `names` without being imported by them
+    in plain sight: loaded while they were, by whatever name, or remembered of them (`remember`)."""
+    found: set[str] = set()
+    pending = [name for name in names if name in _inside]
+    while pending:
+        new = _inside.get(pending.pop(), set()) - found
+        found |= new
+        pending += new
+    return {name for name in found if name in _sources}
+
+
+def remember(names: Iterable[str], found: Iterable[str]) -> None:
+    """Keep that an action with the modules `names` in its key loaded those `found`: the next one does not load them."""
+    users = [name for name in found if _is_users(name)]
+    for name in names if users else ():
+        if _is_users(name):
+            _inside.setdefault(name, set()).update(users)
+
+
+def changed_modules() -> list[str]:
+    """The modules of users that hold something else than when they were loaded."""
+    return sorted(name for name, state in _states.items() if state_of(sys.modules.get(name)) != state)
+
+
+def _is_users(name: str) -> bool:
+    return name.partition(".")[0] != "qpipe"
+
+
 def count() -> int:
     """How many first-party modules were loaded so far."""
     return len(_sources)
@@ -75,8 +110,7 @@ def count() -> int:
 
 def loaded_since(count: int, memo: Memo) -> dict[str, str]:
     """{name: digest} of the first-party modules with statements in them that were loaded when `count` others were."""
-    made = {name: _analysis(name, memo) for name in list(_sources)[count:]}
-    return {name: analysis.digest for name, analysis in made.items() if not analysis.is_empty}
+    return digests(list(_sources)[count:], memo)
 
 
 def _analysis(name: str, memo: Memo) -> Analysis:
@@ -86,6 +120,12 @@ def _analysis(name: str, memo: Memo) -> Analysis:
         found = remembered_analysis(source.file, source.identity, lambda: source.content, memo)
         _analyses[name] = found
     return found
+
+
+def digests(names: Iterable[str], memo: Memo) -> dict[str, str]:
+    """{name: digest} of modules that are loaded and have statements in them."""
+    made = {name: _analysis(name, memo) for name in names if name in _sources}
+    return {name: analysis.digest for name, analysis in made.items() if not analysis.is_empty}
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -112,6 +152,28 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 class _Loader(importlib.machinery.SourceFileLoader):
     """Loads a module from bytes that it keeps."""
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        name = module.__name__
+        if not _is_users(name):
+            super().exec_module(module)
+            return
+        for outer in _loading[-1:]:
+            _inside.setdefault(outer, set()).add(name)
+        before = None if _loading else {other: state_of(sys.modules.get(other)) for other in _states}
+        _loading.append(name)
+        try:
+            super().exec_module(module)
+        finally:
+            _loading.pop()
+        _states[name] = state_of(module)
+        if (
+            before is not None
+        ):  # what an import does to other modules, such as entering into a table, is no action's
+            for other in [*before, *(new for new in _states if new not in before)]:
+                now = state_of(sys.modules.get(other))
+                if other not in before or now != before[other]:
+                    _states[other] = now
 
     def get_code(self, fullname: str) -> types.CodeType | None:
         file = os.fspath(self.path)

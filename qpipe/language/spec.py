@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qpipe.errors import ConfigError, InputError
 from qpipe.language.catalog import MISSING, RESERVED, catalog
-from qpipe.param import coerce, listed, nearest, parse_size
+from qpipe.param import coerce, listed, nearest, of_its_type, parse_size
 from qpipe.stage import REQUIRED, Stage
 
 if TYPE_CHECKING:
@@ -253,7 +253,7 @@ def _node(name: str, body: Any) -> NodeSpec | FirstWithin:
         param.name: _written(param.name, param.default, body, address) for param in stage.params.values()
     }
     params = {
-        key: stage.params[key].default
+        key: of_its_type(stage.params[key].default, stage.params[key].hint)
         if value is REQUIRED
         else coerce(value, stage.params[key].hint, f"{address}.{key}")
         for key, value in written.items()

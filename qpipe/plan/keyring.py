@@ -15,7 +15,7 @@ from qpipe.keys.code import CodeIndex
 from qpipe.keys.companions import content
 from qpipe.keys.hashing import digest, stamp
 from qpipe.language.spec import NodeSpec
-from qpipe.param import is_factory
+from qpipe.param import factories_in
 from qpipe.plan.verdicts import Action
 
 
@@ -104,25 +104,29 @@ class Keyring:
 
     def _param(self, node: NodeSpec, name: str) -> Any:
         value = node.params[name]
-        if isinstance(value, str) and ":" in value and is_factory(node.stage.params[name].hint):
-            try:
-                code = self._code.digest_factory(value, self._search_path)
-            except ConfigError as error:
-                raise ConfigError(f"stages.{node.name}.{name}: {error}") from error
-            self._parts[code] = self._code.factory_parts(value, self._search_path)
-            return {"function": value.partition(":")[2], "code": code}
-        return self._content(value, f"stages.{node.name}.{name}")
+        factories = frozenset(factories_in(value, node.stage.params[name].hint))
+        return self._content(value, f"stages.{node.name}.{name}", factories)
 
-    def _content(self, value: Any, address: str) -> Any:
-        """`value` as JSON, with paths replaced by the digest of what lies there."""
+    def _factory(self, name: str, address: str) -> dict[str, str]:
+        try:
+            code = self._code.digest_factory(name, self._search_path)
+        except ConfigError as error:
+            raise ConfigError(f"{address}: {error}") from error
+        self._parts[code] = self._code.factory_parts(name, self._search_path)
+        return {"function": name.partition(":")[2], "code": code}
+
+    def _content(self, value: Any, address: str, factories: frozenset[str]) -> Any:
+        """`value` as JSON, paths replaced by the digest of what lies there, and `factories` by that of their code."""
+        if isinstance(value, str):
+            return self._factory(value, address) if value in factories else value
         if isinstance(value, Path):
             return {"content": self._path(value, address)}
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         if isinstance(value, Mapping):
-            return {str(key): self._content(item, f"{address}.{key}") for key, item in value.items()}
+            return {str(k): self._content(item, f"{address}.{k}", factories) for k, item in value.items()}
         if isinstance(value, list | tuple):
-            return [self._content(item, address) for item in value]
+            return [self._content(item, address, factories) for item in value]
         return value
 
     def _path(self, path: Path, address: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from qpipe.artifacts.artifact import Artifact, load, save
@@ -37,6 +37,9 @@ class ActionContext(Context):
         self._emit = emit
         self._last = 0.0
         self._functions: dict[str, Any] = {}
+        written, params = request.get("written", {}), ingredients["params"]
+        pairs = [pair for name in written for pair in _functions_in(written[name], params.get(name))]
+        self._functions_of_params = dict(pairs)
         self._loaded = loaded.count()
 
     def progress(self, done: int, total: int, what: str = "") -> None:
@@ -49,7 +52,7 @@ class ActionContext(Context):
         self.notes.append(sentence)
 
     def memo(self, name: str, fn: Callable[..., Any], *inputs: Any) -> Any:
-        key = digest("memo", self._code, name, _names(fn), list(inputs))
+        key = digest("memo", self._code, name, _names(fn), [self._with_code(item) for item in inputs])
         code = getattr(fn, "__code__", None)
         if self._functions.setdefault(key, code) is not code:
             raise ValueError(
@@ -81,16 +84,30 @@ class ActionContext(Context):
             self._emit({"event": "published", "key": key})
         return _remembered(load(artifact, self._store))  # as it comes the next time
 
+    def _with_code(self, item: Any) -> Any:
+        """An input of a sub-result, the name of a param's function replaced by its code."""
+        if isinstance(item, str):
+            code = self._functions_of_params.get(item)
+            return item if code is None else {"function": item, "code": code}
+        if isinstance(item, list | tuple):
+            return [self._with_code(each) for each in item]
+        if isinstance(item, Mapping):
+            return {name: self._with_code(each) for name, each in item.items()}
+        return item
+
     def found_on_the_way(self) -> dict[str, str]:
-        """{name: digest} of the first-party modules that were loaded since this action began and that its key does not
-        hold: their names came from a param, a variable of the environment, a file."""
-        since = loaded.loaded_since(self._loaded, self._store.index.memo("code"))
-        if not since:
-            return {}
+        """{name: digest} of the first-party modules that its key does not hold and that were loaded since this action
+        began, or before by the modules of its key: their names came from a param, a variable, a file."""
+        memo = self._store.index.memo("code")
+        since = loaded.loaded_since(self._loaded, memo)
         known = [_expected(self._request, code) for code in _codes(self._request["ingredients"])]
-        if not all(known):  # a listing that is too long to be kept
+        names = {name for each in known for name in each}
+        since |= loaded.digests(loaded.belonging(names), memo)
+        if not since or not all(known):  # a listing that is too long is not kept
             return {}
-        return {name: made for name, made in since.items() if not any(name in names for names in known)}
+        found = {name: made for name, made in since.items() if name not in names}
+        loaded.remember(names, found)
+        return found
 
 
 def _names(fn: Callable[..., Any]) -> str:
@@ -138,9 +155,30 @@ def _modules(text: str) -> Mapping[str, str]:
 
 def _codes(ingredients: Mapping[str, Any]) -> list[str]:
     """The digests of code in the ingredients of a key: the stage's own, and those of factories."""
-    factories = [
-        value["code"]
-        for value in ingredients["params"].values()
-        if isinstance(value, Mapping) and "function" in value and "code" in value
-    ]
-    return [ingredients["code"], *factories]
+    return [ingredients["code"], *_factory_codes(ingredients["params"])]
+
+
+def _factory_codes(made: Any) -> Iterator[str]:
+    """The digests of code that stand in the ingredients of params, at any depth."""
+    if isinstance(made, Mapping):
+        if set(made) == {"function", "code"}:
+            yield made["code"]
+        else:
+            for item in made.values():
+                yield from _factory_codes(item)
+    elif isinstance(made, list):
+        for item in made:
+            yield from _factory_codes(item)
+
+
+def _functions_in(written: Any, made: Any) -> Iterator[tuple[str, str]]:
+    """(module:function, digest of its code), of a param as it was written and as it stands in the key."""
+    if isinstance(made, Mapping) and set(made) == {"function", "code"}:
+        if isinstance(written, str):
+            yield written, made["code"]
+    elif isinstance(made, Mapping) and isinstance(written, Mapping):
+        for name in written:
+            yield from _functions_in(written[name], made.get(name))
+    elif isinstance(made, list) and isinstance(written, list):
+        for left, right in zip(written, made, strict=False):
+            yield from _functions_in(left, right)

@@ -14,28 +14,35 @@ from qpipe.artifacts.artifact import Artifact, load, save, with_face
 from qpipe.cache.store import Store
 from qpipe.errors import DamagedError, QpipeError
 from qpipe.language.catalog import catalog
-from qpipe.param import coerce
+from qpipe.param import absolute, coerce, of_its_type
 from qpipe.plan.verdicts import Request, artifact_json
 from qpipe.run.context import ActionContext, Emit, check_code
+from qpipe.run.isolation import Isolation
 from qpipe.run.machine import free_memory, measured, surroundings
+from qpipe.stage import REQUIRED
 
 
-def perform(request: Request, store: Store, emit: Emit, threads: int) -> dict[str, Any]:
+def perform(
+    request: Request, store: Store, emit: Emit, threads: int, isolation: Isolation | None = None
+) -> dict[str, Any]:
     """Run the action; its result: `outputs`, `notes`, `parts`, `ingredients`, `provenance`; `parts` are the keys of its
     sub-results. Raises what the stage raises."""
     try:
-        return _perform(request, store, emit, threads)
+        with (isolation or Isolation()).of(request["key"]):
+            return _perform(request, store, emit, threads)
     finally:
         free_memory()
 
 
 def _perform(request: Request, store: Store, emit: Emit, threads: int) -> dict[str, Any]:
     stage = catalog()[request["stage"]]
-    params = {
-        name: coerce(value, stage.params[name].hint, f"stages.{request['node']}.{name}")
+    arguments = {
+        name: absolute(coerce(value, stage.params[name].hint, f"stages.{request['node']}.{name}"))
         for name, value in request["written"].items()
     }
-    arguments: dict[str, Any] = dict(params)
+    for name, param in stage.params.items():
+        if name not in arguments and param.default is not REQUIRED:
+            arguments[name] = absolute(of_its_type(param.default, param.hint))
     for name, artifacts in request["inputs"].items():
         values, port = [load(Artifact(*fields), store) for fields in artifacts], stage.ports[name]
         if port.face:

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 
 from qpipe.cache.store import Store
 from qpipe.plan.verdicts import Request
+from qpipe.run.isolation import Isolation
 from qpipe.run.machine import set_threads
 from qpipe.run.performing import failure, perform
 
@@ -62,6 +63,7 @@ class InProcess:
         self._store = store
         self._threads = threads
         self._waiting: deque[Request] = deque()
+        self._isolation = Isolation()
         set_threads(threads)
 
     @property
@@ -75,12 +77,15 @@ class InProcess:
         if self._waiting:
             request = self._waiting.popleft()
             try:
-                event = {"event": "done", **perform(request, self._store, lambda _: None, self._threads)}
+                event = {"event": "done", **self._perform(request)}
             except Exception as error:  # the node's failure, whatever it is
                 event = failure(error)
             yield request["key"], event
         else:
             time.sleep(timeout_s)  # what is waited for happens in other processes
+
+    def _perform(self, request: Request) -> dict[str, Any]:
+        return perform(request, self._store, lambda _: None, self._threads, self._isolation)
 
     def cancel(self, key: str, reason: str) -> None:
         """Nothing runs while the executor looks."""
@@ -119,9 +124,12 @@ class Processes:
                 key = worker.key
                 if event["event"] in ("done", "failed"):
                     self._busy.pop(key, None)
-                    self._free.append(worker)
+                    if event.pop("spent", ()):
+                        self._retire(worker)
+                    else:
+                        self._free.append(worker)
                 yield key, event
-            if worker.ended:
+            if worker.ended and worker.socket.fileno() >= 0:
                 yield from self._buried(worker)
 
     def cancel(self, key: str, reason: str) -> None:
@@ -135,6 +143,11 @@ class Processes:
             self._selector.unregister(worker.socket)
             worker.end()
         self._free, self._busy = [], {}
+
+    def _retire(self, worker: _Worker) -> None:
+        """End a worker in which an action has left something behind; another takes its place when it is needed."""
+        self._selector.unregister(worker.socket)
+        worker.end()
 
     def _spawn(self) -> _Worker:
         worker = _Worker(self._command, self._threads, self._log)
@@ -223,14 +236,15 @@ def serve(store: Store, threads: int, fd: int) -> None:
     def emit(event: Event) -> None:
         connection.sendall(json.dumps(event).encode() + b"\n")
 
+    isolation = Isolation()
     with store.using():  # whatever its actions put or find stays at least until this process ends
         while True:
             request = requests.get()
             try:
-                event = {"event": "done", **perform(request, store, emit, threads)}
+                event = {"event": "done", **perform(request, store, emit, threads, isolation)}
             except Exception as error:  # the node's failure, whatever it is; the worker lives on
                 event = failure(error)
-            emit(event)
+            emit({**event, "spent": isolation.spent})
 
 
 def _listen(connection: socket.socket, requests: queue.Queue[Request]) -> None:

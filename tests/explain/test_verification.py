@@ -26,7 +26,7 @@ import random
 from qpipe.stage import Statistics
 
 def draw(i):
-    return random.random()
+    return random.SystemRandom().random()
 
 @stage(version=1)
 def noise(scores: Scores, *, how: str = "none", ctx: Context = NULL) -> Statistics:
@@ -37,7 +37,9 @@ def noise(scores: Scores, *, how: str = "none", ctx: Context = NULL) -> Statisti
     if how == "time":
         words = [time.time()]
     if how == "random":
-        values[1, 2] += random.random() + 1
+        values[1, 2] += random.SystemRandom().random() + 1
+    if how == "seeded":  # the global state begins with the key
+        values[1, 2] += random.random() + np.random.rand()
     if how == "memo":
         values[0, 0] = 100 * ctx.memo("draw", draw, 1)
     if how == "order":
@@ -76,7 +78,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 def test_what_repeats_itself_and_what_does_not(noisy: Toy) -> None:
-    pipeline(noisy, "time", "random", "memo", "order")
+    pipeline(noisy, "time", "random", "memo", "order", "seeded")
     assert noisy.run("run", "run.workers=1").returncode == 0
     noisy.calls()
     before = snapshot(noisy.folder / "cache")
@@ -84,7 +86,7 @@ def test_what_repeats_itself_and_what_does_not(noisy: Toy) -> None:
     assert found.returncode == 1, found.stderr
     text = found.stdout
     assert sorted(set(noisy.calls())) == ["add", "noise", "number"]
-    for node, output in (("a", "scores"), ("e", "scores")):
+    for node, output in (("a", "scores"), ("e", "scores"), ("seeded", "statistics")):
         assert re.search(rf"^same +{node} +{output}", text, re.M), text
     assert re.search(r"^differs  time .*\n +statistics: words\[0\]: [\d.]+ -> [\d.]+, [\d.e+-]+ apart", text, re.M)
     assert re.search(
@@ -93,7 +95,7 @@ def test_what_repeats_itself_and_what_does_not(noisy: Toy) -> None:
     assert re.search(r"^differs  memo .*\n +statistics: array 'values': 1 of 12 values differ, first", text, re.M)
     assert re.search(r'^differs  order .*\n +statistics: words\[\d+\]: "word', text, re.M)
     assert "the repeats differ from one another: the stage is not reproducible" in text
-    assert "2 of 6 nodes reproducible: not " in text
+    assert "3 of 7 nodes reproducible: not " in text
     assert snapshot(noisy.folder / "cache") == before, "the cached results are as they were"
     assert not list((noisy.folder / "cache" / "tmp").glob("verify-*"))
 
