@@ -13,11 +13,10 @@ Source: own; the observers' sources are in qpipe.numerics.observers.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from qpipe.methods.placement.target import Target
-from qpipe.numerics.scheme import Granularity, Scheme, with_observers
+from qpipe.numerics.scheme import Granularity, Scheme, with_granularity, with_observers
 from qpipe.stage import NULL, Context, Range, Samples, Scores, stage
 
 if TYPE_CHECKING:
@@ -26,21 +25,12 @@ if TYPE_CHECKING:
     from qpipe.model.network.network import Network
 
 
-def chosen(scheme: Scheme, choice: Scores | None, granularity: Granularity | None) -> Scheme:
-    """The scheme with the observers of `choice` and the granularity of weights, where they are given."""
-    if granularity is not None:
-        block_size = scheme.weight.block_size if granularity == "per_block" else 0
-        weight = replace(scheme.weight, granularity=granularity, block_size=block_size)
-        scheme = replace(scheme, weight=weight)
-    return scheme if choice is None else with_observers(scheme, choice.values)
-
-
 def refuse_scheme(given: Mapping[str, Any]) -> None:
     """Errors: InputError for a scheme that the target forbids, ValueError where the scheme's weights cannot have
     the granularity that replaces theirs. That one is for baselines: it is not held against the target.
     """
     given["target"].check(given["scheme"])
-    chosen(given["scheme"], None, given["weight_granularity"])
+    with_granularity(given["scheme"], given["weight_granularity"])
 
 
 @stage(
@@ -78,7 +68,8 @@ def calibrate(
     from qpipe.model.simulation.samples import thinned
 
     target.check(scheme)
-    placement = place(model, target, chosen(scheme, choice, weight_granularity))
+    scheme = with_granularity(scheme, weight_granularity)
+    placement = place(model, target, scheme if choice is None else with_observers(scheme, choice.values))
     if not placement.weights and not placement.activations:
         raise InputError(f"The target '{target.name}' quantizes nothing in this model.")
     observers = observed(

@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from qpipe.methods.placement.target import Target
-from qpipe.numerics.scheme import Granularity, Observer, Scheme, TensorScheme
+from qpipe.numerics.scheme import Granularity, Observer, Scheme, TensorScheme, with_granularity
 from qpipe.stage import NULL, Context, Range, Samples, Scores, stage
 
 if TYPE_CHECKING:
@@ -61,14 +61,6 @@ def with_candidate(scheme: Scheme, side: str, candidate: TensorScheme) -> Scheme
     if side == "weight":
         return replace(scheme, weight=candidate)
     return replace(scheme, activation=candidate)
-
-
-def with_granularity(scheme: Scheme, granularity: Granularity | None) -> Scheme:
-    """`scheme` with the granularity of weights, where it is given."""
-    if granularity is None:
-        return scheme
-    block_size = scheme.weight.block_size if granularity == "per_block" else 0
-    return replace(scheme, weight=replace(scheme.weight, granularity=granularity, block_size=block_size))
 
 
 def refuse_trials(given: Mapping[str, Any]) -> None:

@@ -125,6 +125,11 @@ class Scheme:
         return Scheme(weight, activation, self.name)
 
 
+def with_granularity(scheme: Scheme, granularity: Granularity | None) -> Scheme:
+    """`scheme` with the granularity of weights, where it is given; ValueError where its weights cannot have it."""
+    return replace(scheme, weight=TensorChange(granularity=granularity).applied(scheme.weight))
+
+
 def with_observers(scheme: Scheme, choice: Mapping[str, Any]) -> Scheme:
     """`scheme` with the observers that `choice` names: `weight_observer`, `weight_percentile`, and so for
     activations; what it does not name stays."""
