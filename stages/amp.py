@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args
 
 from qpipe.errors import InputError
 from qpipe.methods.placement.target import Target
+from qpipe.numerics.metric_names import Metric
 from qpipe.numerics.scheme import Scheme, with_observers
 from qpipe.param import load_factory
 from qpipe.stage import NULL, Context, Factory, Range, Samples, Scores, stage
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from qpipe.model.network.network import Network
     from qpipe.numerics.grid import Encoding
 
-Metric = Literal["top1", "top5", "sqnr_db", "cosine", "mse"]
 FLOAT = "float"
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
+from qpipe.numerics.metric_names import Metric
 from qpipe.param import load_factory
 from qpipe.stage import NULL, Context, Factory, Range, Samples, Scores, stage
 
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from qpipe.model.network.network import Network
 
     Outputs = Mapping[str, NDArray[Any]]
-
-Metric = Literal["top1", "top5", "sqnr_db", "cosine", "mse"]
 
 
 def spread(data: Samples, limit: int | None) -> Samples:

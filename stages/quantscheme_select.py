@@ -15,9 +15,10 @@ Source: own; sqnr is known as tf_enhanced in AIMET, whose AutoQuant tries scheme
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from qpipe.methods.placement.target import Target
+from qpipe.numerics.metric_names import Comparison
 from qpipe.numerics.scheme import Granularity, Observer, Scheme, TensorScheme, with_granularity
 from qpipe.stage import NULL, Context, Range, Samples, Scores, stage
 
@@ -135,7 +136,7 @@ def quantscheme_select(
     activation_observers: tuple[Observer, ...] = ACTIVATION_OBSERVERS,
     percentiles: tuple[float, ...] = (99.9, 99.99, 99.999),
     weight_granularity: Granularity | None = None,
-    metric: Literal["sqnr_db", "cosine", "mse"] = "sqnr_db",
+    metric: Comparison = "sqnr_db",
     batch_size: Annotated[int, Range(ge=1)] = 32,
     limit: Annotated[int, Range(ge=1)] | None = 256,
     ctx: Context = NULL,

@@ -21,7 +21,7 @@ MODEL = (*VALUE, "model.operators", "model.structure", "model.qdq", "model.runti
 ENGINE = ("errors", "mapped", "keys", "artifacts", "param", "stage", "cache", "cache.shared", "language", "plan")
 
 HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
-    "numerics": (("errors",), "scheme grid fake_quantize ranges observers allocation search metrics images"),
+    "numerics": (("errors",), "scheme grid fake_quantize ranges observers allocation search metric_names metrics images"),
     "numerics.rounding": (("errors", "numerics"), "moments unfold rows codes gram gradient"),
     "keys": (("errors", "mapped"), "hashing companions syntax code state loaded changes"),
     "artifacts": (("errors", "mapped", "keys", "numerics"), "kinds artifact"),

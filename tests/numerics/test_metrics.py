@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
 from sklearn.metrics import top_k_accuracy_score
 
 from qpipe.errors import InputError
-from qpipe.numerics.metrics import HIGHEST_SQNR_DB, METRICS, cosine, mse, ranks, sqnr_db, top1, top5
+from qpipe.numerics.metric_names import Comparison, Metric
+from qpipe.numerics.metrics import HIGHEST_SQNR_DB, LABELLED, METRICS, cosine, mse, ranks, sqnr_db, top1, top5
 
 draw = np.random.default_rng(0)
 LOGITS = draw.normal(size=(200, 10)).astype(np.float32)
 LABELS = draw.integers(0, 10, 200)
+
+
+def test_stages_can_name_every_metric_there_is() -> None:
+    assert get_args(Metric) == tuple(METRICS)
+    assert set(get_args(Comparison)) == set(METRICS) - LABELLED
 
 
 @pytest.mark.parametrize(("metric", "k"), [(top1, 1), (top5, 5)])
