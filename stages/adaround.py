@@ -20,6 +20,7 @@ import inspect
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from qpipe.errors import InputError
+from qpipe.numerics.thinning import thinned
 from qpipe.stage import NULL, Context, Range, Samples, stage
 
 if TYPE_CHECKING:
@@ -116,7 +117,6 @@ def adaround(
     refuse_unread(locals())
     from qpipe.methods.rounding.layerwise import round_by_gradient, round_by_gram
     from qpipe.methods.rounding.walk import Walk, tunable_layers
-    from qpipe.model.simulation.samples import thinned
     from qpipe.numerics.rounding.gradient import GradientOptions
     from qpipe.numerics.rounding.gram import GramOptions
 

@@ -26,6 +26,7 @@ from qpipe.errors import InputError
 from qpipe.methods.placement.target import Target
 from qpipe.numerics.metric_names import Metric
 from qpipe.numerics.scheme import Scheme, with_observers
+from qpipe.numerics.thinning import thinned
 from qpipe.param import load_factory
 from qpipe.stage import NULL, Context, Factory, Range, Samples, Scores, stage
 
@@ -184,7 +185,6 @@ def amp(
     from qpipe.methods.mixing.judge import Judge
     from qpipe.methods.mixing.mix import Problem, report, solve
     from qpipe.methods.mixing.sensitivity import GramSensitivity, loss_of, score_alone
-    from qpipe.model.simulation.samples import thinned
 
     model = model.with_facts(biases=target.bias)
     used = scheme if choice is None else with_observers(scheme, choice.values)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from qpipe.methods.placement.target import Target
 from qpipe.numerics.scheme import Granularity, Scheme, with_granularity, with_observers
+from qpipe.numerics.thinning import thinned
 from qpipe.stage import NULL, Context, Range, Samples, Scores, stage
 
 if TYPE_CHECKING:
@@ -65,7 +66,6 @@ def calibrate(
         weight_encodings,
     )
     from qpipe.methods.placement.placement import place
-    from qpipe.model.simulation.samples import thinned
 
     target.check(scheme)
     scheme = with_granularity(scheme, weight_granularity)

@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from qpipe.numerics.metric_names import Metric
+from qpipe.numerics.thinning import thin, thinned
 from qpipe.param import load_factory
 from qpipe.stage import NULL, Context, Factory, Range, Samples, Scores, stage
 
@@ -30,9 +31,7 @@ if TYPE_CHECKING:
 
 def spread(data: Samples, limit: int | None) -> Samples:
     """At most `limit` of the samples, evenly spread, with their labels."""
-    from qpipe.model.simulation.samples import thinned
-
-    labels = None if data.labels is None else thinned({"labels": data.labels}, limit)["labels"]
+    labels = None if data.labels is None else thin(data.labels, limit)
     return data if limit is None else Samples(thinned(data.arrays, limit), labels)
 
 

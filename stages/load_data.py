@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from qpipe.errors import InputError
+from qpipe.numerics.thinning import spread, thinned
 from qpipe.param import load_factory
 from qpipe.stage import NULL, Context, Factory, Range, Samples, stage
 
@@ -25,12 +26,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Arrays = dict[str, NDArray[Any]]
-
-
-def thinned(count: int, limit: int | None) -> list[int]:
-    """Indices of at most `limit` of `count` samples, evenly spread: data sorted by class keep every class."""
-    kept = count if limit is None else min(count, limit)
-    return [index * count // kept for index in range(kept)]
 
 
 def read_npz(path: Path, limit: int | None) -> Arrays:
@@ -48,10 +43,7 @@ def read_npz(path: Path, limit: int | None) -> Arrays:
             arrays = {name: archive[name] for name in archive.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} cannot be read as npz without pickle: {error}") from error
-    return {
-        name: array[thinned(len(array), limit)] if array.ndim and limit is not None else array
-        for name, array in arrays.items()
-    }
+    return thinned(arrays, limit)
 
 
 def from_factory(factory: str, split: str, limit: int | None) -> Arrays:
@@ -60,10 +52,7 @@ def from_factory(factory: str, split: str, limit: int | None) -> Arrays:
 
     returned = load_factory(factory)(split=split)
     if isinstance(returned, Mapping):
-        arrays = {str(name): _array(value) for name, value in returned.items()}
-        return {
-            n: a[thinned(len(a), limit)] if a.ndim and limit is not None else a for n, a in arrays.items()
-        }
+        return thinned({str(name): _array(value) for name, value in returned.items()}, limit)
     if not isinstance(returned, Iterable):
         raise InputError(
             f"{factory} returned {type(returned).__name__}; it has to return a mapping of arrays by input "
@@ -155,7 +144,7 @@ def from_images(
     if size is not None and (len(size) != 2 or min(size) < 1):
         raise InputError(f"size has to be [height, width], got {list(size)}.")
     files, classes = find_images(folder, labels)
-    kept = thinned(len(files), limit)
+    kept = spread(len(files), limit)
     arrays: Arrays = {
         name: stack_images([files[index] for index in kept], Preprocessing(**how), ctx.progress)
     }

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
+from qpipe.numerics.thinning import thinned
 from qpipe.stage import NULL, Context, Range, Samples, Scores, stage
 
 if TYPE_CHECKING:
@@ -87,7 +88,6 @@ def parity(
     come from. Errors: InputError for a model without encodings, or data that do not fit.
     """
     from qpipe.methods.comparison.parity import parity as compare
-    from qpipe.model.simulation.samples import thinned
 
     report = compare(model, thinned(data.arrays, limit), batch_size=batch_size)
     for sentence in (difference(report), bias_rounding(model, report), origin(report)):

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from qpipe.methods.placement.target import Target
 from qpipe.numerics.metric_names import Comparison
 from qpipe.numerics.scheme import Granularity, Observer, Scheme, TensorScheme, with_granularity
+from qpipe.numerics.thinning import thinned
 from qpipe.stage import NULL, Context, Range, Samples, Scores, stage
 
 if TYPE_CHECKING:
@@ -102,7 +103,6 @@ def scored(
 ) -> Callable[[Encodings], float]:
     """A function that scores the model with given encodings against the float model, on `data`."""
     from qpipe.model.simulation.run import run
-    from qpipe.model.simulation.samples import thinned
     from qpipe.numerics.metrics import METRICS
 
     samples = thinned(data.arrays, limit)
@@ -154,7 +154,6 @@ def quantscheme_select(
         weight_encodings,
     )
     from qpipe.methods.placement.placement import place
-    from qpipe.model.simulation.samples import thinned
 
     scheme = with_granularity(scheme, weight_granularity)
     observers = observed(

@@ -21,7 +21,10 @@ MODEL = (*VALUE, "model.operators", "model.structure", "model.qdq", "model.runti
 ENGINE = ("errors", "mapped", "keys", "artifacts", "param", "stage", "cache", "cache.shared", "language", "plan")
 
 HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
-    "numerics": (("errors",), "scheme grid fake_quantize ranges observers allocation search metric_names metrics images"),
+    "numerics": (
+        ("errors",),
+        "scheme grid fake_quantize ranges observers allocation search thinning metric_names metrics images",
+    ),
     "numerics.rounding": (("errors", "numerics"), "moments unfold rows codes gram gradient"),
     "keys": (("errors", "mapped"), "hashing companions syntax code state loaded changes"),
     "artifacts": (("errors", "mapped", "keys", "numerics"), "kinds artifact"),
@@ -230,7 +233,7 @@ def test_every_room_is_installed() -> None:
 
 def test_the_vocabulary_loads_nothing_that_a_fully_cached_run_can_do_without() -> None:
     stages = [f"qpipe.{name}" for name in files_of("stages")]
-    light = ["qpipe.methods.placement.target", "qpipe.numerics.scheme"]
+    light = ["qpipe.methods.placement.target", *(f"qpipe.numerics.{n}" for n in ("scheme", "thinning", "metric_names"))]
     modules = ["qpipe.model", *light, "qpipe.cache.store", "qpipe.keys.code", *stages, "qpipe.cli.main"]
     program = (
         "import importlib, json, sys\n"

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from qpipe.errors import InputError
-from qpipe.stages.load_data import load_data, thinned
+from qpipe.stages.load_data import load_data
 
 RNG = np.random.default_rng(0)
 _COUNT = itertools.count()
@@ -28,8 +28,6 @@ def test_a_limit_keeps_every_class_of_sorted_data(tmp_path):
     np.savez(tmp_path / "d.npz", x=np.arange(100, dtype=np.float32), labels=np.repeat(np.arange(10), 10))
     data = load_data(path=tmp_path / "d.npz", limit=20)
     assert np.array_equal(np.bincount(data.labels), [2] * 10)
-    assert thinned(3, 5) == [0, 1, 2]
-    assert thinned(7, 3) == [0, 2, 4]
 
 
 @pytest.mark.parametrize(

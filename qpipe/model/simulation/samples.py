@@ -30,17 +30,6 @@ class Batch:
     count: int
 
 
-def thinned(arrays: Mapping[str, Array], limit: int | None) -> dict[str, Array]:
-    """At most `limit` samples of each array, evenly spread: data sorted by class keep every class."""
-    if limit is None:
-        return dict(arrays)
-
-    def rows(array: Array) -> Array:
-        return array if len(array) <= limit else array[np.arange(limit) * len(array) // limit]
-
-    return {name: rows(array) for name, array in arrays.items()}
-
-
 def batches(model: Network, arrays: Mapping[str, Array], size: int) -> Iterator[Batch]:
     """The samples of `arrays` as batches for `model`.
 

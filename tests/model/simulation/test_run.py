@@ -9,7 +9,7 @@ import pytest
 from qpipe.errors import InputError
 from qpipe.model import Model
 from qpipe.model.simulation.run import run
-from qpipe.model.simulation.samples import batches, thinned
+from qpipe.model.simulation.samples import batches
 
 
 def network(batch: str) -> Model:
@@ -49,15 +49,6 @@ def test_a_fixed_batch_is_filled_up_with_the_first_samples():
     np.testing.assert_array_equal(found[1].arrays[0], data["image"][[3, 4, 0]])
     only = list(batches(network("4"), samples(1), 32))
     assert [(batch.count, len(batch.arrays[0])) for batch in only] == [(1, 4)]
-
-
-def test_thinned_data_keep_every_class_of_sorted_ones():
-    labels = np.repeat(np.arange(5), 20)
-    few = thinned({"x": np.arange(100) * 2.0, "labels": labels}, 10)
-    np.testing.assert_array_equal(few["labels"], np.repeat(np.arange(5), 2))
-    np.testing.assert_array_equal(few["x"], np.arange(10) * 20.0)
-    for limit in (None, 100, 1000):
-        np.testing.assert_array_equal(thinned({"labels": labels}, limit)["labels"], labels)
 
 
 def test_arrays_are_cast_within_their_kind():
