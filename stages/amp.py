@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
     from qpipe.methods.mixing.choices import Choices
     from qpipe.model.network.network import Network
-    from qpipe.numerics.grid import Encoding
 
 FLOAT = "float"
 
@@ -114,12 +113,7 @@ def find(
 ) -> tuple[Choices, Any]:  # fmt: skip
     """The groups of `model` with the grids of every candidate, and the observers that made them."""
     from qpipe.methods.mixing.choices import find_choices
-    from qpipe.methods.placement.calibration import (
-        activation_encodings,
-        observed,
-        observed_groups,
-        weight_encodings,
-    )
+    from qpipe.methods.placement.calibration import all_encodings, frozen_weights, observed, observed_groups
     from qpipe.methods.placement.placement import place
 
     placements = {name: place(model, target, s) for name, s in schemes.items() if s is not None}
@@ -127,13 +121,10 @@ def find(
     observers = observed(
         model, data, observed_groups(first), ctx.memo, batch_size=batch_size, device=ctx.device
     )
-    kept = {name: e for name, e in sorted(model.encodings.items()) if e.frozen and name in model.params}
-    grids: dict[str, dict[str, Encoding]] = {}
-    for name in schemes:
-        grids[name] = dict(kept)
-        if name in placements:
-            grids[name] |= activation_encodings(placements[name], observers)
-            grids[name] |= weight_encodings(model, placements[name])
+    grids = {
+        name: all_encodings(model, placements[name], observers) if name in placements else frozen_weights(model)
+        for name in schemes
+    }
     return find_choices(model, first, grids, data), observers
 
 

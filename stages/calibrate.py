@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
+from qpipe.errors import InputError
 from qpipe.methods.placement.target import Target
 from qpipe.numerics.scheme import Granularity, Scheme, with_granularity, with_observers
 from qpipe.numerics.thinning import thinned
@@ -58,13 +59,7 @@ def calibrate(
     scheme's. `limit` takes that many samples, evenly spread; None all. Errors: InputError for data that do
     not fit the model or hold nan, naming the tensor, and for a model in which the target quantizes nothing.
     """
-    from qpipe.errors import InputError
-    from qpipe.methods.placement.calibration import (
-        activation_encodings,
-        observed,
-        observed_groups,
-        weight_encodings,
-    )
+    from qpipe.methods.placement.calibration import all_encodings, frozen_weights, observed, observed_groups
     from qpipe.methods.placement.placement import place
 
     target.check(scheme)
@@ -76,9 +71,8 @@ def calibrate(
         model, thinned(data.arrays, limit), observed_groups(placement), ctx.memo, batch_size=batch_size,
         device=ctx.device, progress=lambda done, total: ctx.progress(done, total, "samples"),
     )  # fmt: skip
-    kept = {name: e for name, e in sorted(model.encodings.items()) if e.frozen and name in model.params}
-    encodings = {**kept, **activation_encodings(placement, observers), **weight_encodings(model, placement)}
-    if kept:
+    encodings = all_encodings(model, placement, observers)
+    if kept := frozen_weights(model):
         why = "The model came quantized" if model.facts.came_quantized else "Tuned before"
         ctx.note(f"{why}, so their grid stays: {', '.join(kept)}.")
     return model.with_facts(biases=target.bias).with_encodings(encodings)

@@ -142,6 +142,17 @@ def weight_encodings(model: Network, placement: Placement) -> dict[str, Encoding
     return found
 
 
+def frozen_weights(model: Network) -> dict[str, Encoding]:
+    """The grids of weights that stay, whatever a placement says: of tuned ones, and of those that came with a model."""
+    return {name: e for name, e in sorted(model.encodings.items()) if e.frozen and name in model.params}
+
+
+def all_encodings(model: Network, placement: Placement, observers: Observers) -> dict[str, Encoding]:
+    """The grid of every tensor that the placement names, and of every weight whose grid stays."""
+    found = {**frozen_weights(model), **activation_encodings(placement, observers)}
+    return {**found, **weight_encodings(model, placement)}
+
+
 def content(model: Network) -> list[Any]:
     """What the float model computes, as values that can be hashed: its graph and tensors, no encodings."""
     meta, blobs = type(model)(model.ir).pack()
