@@ -29,7 +29,8 @@ Correction, arXiv 1906.04721, sections 4.1 and 5.1.1.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from qpipe.errors import InputError, StageError
@@ -40,16 +41,41 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from qpipe.methods.equalization.links import Link
-    from qpipe.model.network.network import Editor, Network
-    from qpipe.model.structure.layers import Layer
+    from qpipe.model.network.network import Network
 
     Vector = NDArray[np.float64]
+    Peaks = Mapping[str, NDArray[np.float32]]
 
 LARGEST_ERROR = 1e-3
 """Relative; what float32 rounding leaves lies three orders below."""
 
 SMALLEST = 1e-30
 """What a range of zero counts as, in a logarithm."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long scales are looked for, and how far they may go: the options of `cle` that bear these names."""
+
+    iterations: int
+    tolerance: float
+    headroom: float
+    max_scale: float
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What became of the model: `links` and their scales (C,), both by the first layer, and `passes` over them; the
+    scales of `norms`; the bounds that were `replaced`; the largest `error`; each layer that was left, with the reason.
+    """
+
+    links: Mapping[str, Link]
+    scales: Mapping[str, Vector]
+    passes: int
+    norms: Mapping[str, Vector]
+    replaced: Collection[str]
+    error: float
+    refused: Mapping[str, str]
 
 
 def scales(ranges: Sequence[Vector]) -> list[Vector]:
@@ -81,29 +107,16 @@ def bounded(scale: Vector, ranges: Vector, reach: Vector | None, headroom: float
     return np.clip(scale, average / max_scale, average * max_scale)
 
 
-def equalize(
-    peaks: Mapping[str, Vector],
-    rows: Sequence[Sequence[Link]],
-    reach: Mapping[str, Vector],
-    *,
-    iterations: int,
-    tolerance: float,
-    headroom: float,
-    max_scale: float,
-) -> tuple[dict[str, Vector], int]:
-    """The scale (C,) of each link, by its first layer, and the number of passes it took.
+def ranges_of(
+    row: Sequence[Link], peaks: Peaks, into: Mapping[str, Link], totals: Mapping[str, Vector]
+) -> list[Vector]:
+    """The ranges of all channels, (C,) for each layer of a row, with the layers rescaled by `totals`.
 
-    `peaks` are max abs over the kernel, (g, O/g, I/g) by layer; `reach` the activations' by first layer. The first
-    pass takes layers in a row together, the others two by two: a scale that is held back moves its neighbours too.
+    Of the first layer the rows count, of the others the columns. `into` is the link that leads to a layer.
     """
-    import numpy as np
-
-    links = {link.first: link for row in rows for link in row}
-    totals = {name: np.ones(peaks[name].shape[0] * peaks[name].shape[1]) for name in links}
-    into = {link.second: link for link in links.values()}
 
     def scaled(name: str) -> Vector:
-        array = peaks[name]
+        array: NDArray[Any] = peaks[name]
         groups, per_group, columns = array.shape
         if name in totals:
             array = array / totals[name].reshape(groups, per_group, 1)
@@ -112,52 +125,98 @@ def equalize(
             array = array * link.way.channels.spread(totals[link.first]).reshape(groups, 1, columns)
         return array
 
-    def move(row: Sequence[Link]) -> float:
-        ranges = [scaled(row[0].first).max(axis=2).reshape(-1)]
-        ranges += [link.way.channels.gathered(scaled(link.second).max(axis=1).reshape(-1)) for link in row]
-        mean = np.exp(np.log(np.maximum(np.stack(ranges), SMALLEST)).mean(axis=0))
-        moved = 0.0
-        for link, scale in zip(row, scales(ranges), strict=True):
-            before = totals[link.first]
-            after = bounded(before * scale, mean, reach.get(link.first), headroom, max_scale)
-            totals[link.first] = after
-            moved = max(moved, float(np.abs(np.log(after / before)).max()))
-        return moved
+    first = scaled(row[0].first).max(axis=2).reshape(-1)
+    columns = (link.way.channels.gathered(scaled(link.second).max(axis=1).reshape(-1)) for link in row)
+    return [first, *columns]
+
+
+def moved(
+    row: Sequence[Link],
+    found: list[Vector],
+    totals: Mapping[str, Vector],
+    reach: Mapping[str, Vector],
+    limits: Limits,
+) -> dict[str, Vector]:
+    """The scale (C,) of each link in a row, by its first layer, from which its layers get one range; `found` are the
+    ranges that they have under `totals`."""
+    import numpy as np
+
+    mean = np.exp(np.log(np.maximum(np.stack(found), SMALLEST)).mean(axis=0))
+    return {
+        link.first: bounded(
+            totals[link.first] * scale, mean, reach.get(link.first), limits.headroom, limits.max_scale
+        )
+        for link, scale in zip(row, scales(found), strict=True)
+    }
+
+
+def equalize(
+    peaks: Peaks, rows: Sequence[Sequence[Link]], reach: Mapping[str, Vector], limits: Limits
+) -> tuple[dict[str, Vector], int]:
+    """The scale (C,) of each link, by its first layer, and the number of passes it took.
+
+    `peaks` are the layers', `reach` the activations' by first layer. The first pass takes layers in a row together,
+    the others two by two: a scale that is held back moves its neighbours too.
+    """
+    import numpy as np
 
     pairs = [[link] for row in rows for link in row]
-    for done in range(1, iterations + 1):
-        if max((move(row) for row in (rows if done == 1 else pairs)), default=0.0) <= tolerance:
+    into = {link.second: link for (link,) in pairs}
+    totals = {link.first: np.ones(peaks[link.first][..., 0].size) for (link,) in pairs}
+    for done in range(1, limits.iterations + 1):
+        largest = 0.0
+        for row in rows if done == 1 else pairs:
+            after = moved(row, ranges_of(row, peaks, into, totals), totals, reach, limits)
+            apart = (float(np.abs(np.log(after[name] / totals[name])).max()) for name in after)
+            largest = max(largest, *apart)
+            totals |= after
+        if largest <= limits.tolerance:
             return totals, done
-    return totals, iterations
+    return totals, limits.iterations
 
 
-def apply(
-    editor: Editor, layers: Mapping[str, Layer], links: Mapping[str, Link], totals: Mapping[str, Vector]
-) -> None:
-    """Divide each layer's rows, bias and folded statistics by its own scale, multiply its columns by the one before."""
-    from dataclasses import replace
+def checked(before: Network, after: Network, arrays: Mapping[str, NDArray[Any]] | None) -> float:
+    """How far the outputs moved, relative, on samples or on random inputs.
 
-    from qpipe.model.network.facts import Spread
-    from qpipe.model.structure.channels import bias_vector, grouped, own, set_bias, ungrouped
+    Errors: StageError where that is more than float32 rounding can be.
+    """
+    from qpipe.methods.comparison.compare import outputs_error
 
-    into = {link.second: link for link in links.values()}
-    statistics = dict(editor.facts.statistics)
-    for name in sorted(set(links) | set(into)):
-        layer = own(editor, layers[name])
-        weight = grouped(editor.param(layer.weight), layer.groups, layer.channel_axis)
-        groups, per_group, columns, _ = weight.shape
-        if name in into:
-            scale = into[name].way.channels.spread(totals[into[name].first])
-            weight = weight * scale.reshape(groups, 1, columns, 1)
-        if name in totals:
-            weight = weight / totals[name].reshape(groups, per_group, 1, 1)
-            if layer.bias is not None:
-                set_bias(editor, layer, bias_vector(editor, layer) / totals[name])
-            if layer.output in statistics:
-                spread = statistics[layer.output]
-                statistics[layer.output] = Spread(spread.gamma / totals[name], spread.beta / totals[name])
-        editor.set_param(layer.weight, ungrouped(weight, layer.weight_shape, layer.channel_axis))
-    editor.facts = replace(editor.facts, statistics=statistics)
+    error = outputs_error(before, after, arrays)
+    if error > LARGEST_ERROR:
+        raise StageError(
+            f"cle changed the model's outputs by {error:.1e} (relative); that is not float rounding."
+        )
+    return error
+
+
+def sentences(found: Outcome) -> list[str]:
+    """What to note: how much was equalized, and what was left."""
+    also = f" and {len(found.norms)} normalizations" if found.norms else ""
+    pairs = f"{len(found.links)} pairs of layers{also}"
+    told = [f"equalized {pairs} in {found.passes} passes; the outputs moved by {found.error:.1e}."]
+    if found.refused:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in found.refused.items())
+        told.append(f"left {len(found.refused)} layers as they were: {reasons}.")
+    return told
+
+
+def report(found: Outcome) -> dict[str, Any]:
+    """The same in numbers, as `metadata["cle"]` keeps it."""
+
+    def extent(scale: Vector) -> dict[str, Any]:
+        return {"smallest": float(scale.min()), "largest": float(scale.max())}
+
+    return {
+        "pairs": {
+            name: {"second": link.second, **extent(found.scales[name])} for name, link in found.links.items()
+        },
+        "norms": {name: extent(scale) for name, scale in found.norms.items()},
+        "passes": found.passes,
+        "largest_relative_error": float(f"{found.error:.1e}"),
+        "replaced": sorted(found.replaced),
+        "refused": dict(found.refused),
+    }
 
 
 @stage(
@@ -198,75 +257,25 @@ def cle(
         raise InputError(
             "relu6: replace_if_unused needs samples on the port `data`. Wire it, or take relu6: exact."
         )
-    import numpy as np
-
-    from qpipe.methods.comparison.compare import outputs_error
-    from qpipe.methods.equalization.links import chains, find_links, rescale_bounds
+    from qpipe.methods.equalization.links import chains, find_links
     from qpipe.methods.equalization.norm_links import equalize_norms, find_norm_links, measured
-    from qpipe.methods.equalization.reach import expected_reach, measured_reach, unreached
-    from qpipe.model.structure.channels import grouped
+    from qpipe.methods.equalization.reach import activation_reach, unreached
+    from qpipe.methods.equalization.rescaling import peaks, rescale
     from qpipe.model.structure.layers import find_layers
 
-    editor = model.edit()
+    editor, arrays = model.edit(), None if data is None else data.arrays
     layers = {layer.name: layer for layer in find_layers(model)}
     links, refused = find_links(editor, layers)
     behind, stay = find_norm_links(editor, layers) if norms else ([], {})
-    reached = measured(model, behind, data.arrays if data is not None else None)
-    moved = equalize_norms(editor, behind, layers, reached, max_scale)
-    refused |= stay
-    linked = [layers[name] for name in sorted(set(links) | {link.second for link in links.values()})]
-    peaks = {  # float32 holds them exactly: of linear layers they are the whole weight
-        layer.name: np.abs(grouped(editor.param(layer.weight), layer.groups, layer.channel_axis))
-        .max(axis=3)
-        .astype(np.float32)
-        for layer in linked
-    }
-    rows = chains(links, layers)
-    free: set[str] = set()
-    if data is None:
-        reach = {name: expected_reach(model, layers[name], link) for name, link in links.items()}
-    else:
-        reach = measured_reach(model, data.arrays, layers, links)
-        if relu6 == "replace_if_unused":
-            free = unreached(model, data.arrays, links.values())
-    totals, passes = equalize(
-        peaks, rows, reach, iterations=iterations, tolerance=tolerance, headroom=headroom, max_scale=max_scale
-    )
-    apply(editor, layers, links, totals)
-    for link in links.values():
-        for step in link.way.steps:
-            if step.node.op_type in ("Clip", "Min", "Max"):
-                rescale_bounds(editor, step, totals[link.first], str(step.node.name) in free)
+    reach, reached = activation_reach(model, layers, links, arrays), measured(model, behind, arrays)
+    replaced = unreached(model, arrays, links.values()) if arrays and relu6 == "replace_if_unused" else ()
+    rescaled = equalize_norms(editor, behind, layers, reached, max_scale)
+    limits = Limits(iterations, tolerance, headroom, max_scale)
+    totals, passes = equalize(peaks(editor, layers, links), chains(links, layers), reach, limits)
+    rescale(editor, layers, links, totals, replaced)
     result = editor.model()
-    error = outputs_error(model, result, data.arrays if data is not None else None) if links or moved else 0.0
-    if error > LARGEST_ERROR:
-        raise StageError(
-            f"cle changed the model's outputs by {error:.1e} (relative); that is not float rounding."
-        )
-    also = f" and {len(moved)} normalizations" if moved else ""
-    ctx.note(
-        f"equalized {len(links)} pairs of layers{also} in {passes} passes; the outputs moved by {error:.1e}."
-    )
-    if refused:
-        ctx.note(
-            f"left {len(refused)} layers as they were: {'; '.join(f'{k}: {v}' for k, v in refused.items())}."
-        )
-    report: dict[str, Any] = {
-        "pairs": {
-            name: {
-                "second": link.second,
-                "smallest": float(totals[name].min()),
-                "largest": float(totals[name].max()),
-            }
-            for name, link in links.items()
-        },
-        "norms": {
-            name: {"smallest": float(scale.min()), "largest": float(scale.max())}
-            for name, scale in moved.items()
-        },
-        "passes": passes,
-        "largest_relative_error": float(f"{error:.1e}"),
-        "replaced": sorted(free),
-        "refused": refused,
-    }
-    return result.with_metadata({"cle": report})
+    error = checked(model, result, arrays) if links or rescaled else 0.0
+    found = Outcome(links, totals, passes, rescaled, replaced, error, {**refused, **stay})
+    for sentence in sentences(found):
+        ctx.note(sentence)
+    return result.with_metadata({"cle": report(found)})

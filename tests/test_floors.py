@@ -64,7 +64,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
     "model": ((*MODEL, "model.canon", "model.simulation", "model.files", "model.torch_export"), "model"),
     "methods": (VALUE, "preconditions"),
     "methods.placement": ((*MODEL, "model.simulation"), "target filters overrides placement calibration"),
-    "methods.equalization": ((*MODEL, "model.simulation"), "links norm_links reach"),
+    "methods.equalization": ((*MODEL, "model.simulation"), "links norm_links reach rescaling"),
     "methods.rounding": (
         (*MODEL, "model.simulation", "numerics.rounding", "methods.placement"),
         "walk layerwise",

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qpipe.errors import InputError
+from qpipe.errors import InputError, StageError
 from qpipe.model.network.facts import Spread
 from qpipe.stage import Samples
-from qpipe.stages.cle import bounded, cle, scales
+from qpipe.stages.cle import LARGEST_ERROR, bounded, checked, cle, scales
 
 UNEVEN = np.exp(np.random.default_rng(3).normal(size=8) * 1.5).astype(np.float32)
 
@@ -286,6 +286,31 @@ def test_folded_statistics_are_divided_along(network):
     scale = rows(model.param("w")) / rows(equalized.param("w"))
     np.testing.assert_allclose(equalized.facts.statistics["s"].beta, 2 / scale, rtol=1e-5)
     np.testing.assert_allclose(equalized.param("b"), model.param("b") / scale, rtol=1e-5)
+
+
+def test_outputs_that_moved_are_a_failure(network, monkeypatch):
+    def halve_the_first_layer(editor, layers, links, scales, unused):
+        for name in ("w", "b"):
+            editor.set_param(name, editor.param(name) / 2)
+
+    monkeypatch.setattr("qpipe.methods.equalization.rescaling.rescale", halve_the_first_layer)
+    with pytest.raises(
+        StageError,
+        match=r"cle changed the model's outputs by 5\.0e-01 \(relative\); that is not float rounding",
+    ):
+        cle(pair(network, "t = Relu(s)"))
+
+
+@pytest.mark.parametrize("data", [None, image(2, 4, 6, 6)])
+def test_the_outputs_may_move_by_float_rounding_and_no_more(network, data):
+    model = pair(network, "t = Relu(s)")
+
+    def moved(share):
+        return model.with_params({"v": model.param("v") * (1 + share * LARGEST_ERROR)})
+
+    assert checked(model, moved(0.9), data) == pytest.approx(0.9 * LARGEST_ERROR, rel=1e-2)
+    with pytest.raises(StageError, match=r"by 1\.1e-03 \(relative\)"):
+        checked(model, moved(1.1), data)
 
 
 def test_the_source_is_not_touched(network):

@@ -1,1 +1,1 @@
-"""Ways between layers along which channels can be rescaled, and how far activations reach."""
+"""Ways between layers along which channels can be rescaled, rescaling them, and how far activations reach."""

@@ -28,6 +28,15 @@ DEVIATIONS = 3.0
 _BATCH = 32
 
 
+def activation_reach(
+    model: Network, layers: Mapping[str, Layer], links: Mapping[str, Link], arrays: Mapping[str, Array] | None
+) -> dict[str, Vector]:
+    """{first layer of a link: (C,)}: how far its activation reaches, over the samples, or as statistics tell."""
+    if arrays is None:
+        return {name: expected_reach(model, layers[name], link) for name, link in links.items()}
+    return measured_reach(model, arrays, layers, links)
+
+
 def expected_reach(model: Network, layer: Layer, link: Link) -> Vector:
     """(C,): the largest magnitude behind the first activation on the way, 3 deviations from the mean."""
     normalized = model.facts.statistics.get(layer.output)
