@@ -26,7 +26,7 @@ from qpipe.errors import InputError
 from qpipe.methods.placement.target import Target
 from qpipe.numerics.metric_names import Metric
 from qpipe.numerics.scheme import Scheme, with_observers
-from qpipe.numerics.thinning import thinned
+from qpipe.numerics.thinning import thin, thinned
 from qpipe.param import load_factory
 from qpipe.stage import NULL, Context, Factory, Range, Samples, Scores, stage
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from qpipe.methods.mixing.choices import Choices
+    from qpipe.methods.mixing.judge import Judge
     from qpipe.model.network.network import Network
 
 FLOAT = "float"
@@ -122,10 +123,32 @@ def find(
         model, data, observed_groups(first), ctx.memo, batch_size=batch_size, device=ctx.device
     )
     grids = {
-        name: all_encodings(model, placements[name], observers) if name in placements else frozen_weights(model)
+        name: all_encodings(model, placements[name], observers)
+        if name in placements
+        else frozen_weights(model)
         for name in schemes
     }
     return find_choices(model, first, grids, data), observers
+
+
+def judge(
+    model: Network, data: Samples, metric: str, limit: int | None, name: str, batch_size: int, ctx: Context
+) -> Judge:
+    """Scores of `model` by `metric` on at most `limit` of the samples; its sub-results are called `name`."""
+    from qpipe.methods.mixing.judge import Judge
+
+    function = None if metric in get_args(Metric) else load_factory(metric)
+    arrays, labels = thinned(data.arrays, limit), None if data.labels is None else thin(data.labels, limit)
+    return Judge(
+        model, arrays, labels, metric, ctx.memo, name=name, function=function, batch_size=batch_size,
+        device=ctx.device,
+    )  # fmt: skip
+
+
+def shortfall(metric: str, max_drop: float | None, budget: float | None, reached: float, score: float) -> str:
+    """A sentence about a goal that no mix keeps: what float reached, and what the best mix has."""
+    within = "" if budget is None else f" within the budget of {budget:g}"
+    return f"No mix{within} keeps {metric} within {max_drop:g} of float ({reached:.6g}): the best one has {score:.6g}."
 
 
 @stage(
@@ -173,27 +196,15 @@ def amp(
     budget below the cheapest mix.
     """
     refuse(locals())
-    from qpipe.methods.mixing.judge import Judge
     from qpipe.methods.mixing.mix import Problem, report, solve
     from qpipe.methods.mixing.sensitivity import GramSensitivity, loss_of, score_alone
 
     model = model.with_facts(biases=target.bias)
     used = scheme if choice is None else with_observers(scheme, choice.values)
-    function = None if metric in get_args(Metric) else load_factory(metric)
-
-    def judge(data: Samples, by: str, most: int | None, name: str) -> Judge:
-        labels = None if data.labels is None else thinned({"": data.labels}, most)[""]
-        own = function if by == metric else None
-        arrays = thinned(data.arrays, most)
-        return Judge(
-            model, arrays, labels, by, ctx.memo, name=name, function=own, batch_size=batch_size,
-            device=ctx.device,
-        )  # fmt: skip
-
-    whole = judge(evaluation, metric, None, "mix")
-    by = metric if method == "evaluation" else "sqnr_db"
-    single = judge(evaluation if method == "evaluation" else calibration, by, limit, "alone")
     schemes = {name: candidate_scheme(name, used) for name in candidates or admitted(scheme, target)}
+    whole = judge(model, evaluation, metric, None, "mix", batch_size, ctx)
+    by, few = (metric, evaluation) if method == "evaluation" else ("sqnr_db", calibration)
+    single = judge(model, few, by, limit, "alone", batch_size, ctx)
     choices, observers = find(model, calibration.arrays, schemes, target, batch_size, ctx)
     if not choices.groups:
         ctx.note(f"All candidates ({', '.join(schemes)}) come to the same grids in this model.")
@@ -212,11 +223,7 @@ def amp(
     )  # fmt: skip
     said = report(problem, solution, alone)
     if not solution.found.met:
-        within = "" if budget is None else f" within the budget of {budget:g}"
-        ctx.note(
-            f"No mix{within} keeps {metric} within {max_drop:g} of float ({reached:.6g}): the best one has "
-            f"{said['score']:.6g}."
-        )
+        ctx.note(shortfall(metric, max_drop, budget, reached, said["score"]))
     table = {row["group"]: row["candidate"] for row in said["groups"]}
     mixed = model.with_encodings(choices.encodings(solution.choice)).with_metadata({"amp": table})
     told = {"metric": metric, "float": reached, "met": solution.found.met, "cost": cost, "method": method}
