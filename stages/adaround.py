@@ -26,7 +26,9 @@ from qpipe.stage import NULL, Context, Range, Samples, stage
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from qpipe.methods.rounding.layerwise import Rounded
+    from torch import Tensor
+
+    from qpipe.methods.rounding.walk import Rounded
     from qpipe.model.network.network import Network
     from qpipe.model.structure.layers import Layer
 
@@ -116,7 +118,7 @@ def adaround(
     """
     refuse_unread(locals())
     from qpipe.methods.rounding.layerwise import round_by_gradient, round_by_gram
-    from qpipe.methods.rounding.walk import Walk, tunable_layers
+    from qpipe.methods.rounding.walk import Walk, round_in_order, tunable_layers
     from qpipe.numerics.rounding.gradient import GradientOptions
     from qpipe.numerics.rounding.gram import GramOptions
 
@@ -133,31 +135,17 @@ def adaround(
         iterations, batch_size, learning_rate, reg_param, beta_range, warm_start, early_stop
     )
 
-    def tune(index: int, layer: Layer) -> Rounded:
-        inputs, own = walk.inputs(layer), ctx.seed(str(seed), layer.name)
+    def tune(index: int, layer: Layer, x_hat: list[Tensor], x: list[Tensor]) -> Rounded:
+        problem, own = (source, layer, x_hat, x), ctx.seed(str(seed), layer.name)
         if solver == "gram":
-            return round_by_gram(
-                source, layer, *inputs, options=gram, positions=positions, seed=own, memo=ctx.memo
-            )
+            return round_by_gram(*problem, options=gram, positions=positions, seed=own, memo=ctx.memo)
         return round_by_gradient(
-            source, layer, *inputs, options=gradient, seed=own, memo=ctx.memo,
+            *problem, options=gradient, seed=own, memo=ctx.memo,
             progress=lambda done, total: ctx.progress(index * total + done, len(layers) * total, layer.name),
         )  # fmt: skip
 
     walk = Walk(source, thinned(data.arrays, limit), asymmetric=asymmetric, device=ctx.device)
-    editor, reports = source.edit(), {}
-    for index, layer in enumerate(layers):
-        tuned = tune(index, layer)
-        walk.replace(layer, tuned.weight, tuned.bias, tuned.encoding)
-        editor.set_param(layer.weight, tuned.weight)
-        if tuned.bias is not None and layer.bias is not None:
-            editor.set_param(layer.bias, tuned.bias.reshape(editor.param(layer.bias).shape))
-        editor.encodings[layer.weight] = tuned.encoding
-        reports[layer.name] = tuned.report
-        if tuned.report["kept"] == "nearest":
-            ctx.note(f"'{layer.name}' keeps nearest rounding: tuning did not lower its error.")
-        ctx.progress(index + 1, len(layers), layer.name)
+    tuned, reports = round_in_order(source, layers, walk, tune, note=ctx.note, progress=ctx.progress)
     for name, reason in reasons.items():
         ctx.note(f"'{name}' is not tuned: {reason}.")
-    editor.metadata["adaround"] = {"solver": solver, "layers": reports, "not_tuned": reasons}
-    return editor.model()
+    return tuned.with_metadata({"adaround": {"solver": solver, "layers": reports, "not_tuned": reasons}})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.func import functional_call
 
 from qpipe.methods.placement.calibration import content
+from qpipe.methods.rounding.walk import Rounded
 from qpipe.model.network.parts import block
 from qpipe.model.simulation.module import to_torch
 from qpipe.model.structure.geometry import unfold_of
-from qpipe.numerics.grid import Encoding
 from qpipe.numerics.rounding.gradient import GradientOptions, Rounding, optimize, samples_of
 from qpipe.numerics.rounding.gram import GramOptions, solve
 from qpipe.numerics.rounding.moments import LayerMoments, to_arrays
@@ -34,16 +34,6 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 Memo = Callable[..., Any]
-
-
-@dataclass(frozen=True, eq=False)
-class Rounded:
-    """A weight on the grid of `encoding`, which is frozen; `bias` (O,) or None where it stays; JSON `report`."""
-
-    weight: Array
-    bias: Array | None
-    encoding: Encoding
-    report: dict[str, Any]
 
 
 def round_by_gram(

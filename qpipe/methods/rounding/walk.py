@@ -7,7 +7,8 @@ forward pass of each model, however many layers are tuned.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
@@ -28,6 +29,16 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 BATCH_SIZE = 32
 """Samples that run through a node at once. Fixed, so that results do not depend on a setting."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rounded:
+    """A weight on the grid of `encoding`, which is frozen; `bias` (O,) or None where it stays; JSON `report`."""
+
+    weight: Array
+    bias: Array | None
+    encoding: Encoding
+    report: dict[str, Any]
 
 
 def tunable_layers(model: Network) -> tuple[tuple[Layer, ...], dict[str, str]]:
@@ -88,3 +99,32 @@ class Walk:
         module = self._quantized.module
         quantizer: Any = module.get_submodule(module.meta["quantizers"][layer.weight])
         quantizer.set_encoding(encoding)
+
+
+def round_in_order(
+    model: Network,
+    layers: Sequence[Layer],
+    walk: Walk,
+    tune: Callable[[int, Layer, list[Tensor], list[Tensor]], Rounded],
+    *,
+    note: Callable[[str], None],
+    progress: Callable[[int, int, str], None],
+) -> tuple[Network, dict[str, Any]]:
+    """The model with the weights of `layers` rounded, frozen on their grids, and the report of each, by its name.
+
+    `tune` gets a layer, its number, and what goes into it in the quantized and in the float model. Layers that keep
+    nearest rounding are noted.
+    """
+    editor, reports = model.edit(), {}
+    for index, layer in enumerate(layers):
+        tuned = tune(index, layer, *walk.inputs(layer))
+        walk.replace(layer, tuned.weight, tuned.bias, tuned.encoding)
+        editor.set_param(layer.weight, tuned.weight)
+        if tuned.bias is not None and layer.bias is not None:
+            editor.set_param(layer.bias, tuned.bias.reshape(editor.param(layer.bias).shape))
+        editor.encodings[layer.weight] = tuned.encoding
+        reports[layer.name] = tuned.report
+        if tuned.report["kept"] == "nearest":
+            note(f"'{layer.name}' keeps nearest rounding: tuning did not lower its error.")
+        progress(index + 1, len(layers), layer.name)
+    return editor.model(), reports
