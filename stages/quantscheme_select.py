@@ -24,7 +24,7 @@ from qpipe.numerics.thinning import thinned
 from qpipe.stage import NULL, Context, Range, Samples, Scores, stage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from qpipe.model.network.network import Network
     from qpipe.numerics.grid import Encoding
@@ -120,6 +120,29 @@ def scored(
     return score
 
 
+def attempts(
+    tried: Sequence[tuple[str, TensorScheme]],
+    encodings: Callable[[str, TensorScheme], Encodings],
+    score: Callable[[Encodings], float],
+    progress: Callable[[int, int, str], None],
+) -> tuple[list[dict[str, Any]], list[Encodings]]:
+    """The table of what every candidate scored, and the grids that each of its rows had."""
+    table: list[dict[str, Any]] = []
+    grids: list[Encodings] = []
+    for side, candidate in tried:
+        progress(len(table), len(tried), f"{side} {candidate.observer}")
+        grids.append(encodings(side, candidate))
+        table.append(row(side, candidate, score(grids[-1])))
+    return table, grids
+
+
+def named(winners: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The winners as `calibrate` reads them: `weight_observer`, `weight_percentile`, and so for activations."""
+    return {
+        f"{side}_{key}": line[key] for side, line in winners.items() for key in ("observer", "percentile")
+    }
+
+
 @stage(
     version=1,
     config={"calibration": "calibration", "scheme": "${scheme}", "target": "${target}"},
@@ -164,25 +187,15 @@ def quantscheme_select(
 
     def encodings(side: str, candidate: TensorScheme) -> Encodings:
         placement = place(model, target, with_candidate(scheme, side, candidate))
-        return (
-            weight_encodings(model, placement)
-            if side == "weight"
-            else activation_encodings(placement, observers)
-        )
+        if side == "weight":
+            return weight_encodings(model, placement)
+        return activation_encodings(placement, observers)
 
     tried = trials(scheme, weight_observers, activation_observers, percentiles)
-    table: list[dict[str, Any]] = []
-    grids: list[Encodings] = []
-    for side, candidate in tried:
-        ctx.progress(len(table), len(tried), f"{side} {candidate.observer}")
-        grids.append(encodings(side, candidate))
-        table.append(row(side, candidate, score(grids[-1])))
+    table, grids = attempts(tried, encodings, score, ctx.progress)
     winners = {side: best(table, side, metric) for side in dict(tried)}
     for side in winners:
         if drowned([line for line in table if line["side"] == side], metric):
             ctx.note(f"No {side} observer leaves a signal (all at most 0 dB): the first one stays.")
     together = {name: grid for line in winners.values() for name, grid in grids[table.index(line)].items()}
-    chosen = {
-        f"{side}_{key}": line[key] for side, line in winners.items() for key in ("observer", "percentile")
-    }
-    return Scores({"score": score(together), "metric": metric, **chosen, "table": table})
+    return Scores({"score": score(together), "metric": metric, **named(winners), "table": table})
