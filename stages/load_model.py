@@ -145,6 +145,38 @@ def refuse_sources(given: Mapping[str, Any]) -> None:
         raise InputError("`weights` go with `factory`; an ONNX file holds its own.")
 
 
+def from_file(path: Path) -> tuple[Network, float]:
+    """The model in an ONNX file, and how far its outputs are off, relative. Errors: InputError where that is much."""
+    from qpipe.methods.comparison.check import verify_import
+    from qpipe.model.canon.form import canonical_network
+    from qpipe.model.files.onnx_reader import read_onnx
+
+    model = canonical_network(read_onnx(path))
+    found = verify_import(model, path)
+    error: float = max(found["onnxruntime"], found["torch"])
+    if not found["equal"]:
+        refuse(path.name, error, found["first_difference"])
+    return model, error
+
+
+def from_factory(factory: str, weights: Path | None, data: Samples | None) -> tuple[Network, float]:
+    """The model that `module:function` builds, with its parameters or `weights`, and how far its outputs are off,
+    relative. Errors: InputError where that is much."""
+    from qpipe.methods.comparison.check import TOLERANCE, first_difference
+    from qpipe.model.files.state_dict import fill, read_weights
+
+    module, example = built(factory)
+    if weights is not None:
+        fill(module, read_weights(weights), weights.name)
+    example = example_from(module, data, factory) if example is None else example
+    model = from_module(module, example, data)
+    fed, wanted = on_example(module, example, model)
+    error = largest_error(model, fed, wanted)
+    if error > TOLERANCE:
+        refuse(factory, error, first_difference(model, fed))
+    return model, error
+
+
 @stage(version=1, check=refuse_sources)
 def load_model(
     data: Samples | None = None,
@@ -167,31 +199,14 @@ def load_model(
     (0.6.1, 1.0.0 or 2.0.0), whose grids take the place of the model's own. Errors: InputError for a file or a module
     that cannot be taken, for weights that do not fit, and for an import that computes something else.
     """
-    from qpipe.methods.comparison.check import TOLERANCE, first_difference, verify_import
-    from qpipe.model.canon.form import canonical_network
-    from qpipe.model.files.encodings_reader import with_encodings_file
-    from qpipe.model.files.onnx_reader import read_onnx
-
     refuse_sources(locals())
+    from qpipe.model.files.encodings_reader import with_encodings_file
+
     if path is not None:
-        model = canonical_network(read_onnx(path))
-        found = verify_import(model, path)
-        if not found["equal"]:
-            refuse(path.name, max(found["onnxruntime"], found["torch"]), found["first_difference"])
-        error = max(found["onnxruntime"], found["torch"])
+        model, error = from_file(path)
     else:
         assert factory is not None
-        from qpipe.model.files.state_dict import fill, read_weights
-
-        module, example = built(factory)
-        if weights is not None:
-            fill(module, read_weights(weights), weights.name)
-        example = example_from(module, data, factory) if example is None else example
-        model = from_module(module, example, data)
-        fed, wanted = on_example(module, example, model)
-        error = largest_error(model, fed, wanted)
-        if error > TOLERANCE:
-            refuse(factory, error, first_difference(model, fed))
+        model, error = from_factory(factory, weights, data)
     for note in model.metadata.get("notes", []):
         ctx.note(note)
     if encodings is not None:
