@@ -19,6 +19,8 @@ Correction, arXiv 1906.04721, section 4.1.3.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 from qpipe.errors import InputError
@@ -120,38 +122,13 @@ def hand_on(editor: Editor, layers: dict[str, Layer], link: Link, constant: Vect
                 set_bounds(editor, step.node, lower, upper - along(step, constant))
 
 
-@stage(version=1)
-def hbf(
-    model: Network,
-    data: Samples | None = None,
-    *,
-    deviations: Annotated[float, Range(ge=0)] = 3.0,
-    ctx: Context = NULL,
-) -> Network:
-    """The model whose layers hand the constant part of their activations on to the next layer, where that is right.
-
-    `deviations` says how far below the mean the constant lies. The outputs move where an activation falls below it: by
-    how much, on `data` or on random inputs, is noted and kept in `metadata["hbf"]`, with the layers that were left and
-    the reason. Errors: InputError for a quantized model, and for one without folded statistics.
-    """
-    from dataclasses import replace
-
-    from qpipe.methods.comparison.compare import outputs_error
-    from qpipe.methods.equalization.links import find_links
-    from qpipe.methods.preconditions import float_weights
+def hand_on_all(
+    editor: Editor, layers: dict[str, Layer], links: Mapping[str, Link], deviations: float
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Hand on what each link's first layer exceeds; the largest constant by layer, and why others hand nothing on."""
     from qpipe.model.network.facts import Spread
-    from qpipe.model.structure.layers import find_layers
 
-    if not float_weights(model, "hbf", ctx.note):
-        return model
-    if not model.facts.statistics:
-        raise InputError(
-            "hbf needs the statistics of folded normalizations, and the model has none. Put bnf before."
-        )
-    editor = model.edit()
-    layers = {layer.name: layer for layer in find_layers(model)}
-    links, left = find_links(editor, layers)
-    statistics, handed = dict(model.facts.statistics), dict[str, float]()
+    statistics, handed, left = dict(editor.facts.statistics), dict[str, float](), dict[str, str]()
     for name, link in links.items():
         spread = statistics.get(layers[name].output)
         if spread is None:
@@ -166,8 +143,41 @@ def hbf(
             statistics[layers[name].output] = Spread(spread.gamma, spread.beta - constant)
             handed[name] = float(constant.max())
     editor.facts = replace(editor.facts, statistics=statistics)
+    return handed, left
+
+
+@stage(version=1)
+def hbf(
+    model: Network,
+    data: Samples | None = None,
+    *,
+    deviations: Annotated[float, Range(ge=0)] = 3.0,
+    ctx: Context = NULL,
+) -> Network:
+    """The model whose layers hand the constant part of their activations on to the next layer, where that is right.
+
+    `deviations` says how far below the mean the constant lies. The outputs move where an activation falls below it: by
+    how much, on `data` or on random inputs, is noted and kept in `metadata["hbf"]`, with the layers that were left and
+    the reason. Errors: InputError for a quantized model, and for one without folded statistics.
+    """
+    from qpipe.methods.comparison.compare import outputs_error
+    from qpipe.methods.equalization.links import find_links
+    from qpipe.methods.preconditions import float_weights
+    from qpipe.model.structure.layers import find_layers
+
+    if not float_weights(model, "hbf", ctx.note):
+        return model
+    if not model.facts.statistics:
+        raise InputError(
+            "hbf needs the statistics of folded normalizations, and the model has none. Put bnf before."
+        )
+    editor = model.edit()
+    layers = {layer.name: layer for layer in find_layers(model)}
+    links, unlinked = find_links(editor, layers)
+    handed, left = hand_on_all(editor, layers, links, deviations)
     result = editor.model()
     error = outputs_error(model, result, data.arrays if data is not None else None)
     ctx.note(f"{len(handed)} layers handed a constant on; the outputs moved by {error:.1e} (relative).")
-    report = {"handed_on": handed, "left": left, "largest_relative_error": float(f"{error:.1e}")}
+    reasons = {**unlinked, **left}
+    report = {"handed_on": handed, "left": reasons, "largest_relative_error": float(f"{error:.1e}")}
     return result.with_metadata({"hbf": report})

@@ -72,6 +72,18 @@ def separate(model: Network, weights: bool) -> tuple[Network, list[str]]:
     return (editor.model(), sorted(shared)) if shared else (model, [])
 
 
+def checked(before: Network, after: Network, tolerance: float) -> float:
+    """How far the outputs moved, relative, on random inputs. Errors: StageError where that is more than `tolerance`."""
+    from qpipe.methods.comparison.compare import outputs_error
+
+    error = outputs_error(before, after)
+    if not error <= tolerance:
+        raise StageError(
+            f"prepare moved the model's outputs by {error:.1e} (relative); {tolerance:.0e} is allowed."
+        )
+    return error
+
+
 @stage(version=1, config={"data": "calibration"})
 def prepare(
     model: Network,
@@ -89,7 +101,6 @@ def prepare(
     for a quantized model and for samples that do not fit its inputs; StageError where the outputs moved by
     more than `tolerance`.
     """
-    from qpipe.methods.comparison.compare import outputs_error
     from qpipe.methods.preconditions import float_weights
     from qpipe.model.canon.form import canonical_network
     from qpipe.model.simulation.samples import fitting
@@ -107,11 +118,7 @@ def prepare(
     result, shared = separate(type(model).of(canonical_network(editor.ir.clone())), tied_weights == "copy")
     report: dict[str, object] = {"scaled": scaled, "widened": widened, "separated": shared}
     if verify:
-        error = outputs_error(model, result)
-        if not error <= tolerance:
-            raise StageError(
-                f"prepare moved the model's outputs by {error:.1e} (relative); {tolerance:.0e} is allowed."
-            )
+        error = checked(model, result, tolerance)
         ctx.note(f"The outputs moved by {error:.1e} (relative) on random inputs.")
         report["largest_relative_error"] = float(f"{error:.1e}")
     ctx.note(
