@@ -17,7 +17,8 @@ section 3.2, arXiv 1712.05877; the statistics: Nagel et al., Data-Free Quantizat
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
 
 from qpipe.stage import NULL, Context, stage
 
@@ -36,6 +37,15 @@ if TYPE_CHECKING:
 RESHAPES = frozenset(("Identity", "Dropout", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze"))
 LINEAR = RESHAPES | {"GlobalAveragePool", "ReduceMean"}
 """Operators that commute with factor * x + shift; AveragePool does where it counts no padding."""
+
+
+class Affine(NamedTuple):
+    """y = factor * x + shift, of a normalization whose outputs have mean `beta` and spread `gamma`; all (C,)."""
+
+    factor: Vector
+    shift: Vector
+    gamma: Vector
+    beta: Vector
 
 
 def affine(gamma: Vector, beta: Vector, mean: Vector, var: Vector, epsilon: float) -> tuple[Vector, Vector]:
@@ -59,8 +69,8 @@ def fold_behind(weight: Vector, bias: Vector, factor: Vector, shift: Vector) -> 
     return weight * factor.reshape(groups, 1, columns, 1), bias + moved
 
 
-def read_affine(node: ir.Node) -> tuple[Vector, Vector, Vector, Vector] | None:
-    """(factor, shift, gamma, beta) of a BatchNormalization node; None where it trains or computes its parameters."""
+def read_affine(node: ir.Node) -> Affine | None:
+    """What a BatchNormalization node computes; None where it trains or computes its parameters."""
     import numpy as np
 
     from qpipe.model.structure.channels import constant
@@ -70,7 +80,8 @@ def read_affine(node: ir.Node) -> tuple[Vector, Vector, Vector, Vector] | None:
     if trains or any(array is None for array in arrays):
         return None
     gamma, beta, mean, var = (np.asarray(array, np.float64) for array in arrays)
-    return *affine(gamma, beta, mean, var, node.attributes.get_float("epsilon", 1e-5)), gamma, beta
+    epsilon: float = node.attributes.get_float("epsilon", 1e-5)
+    return Affine(*affine(gamma, beta, mean, var, epsilon), gamma, beta)
 
 
 def commutes(node: ir.Node) -> str | None:
@@ -168,53 +179,63 @@ def remove(editor: Editor, norm: ir.Node, value: ir.Value, name: str | None) -> 
     norm.outputs[0].name, value.name = None, name
 
 
+def into_before(
+    editor: Editor, norm: ir.Node, layers: dict[str, Layer], layer: Layer, found: Affine
+) -> Layer:
+    """Fold `norm` into the `layer` that feeds it and take down how that is distributed; the layer as it is then."""
+    from qpipe.model.network.facts import Spread
+
+    name, data = str(norm.outputs[0].name), norm.inputs[0]
+    producer = None if data is None else data.producer()
+    output = name if producer is not None and str(producer.name) in layers else layer.output
+    statistics = dict(editor.facts.statistics)
+    statistics.pop(layer.output, None)  # of an earlier normalization, one of two in a row
+    statistics[output] = Spread(found.gamma, found.beta)
+    editor.facts = replace(editor.facts, statistics=statistics)
+    del layers[layer.add or layer.name]
+    layer = replace(rewrite(editor, layer, fold_before, found.factor, found.shift), output=output)
+    layers[layer.add or layer.name] = layer
+    data = norm.inputs[0]  # read again: a MatMul may have got its Add
+    assert data is not None
+    remove(editor, norm, data, name)
+    return layer
+
+
+def into_behind(
+    editor: Editor, norm: ir.Node, layers: dict[str, Layer], key: str, way: Way, found: Affine
+) -> Layer:
+    """Fold `norm` into the layer at the end of `way`, which `layers` have under `key`; the layer as it is then."""
+    data = norm.inputs[0]
+    assert data is not None
+    factor, shift = way.channels.spread(found.factor), way.channels.spread(found.shift)
+    layer = rewrite(editor, layers.pop(key), fold_behind, factor, shift)
+    layers[layer.add or layer.name] = layer
+    remove(editor, norm, data, data.name)
+    return layer
+
+
 def fold(editor: Editor, norm: ir.Node, layers: dict[str, Layer]) -> tuple[str, str]:
     """Take `norm` out of the graph; where it went (before, behind, written out, left), and the layer or reason.
 
     `layers` are keyed by the name of the node that gives their output, and follow what changes.
     """
-    from dataclasses import replace
-
-    from qpipe.model.network.facts import Spread
     from qpipe.model.structure.channels import Blocked, dims
 
-    found = read_affine(norm)
+    found, data, name = read_affine(norm), norm.inputs[0], norm.outputs[0].name
     if found is None:
         return "left", "it trains, or its parameters are computed in the graph"
-    factor, shift, gamma, beta = found
-    data, name = norm.inputs[0], str(norm.outputs[0].name)
     assert data is not None
     if layer := layer_before(data, layers):
-        statistics = dict(editor.facts.statistics)
-        statistics.pop(layer.output, None)  # of an earlier normalization, one of two in a row
-        producer = data.producer()
-        direct = producer is not None and str(producer.name) in layers
-        output = name if direct else layer.output
-        statistics[output] = Spread(gamma, beta)
-        editor.facts = replace(editor.facts, statistics=statistics)
-        del layers[layer.add or layer.name]
-        layer = replace(rewrite(editor, layer, fold_before, factor, shift), output=output)
-        layers[layer.add or layer.name] = layer
-        data = norm.inputs[0]  # read again: a MatMul may have got its Add
-        assert data is not None
-        remove(editor, norm, data, name)
-        return "before", layer.name
+        return "before", into_before(editor, norm, layers, layer, found).name
     heads = {editor.node(layer.name): key for key, layer in layers.items()}
     try:
-        way = way_behind(norm, heads, shift)
+        way = way_behind(norm, heads, found.shift)
     except Blocked as reason:
         if len(dims(data)) < 2:
-            return (
-                "left",
-                f"the rank of its input is not known, and behind it {reason}",
-            )
-        remove(editor, norm, write_out(editor, norm, factor, shift), name)
+            return "left", f"the rank of its input is not known, and behind it {reason}"
+        remove(editor, norm, write_out(editor, norm, found.factor, found.shift), name)
         return "written out", f"no layer alone feeds it, and behind it {reason}"
-    layer = layers.pop(heads[way.end])
-    layer = rewrite(editor, layer, fold_behind, way.channels.spread(factor), way.channels.spread(shift))
-    layers[layer.add or layer.name] = layer
-    remove(editor, norm, data, data.name)
-    return "behind", layer.name
+    return "behind", into_behind(editor, norm, layers, heads[way.end], way, found).name
 
 
 @stage(
