@@ -57,30 +57,8 @@ def _strange_weight(node: ir.Node) -> str | None:
 
 def _write_product(graph: ir.Graph, node: ir.Node, names: Names) -> None:
     """A MatMul of a weight (K, N) with a scale for each block of `block_size` rows and each column."""
-    rows, columns, bits, size = (
-        int(node.attributes[name].as_int()) if name in node.attributes else 4
-        for name in ("K", "N", "bits", "block_size")
-    )
-    blocks = -(-rows // size)
-    packed, scales, zeros = (constant(node, i) for i in (1, 2, 3))
-    assert packed is not None
-    assert scales is not None
-    codes = unpacked(packed.reshape(columns, -1), bits, blocks * size)[:, :rows]
-    if zeros is None:
-        points = np.full((columns, blocks), 1 << (bits - 1), np.uint8)
-    else:
-        points = unpacked(zeros.reshape(columns, -1), bits, blocks)
-    stored = node.inputs[1]
-    assert stored is not None
-    name = names.fresh(str(stored.name).removesuffix(f"_Q{bits}") + "__quantized")
-    triple = [
-        initializer(label, array.T)
-        for label, array in (
-            (name, codes),
-            (names.fresh(f"{name}__scale"), scales.reshape(columns, blocks).astype(np.float32)),
-            (names.fresh(f"{name}__zero_point"), points),
-        )
-    ]
+    bits, size = (_integer(node, name) for name in ("bits", "block_size"))
+    triple = _codes_and_grid(node, names)
     for value in triple:
         graph.register_initializer(value)
     weight = dequantized(graph, node, triple, 0, names, block_size=size)
@@ -97,6 +75,36 @@ def _write_product(graph: ir.Graph, node: ir.Node, names: Names) -> None:
     product.outputs[0].type = node.outputs[0].type
     graph.insert_before(node, product)
     replace(graph, node, ir.node("Add", [product.outputs[0], bias], name=f"{title}_bias"))
+
+
+def _codes_and_grid(node: ir.Node, names: Names) -> list[ir.Value]:
+    """The codes (K, N) of a MatMulNBits, one a byte, with their scales and zero points (blocks, N), as initializers."""
+    rows, columns, bits, size = (_integer(node, name) for name in ("K", "N", "bits", "block_size"))
+    blocks = -(-rows // size)
+    packed, scales, zeros = (constant(node, i) for i in (1, 2, 3))
+    assert packed is not None
+    assert scales is not None
+    codes = unpacked(packed.reshape(columns, -1), bits, blocks * size)[:, :rows]
+    if zeros is None:
+        points = np.full((columns, blocks), 1 << (bits - 1), np.uint8)
+    else:
+        points = unpacked(zeros.reshape(columns, -1), bits, blocks)
+    stored = node.inputs[1]
+    assert stored is not None
+    name = names.fresh(str(stored.name).removesuffix(f"_Q{bits}") + "__quantized")
+    return [
+        initializer(label, array.T)
+        for label, array in (
+            (name, codes),
+            (names.fresh(f"{name}__scale"), scales.reshape(columns, blocks).astype(np.float32)),
+            (names.fresh(f"{name}__zero_point"), points),
+        )
+    ]
+
+
+def _integer(node: ir.Node, name: str) -> int:
+    """An attribute of a MatMulNBits; `bits`, which alone may be left out, are 4 then."""
+    return int(node.attributes[name].as_int()) if name in node.attributes else 4
 
 
 def _strange_table(node: ir.Node) -> str | None:

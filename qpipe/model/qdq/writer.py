@@ -120,47 +120,14 @@ def _insert_activation(graph: ir.Graph, value: ir.Value, encoding: Encoding, cli
 
     With `clipped` a Clip keeps the codes in range where their type is wider than they are.
     """
-    name = str(value.name)
-    is_input = value.is_graph_input()
-    readers = _uses(value)
+    name, is_input, readers = str(value.name), value.is_graph_input(), _uses(value)
     outputs = [i for i, output in enumerate(graph.outputs) if output is value]
-    dtype = activation_storage(encoding)
-    scale, zero_point = _constants(graph, name, encoding, dtype)
+    constants = _constants(graph, name, encoding, activation_storage(encoding))
     if not is_input:
         value.name = _fresh(graph, f"{name}__float")
-    made: list[ir.Node] = []
-    narrowed = value
-    if clipped and dtype.bitwidth != encoding.bitwidth:
-        low, high = (
-            _constant(graph, f"{name}__{side}", (np.float32(code) - encoding.zero_point) * encoding.scale)
-            for side, code in (("low", encoding.qmin), ("high", encoding.qmax))
-        )
-        made.append(_node(graph, "Clip", [value, low, high], f"{name}__clip", f"{name}__clipped", value))
-        narrowed = made[-1].outputs[0]
-    made.append(
-        _node(
-            graph,
-            "QuantizeLinear",
-            [narrowed, scale, zero_point],
-            f"{name}__quantize",
-            f"{name}__quantized",
-            value,
-            dtype,
-        )
-    )
-    made.append(
-        _node(
-            graph,
-            "DequantizeLinear",
-            [made[-1].outputs[0], scale, zero_point],
-            f"{name}__dequantize",
-            f"{name}__dequantized" if is_input else None,
-            value,
-        )
-    )
-    _say_bitwidth(made[-2:], encoding, dtype)
+    made = _rounding(graph, value, name, encoding, constants, clipped)
     rounded = made[-1].outputs[0]
-    rounded.name = rounded.name or name
+    rounded.name = _fresh(graph, f"{name}__dequantized") if is_input else name
     for node, position in readers:
         node.replace_input_with(position, rounded)
     producer = value.producer()
@@ -171,6 +138,32 @@ def _insert_activation(graph: ir.Graph, value: ir.Value, encoding: Encoding, cli
     if not is_input:
         for i in outputs:
             graph.outputs[i] = rounded
+
+
+def _rounding(
+    graph: ir.Graph,
+    value: ir.Value,
+    name: str,
+    encoding: Encoding,
+    constants: tuple[ir.Value, ir.Value],
+    clipped: bool,
+) -> list[ir.Node]:
+    """The nodes, of no graph yet, that round `value` to its grid; they are called after `name`. The output of the last
+    one has no name."""
+    dtype, made, source = activation_storage(encoding), list[ir.Node](), value
+    if clipped and dtype.bitwidth != encoding.bitwidth:
+        bounds = [
+            _constant(graph, f"{name}__{side}", (np.float32(code) - encoding.zero_point) * encoding.scale)
+            for side, code in (("low", encoding.qmin), ("high", encoding.qmax))
+        ]
+        made.append(_node(graph, "Clip", [value, *bounds], f"{name}__clip", f"{name}__clipped", value))
+        source = made[-1].outputs[0]
+    inputs, codes = [source, *constants], f"{name}__quantized"
+    made.append(_node(graph, "QuantizeLinear", inputs, f"{name}__quantize", codes, value, dtype))
+    inputs = [made[-1].outputs[0], *constants]
+    made.append(_node(graph, "DequantizeLinear", inputs, f"{name}__dequantize", None, value))
+    _say_bitwidth(made[-2:], encoding, dtype)
+    return made
 
 
 def _insert_weight(graph: ir.Graph, weight: ir.Value, encoding: Encoding) -> None:
