@@ -80,17 +80,15 @@ def canonicalize(
 
     `parameters` are the initializers that folding leaves alone; by default all of floats that are no scalar.
     Raises InputError for what cannot be taken, all of it listed."""
-    if model.functions:
-        model = common.InlinePass()(model).model
-        model.functions.clear()
-    refuse_unfit(model)
-    model = to_canonical_opset(model)
-    standard_nodes(model)
-    notes = to_float32(model)
+    model, notes = _in_one_dialect(model)
     graph, grids = model.graph, Grids()
     for value in [value for value in graph.inputs if value.is_initializer()]:
-        graph.inputs.remove(value)  # a default that a caller may override; before IR version 4 all had to be inputs
-    named = _float_parameters(graph) if parameters is None else parameters  # before Constant nodes become initializers
+        graph.inputs.remove(
+            value
+        )  # a default that a caller may override; before IR version 4 all had to be inputs
+    named = (
+        _float_parameters(graph) if parameters is None else parameters
+    )  # before Constant nodes become initializers
     kept = frozenset(named) - scale_sources(graph)
     lift_constants(graph)
     graph.sort()
@@ -114,6 +112,18 @@ def canonicalize(
     infer_shapes(model)
     check_supported(model)
     return model, [*notes, *grids.notes, *left_on_codes(graph)], grids
+
+
+def _in_one_dialect(model: ir.Model) -> tuple[ir.Model, list[str]]:
+    """`model` without functions, in the canonical opset and in float32, its QDQ nodes ONNX's own, and sentences about
+    what that changed. Raises InputError for what cannot be."""
+    if model.functions:
+        model = common.InlinePass()(model).model
+        model.functions.clear()
+    refuse_unfit(model)
+    model = to_canonical_opset(model)
+    standard_nodes(model)
+    return model, to_float32(model)
 
 
 def simplify(model: ir.Model, parameters: Collection[str]) -> None:
