@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,27 @@ class Cell:
     peepholes: Tensor | None
     activations: tuple[Activation, ...]
     flag: int
+
+
+class Weights(NamedTuple):
+    """All directions: W (D, gates H, I), R (D, gates H, H), biases (D, 2 gates H) and peepholes (D, 3 H), or None."""
+
+    w: Tensor
+    r: Tensor
+    b: Tensor | None
+    peepholes: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a layer computes in a step: the names of its activations, for all directions, with their parameters; `flag`
+    is the attribute that only one kind of layer has."""
+
+    step: Callable[[Tensor, State, Cell], State]
+    names: tuple[str, ...]
+    alphas: tuple[float, ...] | None
+    betas: tuple[float, ...] | None
+    flag: int = 0
 
 
 def _activation(name: str, alpha: float | None, beta: float | None) -> Activation:
@@ -108,38 +130,23 @@ def _run(
 
 def _layer(
     x: Tensor,
-    w: Tensor,
-    r: Tensor,
-    b: Tensor | None,
+    weights: Weights,
+    variant: Variant,
     lengths: Tensor | None,
     states: tuple[Tensor | None, ...],
-    peepholes: Tensor | None,
-    step: Callable[[Tensor, State, Cell], State],
-    names: tuple[str, ...],
-    alphas: tuple[float, ...] | None,
-    betas: tuple[float, ...] | None,
-    flag: int,
     direction: str,
     layout: int,
 ) -> tuple[Tensor, ...]:
     """All directions: Y (T, D, N, H) and each last state (D, N, H), batch first with `layout`."""
     x = x.transpose(0, 1) if layout else x
-    hidden_size, directions = r.shape[-1], w.shape[0]
-    per = len(names) // directions
     outputs, finals = [], []
-    for d in range(directions):
-        zero = x.new_zeros(w.shape[1])
-        wb, rb = (zero, zero) if b is None else b[d].chunk(2)
-        functions = tuple(
-            _activation(name, _nth(alphas, d * per + i), _nth(betas, d * per + i))
-            for i, name in enumerate(names[d * per : (d + 1) * per])
-        )
-        cell = Cell(w[d], r[d], wb, rb, None if peepholes is None else peepholes[d], functions, flag)
+    for d in range(len(weights.w)):
+        cell = _cell(weights, variant, d)
         start = tuple(
-            x.new_zeros(x.shape[1], hidden_size) if s is None else (s[:, d] if layout else s[d])
+            x.new_zeros(x.shape[1], cell.r.shape[-1]) if s is None else (s[:, d] if layout else s[d])
             for s in states
         )
-        y, final = _run(x, start, cell, step, lengths, direction == "reverse" or d == 1)
+        y, final = _run(x, start, cell, variant.step, lengths, direction == "reverse" or d == 1)
         outputs.append(y)
         finals.append(final)
     joined = torch.stack(outputs, 1)
@@ -147,6 +154,19 @@ def _layer(
     if layout:
         return (joined.permute(2, 0, 1, 3), *(last.transpose(0, 1) for last in lasts))
     return (joined, *lasts)
+
+
+def _cell(weights: Weights, variant: Variant, d: int) -> Cell:
+    """The weights and activations of direction `d`."""
+    w, r, b, peepholes = weights
+    zero = w.new_zeros(w.shape[1])
+    wb, rb = (zero, zero) if b is None else b[d].chunk(2)
+    per = len(variant.names) // len(w)
+    functions = tuple(
+        _activation(variant.names[i], _nth(variant.alphas, i), _nth(variant.betas, i))
+        for i in range(d * per, (d + 1) * per)
+    )
+    return Cell(w[d], r[d], wb, rb, None if peepholes is None else peepholes[d], functions, variant.flag)
 
 
 def _nth(values: tuple[float, ...] | None, i: int) -> float | None:
@@ -163,8 +183,8 @@ def rnn(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """h' = f(W x + R h + b): Y and Y_h."""
     names = activations or ("Tanh",) * w.shape[0]
-    return _layer(x, w, r, b, sequence_lens, (initial_h,), None, _rnn_step, names, activation_alpha,
-                  activation_beta, 0, direction, layout)  # fmt: skip
+    variant = Variant(_rnn_step, names, activation_alpha, activation_beta)
+    return _layer(x, Weights(w, r, b), variant, sequence_lens, (initial_h,), direction, layout)
 
 
 @operator("GRU", many=True)
@@ -177,8 +197,8 @@ def gru(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The gated recurrent unit: Y and Y_h."""
     names = activations or ("Sigmoid", "Tanh") * w.shape[0]
-    return _layer(x, w, r, b, sequence_lens, (initial_h,), None, _gru_step, names, activation_alpha,
-                  activation_beta, linear_before_reset, direction, layout)  # fmt: skip
+    variant = Variant(_gru_step, names, activation_alpha, activation_beta, linear_before_reset)
+    return _layer(x, Weights(w, r, b), variant, sequence_lens, (initial_h,), direction, layout)
 
 
 @operator("LSTM", many=True)
@@ -191,5 +211,5 @@ def lstm(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The long short-term memory: Y, Y_h and Y_c."""
     names = activations or ("Sigmoid", "Tanh", "Tanh") * w.shape[0]
-    return _layer(x, w, r, b, sequence_lens, (initial_h, initial_c), p, _lstm_step, names, activation_alpha,
-                  activation_beta, input_forget, direction, layout)  # fmt: skip
+    variant = Variant(_lstm_step, names, activation_alpha, activation_beta, input_forget)
+    return _layer(x, Weights(w, r, b, p), variant, sequence_lens, (initial_h, initial_c), direction, layout)
