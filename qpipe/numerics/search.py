@@ -74,13 +74,18 @@ def search(
         score(within[-1])
         if goal.budget is not None:
             score(least_loss(groups, goal.budget - rest) or within[-1])
-    meeting = [choice for choice in scores if meets(choice)]
-    if meeting and goal.least_score is not None:
-        chosen = min(meeting, key=lambda choice: (cost(choice), -scores[choice]))
-    else:
-        affordable = [choice for choice in scores if goal.budget is None or cost(choice) <= goal.budget]
-        chosen = max(affordable, key=lambda choice: (scores[choice], -cost(choice)))
+    chosen = _chosen(scores, cost, goal)
     return Found(chosen, meets(chosen), tuple(path), scores)
+
+
+def _chosen(scores: Mapping[Choice, float], cost: Callable[[Choice], int], goal: Goal) -> Choice:
+    """The cheapest measured choice that keeps the goal; where none does, or no score is asked for, the best that the
+    budget allows."""
+    meeting = [choice for choice, score in scores.items() if goal.allows(cost(choice), score)]
+    if meeting and goal.least_score is not None:
+        return min(meeting, key=lambda choice: (cost(choice), -scores[choice]))
+    affordable = [choice for choice in scores if goal.budget is None or cost(choice) <= goal.budget]
+    return max(affordable, key=lambda choice: (scores[choice], -cost(choice)))
 
 
 def _refine(groups: Groups, rest: int, low: int, high: int, meets: Callable[[Choice], bool]) -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from qpipe.methods.placement.placement import Placement
     from qpipe.model.network.network import Network
+    from qpipe.model.structure.layers import Layer
     from qpipe.numerics.grid import Encoding
 
 Cost = Literal["bitops", "size"]
@@ -111,31 +112,9 @@ def find_choices(
     """
     bits = {name: tuple(_bits(e, name) for e in grids.values()) for name in _names(grids)}
     open_tensors = {name for name, found in bits.items() if len(set(found)) > 1}
-    leader = {name: name for name in bits}
-
-    def join(names: Iterable[str]) -> None:
-        first, *others = [name for name in names if name in open_tensors] or [""]
-        for name in others:
-            leader[_root(leader, name)] = _root(leader, first)
-
-    layers = find_layers(model)
-    # The factors of a product are never in two groups, so that costs add up.
-    for shared in placement.grids:
-        join(shared)
-    for layer in layers:
-        join((layer.weight, layer.input))
-    for node in model.graph:
-        join(str(value.name) for value in node.inputs if value is not None and not value.is_initializer())
-    members: dict[str, list[str]] = {}
-    for name in [
-        *(n for layer in layers for n in (layer.input, layer.weight)),
-        *placement.activations,
-        *bits,
-    ]:
-        if name in open_tensors and name not in members.setdefault(_root(leader, name), []):
-            members[_root(leader, name)].append(name)
-    work = measure_work(model, placement, arrays)
-    groups = tuple(_group(model, names, grids, bits, work) for names in members.values())
+    layers, work = find_layers(model), measure_work(model, placement, arrays)
+    tied = _tied(model, placement, layers, [name for name in bits if name in open_tensors])
+    groups = tuple(_group(model, names, grids, bits, work) for names in tied)
     settled = {
         name: e for encodings in grids.values() for name, e in encodings.items() if name not in open_tensors
     }
@@ -149,6 +128,32 @@ def find_choices(
         work.without(open_tensors).bitops(fixed),
         _neighbours(model, groups, set(bits)),
     )
+
+
+def _tied(
+    model: Network, placement: Placement, layers: Sequence[Layer], names: Sequence[str]
+) -> list[list[str]]:
+    """The tensors `names`, which have a choice, in groups that must make the same one: those of layers come first."""
+    leader = {name: name for name in names}
+
+    def join(together: Iterable[str]) -> None:
+        first, *others = [name for name in together if name in leader] or [""]
+        for name in others:
+            leader[_root(leader, name)] = _root(leader, first)
+
+    # The factors of a product are never in two groups, so that costs add up.
+    for shared in placement.grids:
+        join(shared)
+    for layer in layers:
+        join((layer.weight, layer.input))
+    for node in model.graph:
+        join(str(value.name) for value in node.inputs if value is not None and not value.is_initializer())
+    members: dict[str, list[str]] = {}
+    in_order = [name for layer in layers for name in (layer.input, layer.weight)]
+    for name in dict.fromkeys((*in_order, *placement.activations, *names)):
+        if name in leader:
+            members.setdefault(_root(leader, name), []).append(name)
+    return list(members.values())
 
 
 def _group(
