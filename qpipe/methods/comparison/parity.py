@@ -15,7 +15,7 @@ of the graph instead, so that one session, with all optimizations, runs all unit
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -159,42 +159,36 @@ def parity(
     Memory is that of all quantized values of one batch, four times. Raises InputError for a model without
     encodings, or inputs that do not fit.
     """
-    from qpipe.model.qdq.writer import storage
     from qpipe.model.simulation.samples import batches
+
+    _refuse_unfit(model)
+    names = quantized_values(model)
+    tally = _Tally(model, names)
+    cut = make_session(_cut(model, names), mode="deploy", threads=threads) if names else None
+    wanted = [*names, *(name for name in tally.outputs if name not in names)]
+    deployed = make_session(model, mode="deploy", outputs=wanted, threads=threads)
+    simulated = to_torch(model, shared=True)
+    for batch in batches(model, inputs, batch_size):
+        fed = {spec.name: array for spec, array in zip(model.inputs, batch.arrays, strict=True)}
+        unrounded: dict[str, Array] = {}
+        values = simulate(simulated, batch.arrays, set(wanted), unrounded)
+        # The padding of the last batch of a fixed size repeats samples: comparing those again does no harm.
+        if cut:
+            unit_inputs = {**fed, **{given(name): values[name] for name in names}}
+            tally.add_units(values, _run(cut, names, unit_inputs), unrounded)
+        tally.add_whole(values, _run(deployed, wanted, fed))
+        tally.samples += batch.count
+    return tally.report()
+
+
+def _refuse_unfit(model: Network) -> None:
+    """Raises InputError for a model without encodings, and for one that cannot be written as QDQ."""
+    from qpipe.model.qdq.writer import storage
 
     if not model.encodings:
         raise InputError("The model has no encodings, so there is nothing to compare. Calibrate it first.")
     for encoding in model.encodings.values():
         storage(encoding)
-    names = quantized_values(model)
-    op_types = unit_op_types(model, names)
-    units = {name: _Count(name, op_types[name], model) for name in names}
-    whole = {name: _Count(name, op_types[name], model) for name in names}
-    outputs = {spec.name: _Difference(spec.name) for spec in model.outputs}
-    cut = make_session(_cut(model, names), mode="deploy", threads=threads) if names else None
-    wanted = [*names, *(name for name in outputs if name not in names)]
-    deployed = make_session(model, mode="deploy", outputs=wanted, threads=threads)
-    simulated, samples = to_torch(model, shared=True), 0
-    for batch in batches(model, inputs, batch_size):
-        fed = {spec.name: array for spec, array in zip(model.inputs, batch.arrays, strict=True)}
-        unrounded: dict[str, Array] = {}
-        values = simulate(simulated, batch.arrays, {*names, *outputs}, unrounded)
-        # The padding of the last batch of a fixed size repeats samples: comparing those again does no harm.
-        unit_inputs = {**fed, **{given(name): values[name] for name in names}}
-        for name, theirs in _run(cut, names, unit_inputs) if cut else ():
-            units[name].add(values[name], theirs, unrounded.get(name))
-        for name, theirs in _run(deployed, wanted, fed):
-            if name in whole:
-                whole[name].add(values[name], theirs)
-            if name in outputs:
-                outputs[name].add(values[name], theirs)
-        samples += batch.count
-    return ParityReport(
-        tuple(count.steps() for count in units.values()),
-        tuple(count.steps() for count in whole.values()),
-        tuple(difference.output() for difference in outputs.values()),
-        samples,
-    )
 
 
 def quantized_values(model: Network) -> tuple[str, ...]:
@@ -337,3 +331,41 @@ class _Difference:
         dot, ours, theirs = self.products
         norm = float(np.sqrt(ours * theirs))
         return Output(self.name, self.apart, float(dot / norm) if norm else 1.0, self.largest)
+
+
+class _Tally:
+    """What has been counted over batches: of units, of quantized values end to end, and of the model's outputs."""
+
+    def __init__(self, model: Network, names: tuple[str, ...]) -> None:
+        op_types = unit_op_types(model, names)
+        self.units = {name: _Count(name, op_types[name], model) for name in names}
+        self.whole = {name: _Count(name, op_types[name], model) for name in names}
+        self.outputs = {spec.name: _Difference(spec.name) for spec in model.outputs}
+        self.samples = 0
+
+    def add_units(
+        self,
+        values: Mapping[str, Array],
+        deployed: Iterable[tuple[str, Array]],
+        unrounded: Mapping[str, Array],
+    ) -> None:
+        """One batch of what the simulation and the deployed units computed from the same inputs."""
+        for name, theirs in deployed:
+            self.units[name].add(values[name], theirs, unrounded.get(name))
+
+    def add_whole(self, values: Mapping[str, Array], deployed: Iterable[tuple[str, Array]]) -> None:
+        """One batch of what both computed end to end."""
+        for name, theirs in deployed:
+            if name in self.whole:
+                self.whole[name].add(values[name], theirs)
+            if name in self.outputs:
+                self.outputs[name].add(values[name], theirs)
+
+    def report(self) -> ParityReport:
+        """All that was counted."""
+        return ParityReport(
+            tuple(count.steps() for count in self.units.values()),
+            tuple(count.steps() for count in self.whole.values()),
+            tuple(difference.output() for difference in self.outputs.values()),
+            self.samples,
+        )
