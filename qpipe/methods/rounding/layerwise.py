@@ -31,6 +31,7 @@ from qpipe.numerics.rounding.unfold import Unfold, sample_positions
 if TYPE_CHECKING:
     from qpipe.model.network.network import Network
     from qpipe.model.structure.layers import Layer
+    from qpipe.numerics.grid import Encoding
 
 Array = npt.NDArray[Any]
 Memo = Callable[..., Any]
@@ -49,8 +50,7 @@ def round_by_gram(
 ) -> Rounded:
     """The closed form on moments at `positions` places per sample, drawn with `seed`.
 
-    Where x^ and x are the same tensors, the target is the float layer on these. A layer without a bias gets
-    none, and then means count in the error. Scales that are all powers of two stay so when searched.
+    Where x^ and x are the same tensors, the target is the float layer on these.
     """
     encoding, device = model.encodings[layer.weight], x[0].device
     shape = tuple(layer.weight_shape)
@@ -58,11 +58,7 @@ def round_by_gram(
     rows = unfold.weight_rows(torch.tensor(model.param(layer.weight), device=device))
     fit, held_out = _moments(unfold, rows, x_hat, x, positions, seed)
     bias = None if layer.bias is None else model.param(layer.bias).reshape(-1)
-    used = replace(
-        options,
-        update_bias=options.update_bias and bias is not None,
-        power_of_two=bool(np.all(np.frexp(encoding.scale)[0] == 0.5)),
-    )
+    used = _options_for(options, bias, encoding)
 
     def run(*_: Any) -> dict[str, Any]:
         old = None if bias is None else torch.tensor(bias, device=device)
@@ -79,6 +75,16 @@ def round_by_gram(
     found = memo("gram", run, *problem, moments)
     frozen = replace(encoding, scale=found["scale"], frozen=True)
     return Rounded(found["weight"], found["bias"] if used.update_bias else None, frozen, found["report"])
+
+
+def _options_for(options: GramOptions, bias: Array | None, encoding: Encoding) -> GramOptions:
+    """`options` as they suit a layer: one without a bias gets none, and then means count in the error; scales that are
+    all powers of two stay so when searched."""
+    return replace(
+        options,
+        update_bias=options.update_bias and bias is not None,
+        power_of_two=bool(np.all(np.frexp(encoding.scale)[0] == 0.5)),
+    )
 
 
 def _moments(

@@ -13,7 +13,7 @@ Source: Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantizat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,6 +133,17 @@ def rounding_loss(v: Tensor, iteration: int, iterations: int, options: GradientO
     return options.reg_param * (1.0 - (2.0 * rectified_sigmoid(v) - 1.0).abs().pow(beta)).sum()
 
 
+def regularized(
+    error: Tensor, variables: Sequence[Tensor], iteration: int, iterations: int, options: GradientOptions
+) -> Tensor:
+    """`error` plus the rounding loss of every V, once the warm start is over."""
+    loss = error
+    for v in variables:
+        term = rounding_loss(v, iteration, iterations, options)
+        loss = loss if term is None else loss + term
+    return loss
+
+
 def samples_of(inputs: Tensor, targets: Tensor) -> Batches:
     """Batches out of two tensors, samples first."""
     return lambda index: (inputs[index.to(inputs.device)], targets[index.to(targets.device)])
@@ -166,10 +177,8 @@ def optimize(
         index = torch.randperm(samples, generator=draw)[: options.batch_size]
         x, target = batches(index)
         y = forward({name: r.soft() for name, r in roundings.items()}, x)
-        loss = (y - target).square().sum(channel_axis).mean()
-        for v in variables:
-            term = rounding_loss(v, iteration, total, options)
-            loss = loss if term is None else loss + term
+        error = (y - target).square().sum(channel_axis).mean()
+        loss = regularized(error, variables, iteration, total, options)
         adam.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]  # torch's
         adam.step()

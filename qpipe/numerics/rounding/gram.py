@@ -89,12 +89,7 @@ def solve(
     with full_float32(), torch.no_grad():
         problem = _Problem(weight, _moments(fit, weight, options), _moments(held_out or fit, weight, options))
         choice = _choose(problem, grid, options, held_out is not None)
-        used, codes, kept = grid, _codes(choice, grid, choice.codes, options), "gram"
-        if options.scale_search and grid.sharing != "fixed":
-            moved, found = _search_scales(choice, grid, options)
-            moved, found = _refit_scales(choice, moved, _codes(choice, moved, found, options), options)
-            if problem.error(moved.values(found)) < problem.error(grid.values(codes)):
-                used, codes = moved, found
+        (used, codes), kept = _best(problem, choice, grid, options), "gram"
         nearest = grid.nearest(weight)
         if problem.error(used.values(codes)) > problem.error(grid.values(nearest)):
             used, codes, kept = grid, nearest, "nearest"
@@ -209,6 +204,17 @@ def _choose(problem: _Problem, grid: RowGrid, options: GramOptions, judged: bool
             best = _Choice(error, shrinkage, a, target, quadratic, codes)
     assert best is not None
     return best
+
+
+def _best(problem: _Problem, choice: _Choice, grid: RowGrid, options: GramOptions) -> tuple[RowGrid, Tensor]:
+    """The best codes found on the grid, or, where `scale_search` finds better ones, on one of other scales."""
+    codes = _codes(choice, grid, choice.codes, options)
+    if options.scale_search and grid.sharing != "fixed":
+        moved, found = _search_scales(choice, grid, options)
+        moved, found = _refit_scales(choice, moved, _codes(choice, moved, found, options), options)
+        if problem.error(moved.values(found)) < problem.error(grid.values(codes)):
+            return moved, found
+    return grid, codes
 
 
 def _codes(choice: _Choice, grid: RowGrid, known: Tensor, options: GramOptions) -> Tensor:
