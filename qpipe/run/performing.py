@@ -19,7 +19,7 @@ from qpipe.plan.verdicts import Request, artifact_json
 from qpipe.run.context import ActionContext, Emit, check_code
 from qpipe.run.isolation import Isolation
 from qpipe.run.machine import free_memory, measured, surroundings
-from qpipe.stage import REQUIRED
+from qpipe.stage import REQUIRED, Stage
 
 
 def perform(
@@ -36,18 +36,7 @@ def perform(
 
 def _perform(request: Request, store: Store, emit: Emit, threads: int) -> dict[str, Any]:
     stage = catalog()[request["stage"]]
-    arguments = {
-        name: absolute(coerce(value, stage.params[name].hint, f"stages.{request['node']}.{name}"))
-        for name, value in request["written"].items()
-    }
-    for name, param in stage.params.items():
-        if name not in arguments and param.default is not REQUIRED:
-            arguments[name] = absolute(of_its_type(param.default, param.hint))
-    for name, artifacts in request["inputs"].items():
-        values, port = [load(Artifact(*fields), store) for fields in artifacts], stage.ports[name]
-        if port.face:
-            values = [with_face(value) for value in values]
-        arguments[name] = values if port.many else values[0]
+    arguments = _arguments(stage, request, store)
     check_code(request, store)
     context = ActionContext(request, store, emit, threads)
     if stage.takes_context:
@@ -56,14 +45,8 @@ def _perform(request: Request, store: Store, emit: Emit, threads: int) -> dict[s
         outputs = stage.unpack(stage.function(**arguments))
     check_code(request, store)
     also = context.found_on_the_way()
-    saved = {name: artifact_json(save(value, store)) for name, value in outputs.items()}
-    for name, kind in stage.outputs.items():
-        if saved[name]["kind"] != kind:
-            raise TypeError(
-                f"stage '{stage.name}' says that its output '{name}' is a {kind}, and returned a {saved[name]['kind']}"
-            )
     return {
-        "outputs": saved,
+        "outputs": _saved(stage, outputs, store),
         "notes": context.notes,
         "parts": sorted(context.parts),
         **({"also": also} if also else {}),
@@ -77,6 +60,34 @@ def _perform(request: Request, store: Store, emit: Emit, threads: int) -> dict[s
             **request.get("provenance", {}),
         },
     }
+
+
+def _arguments(stage: Stage, request: Request, store: Store) -> dict[str, Any]:
+    """What the stage's function is called with, but for its context: params as it declares them, and its inputs."""
+    arguments = {
+        name: absolute(coerce(value, stage.params[name].hint, f"stages.{request['node']}.{name}"))
+        for name, value in request["written"].items()
+    }
+    for name, param in stage.params.items():
+        if name not in arguments and param.default is not REQUIRED:
+            arguments[name] = absolute(of_its_type(param.default, param.hint))
+    for name, artifacts in request["inputs"].items():
+        values, port = [load(Artifact(*fields), store) for fields in artifacts], stage.ports[name]
+        if port.face:
+            values = [with_face(value) for value in values]
+        arguments[name] = values if port.many else values[0]
+    return arguments
+
+
+def _saved(stage: Stage, outputs: Mapping[str, Any], store: Store) -> dict[str, Any]:
+    """The outputs in the store, as JSON. Raises TypeError where one is not of the kind that the stage declares."""
+    saved = {name: artifact_json(save(value, store)) for name, value in outputs.items()}
+    for name, kind in stage.outputs.items():
+        if saved[name]["kind"] != kind:
+            raise TypeError(
+                f"stage '{stage.name}' says that its output '{name}' is a {kind}, and returned a {saved[name]['kind']}"
+            )
+    return saved
 
 
 def failure(error: BaseException) -> dict[str, Any]:
