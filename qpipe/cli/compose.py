@@ -4,19 +4,39 @@ Hydra composes every config twice (the first time only to read `hydra.mode`), an
 the parser written in Python. Within `quick_hydra` the same config is composed once, by libyaml; `benchmarks/cache.py`
 measures it against plain Hydra. What is composed is the same, tests/cli/test_compose.py holds it against plain Hydra.
 Rejected: a cache of composed configs, which would have to know all that an interpolation may read.
+
+All that is replaced is private. So each name is looked up first: where one is missing, or takes other parameters than
+it took, nothing that rests on it is replaced, and plain Hydra composes: slower, and the same.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+import importlib
+import inspect
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import yaml
-from hydra._internal import hydra as hydra_internal
 from hydra.types import RunMode
-from omegaconf import DictConfig, _utils, basecontainer, omegaconf
+from omegaconf import DictConfig
+
+COMPOSING: Mapping[tuple[str, str], str] = {
+    ("hydra._internal.hydra", "Hydra"): "(task_name, config_loader)",
+    ("hydra._internal.hydra", "Hydra.create_main_hydra2"): "(task_name, config_search_path)",
+    ("hydra._internal.hydra", "Hydra.get_mode"): "(self, config_name, overrides)",
+    ("hydra._internal.hydra", "Hydra.compose_config"): (
+        "(self, config_name, overrides, run_mode, with_log_configuration=False, from_shell=True, "
+        "validate_sweep_overrides=True)"
+    ),
+}
+READING = {
+    ("omegaconf._utils", "get_yaml_loader"): "()",
+    ("omegaconf.basecontainer", "get_yaml_loader"): "()",
+}
+WRITING = {("omegaconf.omegaconf", "get_omega_conf_dumper"): "()"}
+"""{(module, private name): its parameters}. What stands in one of the three is replaced together, or not at all."""
 
 _FORCED = "hydra.mode=RUN"  # what Hydra adds to the overrides where no mode was asked for
 
@@ -24,10 +44,7 @@ _FORCED = "hydra.mode=RUN"  # what Hydra adds to the overrides where no mode was
 @contextlib.contextmanager
 def quick_hydra() -> Iterator[None]:
     """Within, Hydra composes once and YAML is read and written by libyaml, where PyYAML has it."""
-    replaced: list[tuple[Any, str, Any]] = [(hydra_internal, "Hydra", QuickHydra)]
-    if getattr(yaml, "__with_libyaml__", False):
-        replaced += [(module, "get_yaml_loader", yaml_loader) for module in (_utils, basecontainer)]
-        replaced += [(omegaconf, "get_omega_conf_dumper", yaml_dumper)]
+    replaced = replacements()
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
     try:
         for owner, name, value in replaced:
@@ -38,78 +55,117 @@ def quick_hydra() -> Iterator[None]:
             setattr(owner, name, value)
 
 
-class QuickHydra(hydra_internal.Hydra):  # type: ignore[misc]  # hydra ships no types that mypy reads here
+def replacements() -> list[tuple[Any, str, Any]]:
+    """(module, name, what takes its place) of all that is as it is known here."""
+    found: list[tuple[Any, str, Any]] = []
+    if _known(COMPOSING):
+        module = importlib.import_module("hydra._internal.hydra")
+        found.append((module, "Hydra", _composing_once(module.Hydra)))
+    if not getattr(yaml, "__with_libyaml__", False):
+        return found
+    for names, quick in ((READING, yaml_loader), (WRITING, yaml_dumper)):
+        if not _known(names):
+            continue
+        places = [(importlib.import_module(module), name) for module, name in names]
+        getters = {getattr(module, name) for module, name in places}
+        made = quick(getters.pop()()) if len(getters) == 1 else None
+        if made is not None:
+            get = functools.partial(_always, made)  # made once, where OmegaConf makes a class for each file
+            found += [(module, name, get) for module, name in places]
+    return found
+
+
+def _always(made: type[Any]) -> type[Any]:
+    return made
+
+
+def _known(names: Mapping[tuple[str, str], str]) -> bool:
+    return all(parameters(module, name) == expected for (module, name), expected in names.items())
+
+
+def parameters(module: str, name: str) -> str | None:
+    """What a name of a module takes, without types: "(self, deep=False)"; None where it is none, or not there."""
+    try:
+        place: Any = importlib.import_module(module)
+        found = inspect.signature(functools.reduce(getattr, name.split("."), place))
+    except (ImportError, AttributeError, TypeError, ValueError):
+        return None
+    untyped = [each.replace(annotation=each.empty) for each in found.parameters.values()]
+    return str(found.replace(parameters=untyped, return_annotation=found.empty))
+
+
+def _composing_once(plain: Any) -> type[Any]:
     """Hydra that keeps the config it composed to learn the mode, and runs with it."""
 
-    _kept: tuple[str | None, list[str], DictConfig] | None = None
+    class QuickHydra(plain):  # type: ignore[misc]  # hydra ships no types that mypy reads here
+        _kept: tuple[str | None, list[str], DictConfig] | None = None
 
-    def get_mode(self, config_name: str | None, overrides: list[str]) -> Any:
-        """As Hydra's: the mode the config asks for, None where it asks for none or is wrong."""
-        try:
-            config = self.compose_config(config_name, overrides, RunMode.RUN, with_log_configuration=True)
-        except Exception:  # a sweep's overrides, or a mistake: Hydra will say so in its own order
-            return super().get_mode(config_name, overrides)
-        self._kept = (config_name, list(overrides), config)
-        return config.hydra.mode
+        def get_mode(self, config_name: str | None, overrides: list[str]) -> Any:
+            """As Hydra's: the mode the config asks for, None where it asks for none or is wrong."""
+            try:
+                config = self.compose_config(config_name, overrides, RunMode.RUN, with_log_configuration=True)
+            except Exception:  # a sweep's overrides, or a mistake: Hydra will say so in its own order
+                return super().get_mode(config_name, overrides)
+            self._kept = (config_name, list(overrides), config)
+            return config.hydra.mode
 
-    def compose_config(
-        self, config_name: str | None, overrides: list[str], run_mode: RunMode, *rest: Any, **options: Any
-    ) -> DictConfig:
-        """The composed config: the one that is kept, once, where it is the one that is asked for."""
-        kept, self._kept = self._kept, None
-        if kept is not None and run_mode == RunMode.RUN and kept[0] == config_name:
-            if overrides == kept[1]:
-                return kept[2]
-            if overrides == [*kept[1], _FORCED]:
-                kept[2].hydra.overrides.hydra.append(_FORCED)
-                kept[2].hydra.mode = RunMode.RUN
-                return kept[2]
-        composed: DictConfig = super().compose_config(config_name, overrides, run_mode, *rest, **options)
-        return composed
+        def compose_config(
+            self, config_name: str | None, overrides: list[str], run_mode: RunMode, *rest: Any, **options: Any
+        ) -> DictConfig:
+            """The composed config: the one that is kept, once, where it is the one that is asked for."""
+            kept, self._kept = self._kept, None
+            asked = (run_mode, rest, options)
+            if kept is not None and asked == (RunMode.RUN, (), {"with_log_configuration": True}):
+                if (config_name, overrides) == kept[:2]:
+                    return kept[2]
+                if (config_name, overrides) == (kept[0], [*kept[1], _FORCED]):
+                    kept[2].hydra.overrides.hydra.append(_FORCED)
+                    kept[2].hydra.mode = RunMode.RUN
+                    return kept[2]
+            composed: DictConfig = super().compose_config(config_name, overrides, run_mode, *rest, **options)
+            return composed
 
-
-@functools.cache
-def yaml_loader() -> type[yaml.CSafeLoader]:
-    """OmegaConf's loader on top of libyaml: its numbers, no time stamps, no key twice. Made once, not once a file."""
-    original = _plain_loader()
-
-    class Loader(yaml.CSafeLoader):
-        yaml_implicit_resolvers = original.yaml_implicit_resolvers
-        yaml_constructors = original.yaml_constructors
-
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-            keys: set[str] = set()
-            for key, _ in node.value:
-                if key.tag == "tag:yaml.org,2002:str":
-                    if key.value in keys:
-                        raise yaml.constructor.ConstructorError(
-                            "while constructing a mapping",
-                            node.start_mark,
-                            f"found duplicate key {key.value}",
-                            key.start_mark,
-                        )
-                    keys.add(key.value)
-            return super().construct_mapping(node, deep=deep)
-
-    return Loader
+    return QuickHydra
 
 
-@functools.cache
-def yaml_dumper() -> type[yaml.CDumper]:
-    """OmegaConf's dumper on top of libyaml: a text that reads as something else is quoted."""
-    quoted = functools.cache(
-        lambda text: _utils.yaml_is_bool(text) or _utils.is_int(text) or _utils.is_float(text)
-    )
+def yaml_loader(plain: type[Any]) -> type[Any] | None:
+    """OmegaConf's loader on top of libyaml: its numbers, no time stamps, no key twice. None where it does more."""
+    own = {"construct_mapping", "yaml_constructors", "yaml_implicit_resolvers"}
+    if plain.__bases__ != (yaml.SafeLoader,) or _own(plain) != own:
+        return None
+    tables = ("yaml_constructors", "yaml_multi_constructors", "yaml_implicit_resolvers")
+    return type("Loader", (yaml.CSafeLoader, plain), {name: getattr(plain, name) for name in tables})
 
-    class Dumper(yaml.CDumper):
-        pass
+
+def yaml_dumper(plain: type[Any]) -> type[Any] | None:
+    """OmegaConf's dumper on top of libyaml: a text that reads as something else is quoted, which is asked once for a
+    text. None where it does more."""
+    own = {"str_representer", "str_representer_added", "yaml_representers"}
+    if plain.__bases__ != (yaml.Dumper,) or _own(plain) != own:
+        return None
+    asked: dict[str, tuple[str, str | None]] = {}
+    representers = dict(plain.yaml_representers)
+    represent_text = representers[str]
 
     def represent(dumper: yaml.CDumper, text: str) -> yaml.ScalarNode:
-        style = "'" if quoted(text) else None
-        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+        if text in asked:
+            tag, style = asked[text]
+            return dumper.represent_scalar(tag, text, style=style)
+        node: yaml.ScalarNode = represent_text(dumper, text)
+        asked[text] = (node.tag, node.style)
+        return node
 
-    Dumper.add_representer(str, represent)
-    return Dumper
+    tables = {
+        "yaml_representers": {**representers, str: represent},
+        "yaml_multi_representers": plain.yaml_multi_representers,
+    }
+    return type("Dumper", (yaml.CDumper, plain), tables)
 
 
-_plain_loader = _utils.get_yaml_loader
+class _Empty:
+    """What every class has."""
+
+
+def _own(made: type[Any]) -> set[str]:
+    """What a class itself defines."""
+    return set(vars(made)) - set(vars(_Empty))
