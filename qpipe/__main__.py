@@ -8,6 +8,11 @@ import sys
 def main() -> None:
     """Entry point; ends with the exit status."""
     try:
+        from qpipe.cli.requirements import refusal
+
+        if line := refusal():
+            print(f"qpipe: {line}", file=sys.stderr)
+            sys.exit(2)
         from qpipe.cli.main import main as command
 
         command()

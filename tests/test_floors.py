@@ -103,7 +103,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
     "hydra_plugins": ((), "launcher"),
     "cli": (
         (*ENGINE, "run", "explain", "report", "report.terminal", "report.drawing", "report.page", "hydra_plugins"),
-        "compose manual mistakes run_commands explain_commands cache_commands completion main",
+        "requirements compose manual mistakes run_commands explain_commands cache_commands completion main",
     ),
 }
 """Room -> the rooms it may import from, and its files, each of which may import those before it. The rooms stand in
