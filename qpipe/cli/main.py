@@ -9,12 +9,10 @@ done; 130 interrupted.
 
 from __future__ import annotations
 
-import atexit
 import gc
 import os
 import secrets
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -48,18 +46,9 @@ def main() -> None:
     gc.disable()  # a config of 10,000 nodes is a million objects that live on: a third of the time went into them
     status = run(sys.argv[1:])
     # where an action ran, `sweep` enabled it again: what a stage left open is then closed in Python's own order
-    if not gc.isenabled() and threading.active_count() == 1:
-        _end_at_once(status)
+    if not gc.isenabled():
+        gc.freeze()  # else Python looks for cycles among all objects as it ends: 0.06 s, 0.5 s for 10,000 nodes
     sys.exit(status)
-
-
-def _end_at_once(status: int) -> None:
-    """End the process without taking those objects apart one by one, which takes Python 0.3 s."""
-    atexit._run_exitfuncs()
-    with suppress(OSError, ValueError):  # closed, or nobody reads it: Python itself has words for that
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from qpipe.cli import main
 from tests.toy import Toy
 
 
@@ -76,17 +78,32 @@ def test_a_number_that_python_does_not_read_is_one_line(tmp_path: Path) -> None:
 
 
 def test_a_run_that_was_all_hits_still_tells_those_who_asked_for_the_end(toy: Toy) -> None:
-    """It leaves without taking its objects apart; what a plug-in registered runs, and all that was said arrives."""
+    """Python looks through no objects as it ends; what a plug-in registered runs, and all that was said arrives."""
     with open(toy.folder / "plugin" / "toy_stages.py", "a") as source:
-        source.write("\nimport atexit\natexit.register(called, 'end')\n")
+        source.write(
+            "\nimport atexit, gc\n"
+            "searched = lambda: gc.isenabled() or not gc.get_freeze_count()\n"
+            "atexit.register(lambda: called('end,searched' if searched() else 'end'))\n"
+        )
     toy.pipeline({"a": {"uses": "toy_number", "value": 2}})
     cold = toy.run("run", "run.workers=0")
-    assert (cold.returncode, toy.calls()) == (0, ["number", "end"]), cold.stderr
+    assert (cold.returncode, toy.calls()) == (0, ["number", "end,searched"]), cold.stderr
     warm = toy.run("run", "run.workers=0", "run.expect=cached")
     assert (warm.returncode, toy.calls()) == (0, ["end"]), warm.stderr
     assert "0 ran, 1 from the cache" in warm.stdout
     refused = toy.run("run", "run.workers=0", "run.expect=cached", "stages.a.value=3")
     assert (refused.returncode, toy.calls()) == (4, ["end"])
+
+
+def test_a_command_ends_as_a_python_program_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["qpipe", "stages", "bnf"])
+    try:
+        with pytest.raises(SystemExit) as end:
+            main()
+    finally:
+        gc.unfreeze()
+        gc.enable()
+    assert end.value.code == 0
 
 
 def test_help_that_nobody_reads_to_its_end_says_nothing_more(tmp_path: Path) -> None:
