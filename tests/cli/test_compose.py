@@ -24,7 +24,7 @@ from qpipe.cli.compose import (
     yaml_dumper,
     yaml_loader,
 )
-from tests.composition import composed
+from tests.cli.composition import composed
 
 CASES = (
     ["pipeline=ptq"],
@@ -102,9 +102,9 @@ def test_hydra_is_left_as_it_was():
 
 
 def in_a_process(folder: Path, *how: str) -> dict[str, Any]:
-    """What `python -m tests.composition` prints."""
-    command = [sys.executable, "-m", "tests.composition", str(folder), *how]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    """What `python -m tests.cli.composition` prints."""
+    command = [sys.executable, "-m", "tests.cli.composition", str(folder), *how]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     found: dict[str, Any] = json.loads(done.stdout)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qpipe.cli import main
+from qpipe.cli.main import main
 from tests.toy import Toy
 
 

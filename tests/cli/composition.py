@@ -1,6 +1,6 @@
 """What is composed, and a Hydra and an OmegaConf in which a private name is no longer what it was.
 
-    python -m tests.composition FOLDER plain|quick [renamed|widened NAME]
+    python -m tests.cli.composition FOLDER plain|quick [renamed|widened NAME]
 
 prints what `composed` returns, and what was replaced for it. `renamed` gives the name another one, wherever Hydra and
 OmegaConf say it; `widened` lets the function take one parameter more.
