@@ -139,6 +139,27 @@ def test_a_blob_is_verified_once_in_a_process(store: Store, monkeypatch: pytest.
     assert store.open(name) == b"x" * 1000
 
 
+def test_a_file_put_in_the_place_of_a_verified_one_is_verified_anew(store: Store) -> None:
+    name = store.put(b"x" * 1000)
+    store.open(name)
+    other = blob_path(store, name).with_name("other")
+    other.write_bytes(b"y" * 1000)
+    os.replace(other, blob_path(store, name))
+    with pytest.raises(DamagedError, match="does not match"):
+        store.open(name)
+
+
+@pytest.mark.parametrize("size", [0, 999, 1001])
+def test_a_verified_file_of_another_size_is_verified_anew(store: Store, size: int) -> None:
+    name = store.put(b"x" * 1000)
+    store.open(name)
+    inode = blob_path(store, name).stat().st_ino
+    rewrite(blob_path(store, name), b"x" * size)
+    assert blob_path(store, name).stat().st_ino == inode
+    with pytest.raises(DamagedError, match="does not match"):
+        store.open(name)
+
+
 @pytest.mark.parametrize(
     "name", ["", "../../etc/passwd", "A" * 64, "a" * 63, "a" * 63 + "/", "a" * 64 + "\n"]
 )

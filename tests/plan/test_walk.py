@@ -89,6 +89,19 @@ class TestFirstWithin:
         assert best.chosen[0].node == "y"
         assert "none is within the goal" in best.reasons[0]
 
+    @pytest.mark.parametrize(
+        ("scores", "taken"), [((0.6, 0.7, 0.7), "y"), ((0.7, 0.6, 0.7), "x"), ((0.7, 0.7, 0.7), "x")]
+    )
+    def test_of_equally_good_ones_the_first_is_taken(
+        self, store: Store, scores: tuple[float, ...], taken: str
+    ) -> None:
+        walk = walk_of(store, 0.1)
+        given = dict(zip(("score_x", "score_y", "score_z"), scores, strict=True))
+        give(walk, store, {"float": 0.9, **given})
+        best = walk.outcomes["best"]
+        assert best.chosen is not None
+        assert best.chosen[0].node == taken
+
     def test_a_candidate_that_fails_does_not_stop_the_search(self, store: Store) -> None:
         walk = walk_of(store, 0.1)
         give(walk, store, {"float": 0.9, "score_y": 0.85})

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from qpipe.numerics.grid import Encoding, quantize_dequantize, same_grid
 from qpipe.numerics.observers import weight_encoding
-from qpipe.numerics.rounding.gram import GramOptions, GramResult, solve
+from qpipe.numerics.rounding.codes import descend, objective, search, upper_factor
+from qpipe.numerics.rounding.gram import GramOptions, GramResult, _Choice, _Quadratic, _refit_scales, solve
 from qpipe.numerics.rounding.moments import LayerMoments, Moments, MomentSums
 from qpipe.numerics.rounding.rows import RowGrid, row_encoding, row_grid
 from qpipe.numerics.rounding.unfold import Unfold
@@ -210,6 +211,43 @@ def test_scales_that_must_be_powers_of_two_stay_so() -> None:
     fixed, moved = layer.solve(), layer.solve(scale_search=True, power_of_two=True)
     assert bool((moved.grid.scale.log2() % 1 == 0).all())
     assert moved.report["error_after"] <= fixed.report["error_after"]
+
+
+@pytest.mark.parametrize(("factor", "fitted"), [(1.0, 1.0), (1.5, 1.5), (4.9, 4.9), (5.1, 1.0), (20.0, 1.0)])
+def test_a_scale_is_refitted_by_least_squares_to_at_most_five_times_itself(factor: float, fitted: float) -> None:
+    """All weights lie at `factor` times the largest value of the grid: that scale alone has no error."""
+    grid = RowGrid(torch.full((1, 1, 1), 0.125), torch.zeros(1, 1, 1), -8, 7)
+    mean = torch.zeros(1, 4, dtype=torch.float64)
+    options = GramOptions(scale_search=True, scale_factors=(1.0,), beam=1)
+    weight = torch.full((1, 1, 4), 7 * 0.125 * factor)
+    result = solve(weight, grid, Moments(1000, mean, mean, torch.eye(4)[None]), options=options)
+    assert float(result.grid.scale) == pytest.approx(0.125 * fitted, rel=1e-6)
+
+
+@pytest.mark.parametrize(("factor", "fitted"), [(0.21, 0.21), (0.19, 1.0), (-1.0, 1.0), (5.1, 1.0)])
+def test_codes_that_say_next_to_nothing_of_the_weights_do_not_move_the_scale(factor: float, fitted: float) -> None:
+    grid = RowGrid(torch.full((1, 1, 1), 0.125), torch.zeros(1, 1, 1), -8, 7)
+    target, codes = torch.full((1, 1, 4), 0.125 * factor), torch.ones(1, 1, 4)
+    choice = _Choice(0.0, 0.0, 0.0, target, _Quadratic(torch.eye(4)[None]), codes)
+    moved, _ = _refit_scales(choice, grid, codes, GramOptions(), rounds=1)
+    assert float(moved.scale) == pytest.approx(0.125 * fitted, rel=1e-6)
+
+
+def test_no_row_costs_more_than_a_beam_by_descending_diagonal_finds() -> None:
+    """The beam itself, run by hand on H' = (1 - l) H + l mean(diag H) I with its columns in that order."""
+    layer = _Layer(1, 64, 32, drift=0.0, bits=3)
+    spread = torch.logspace(-1, 1, 32)[torch.randperm(32, generator=torch.Generator().manual_seed(1))]
+    cov = layer.fit.cov * spread[:, None] * spread
+    fit = replace(layer.fit, cov=cov, cross=None, drift=None)
+    result = solve(layer.weight, layer.grid, fit, None, layer.bias, GramOptions(beam=4, shrinkage=0.03))
+    h = 0.97 * cov + (0.03 + 1e-5) * cov[0].diagonal().mean() * torch.eye(32)
+    order = torch.tensor(np.argsort(-h[0].diagonal().numpy(), kind="stable"))[None]
+    permuted = h[:, order[0]][:, :, order[0]]
+    found = search(layer.weight, layer.grid, upper_factor(permuted), order, 4)
+    codes, _ = descend(layer.weight, found, layer.grid, h)
+    by_hand, kept = (objective(layer.weight, layer.grid.values(c.float()), h) for c in (codes, result.codes))
+    assert result.report["kept"] == "gram"
+    assert bool((kept <= by_hand * (1 + 1e-6)).all())
 
 
 def test_blocks_across_outputs_keep_their_scales() -> None:
