@@ -133,6 +133,20 @@ def test_a_value_that_is_no_json_is_a_miss(folder: Path) -> None:
     assert Index(folder).get("kind", "key") is None
 
 
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE Cache SET value = replace(value, '17', '16') WHERE key = 'kind key'",
+        "UPDATE Cache SET value = (SELECT value FROM Cache WHERE key = 'kind other') WHERE key = 'kind key'",
+    ],
+)
+def test_a_row_that_is_not_as_it_was_written_is_a_miss(folder: Path, statement: str) -> None:
+    filled(folder, key={"imports": 171717}, other={"imports": 3})
+    assert Index(folder).get("kind", "key") == {"imports": 171717}
+    change(folder, statement)
+    assert Index(folder).get("kind", "key") is None
+
+
 @pytest.mark.parametrize("damage", ["garbage", "cut", "settings", "table", "folder"])
 def test_a_damaged_database_is_moved_aside_and_rebuilt(folder: Path, damage: str) -> None:
     filled(folder, **{f"key{i}": "x" * 200 for i in range(500)})

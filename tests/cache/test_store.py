@@ -95,6 +95,14 @@ def test_a_blob_that_is_there_is_not_written_again_and_counts_as_new(store: Stor
     assert time.time() - path.stat().st_mtime < 60
 
 
+@pytest.mark.parametrize("came", [[b"whole"], [b"wh", b"ole"], [b"whale"], [b"who"], [b"whole", b"r"]])
+def test_what_comes_in_pieces_is_kept_only_where_it_is_what_it_says(store: Store, came: list[bytes]) -> None:
+    name, right = digest_bytes(b"whole"), b"".join(came) == b"whole"
+    assert store.receive(name, 5, came) == right
+    assert store.has(name) == right
+    assert list((store.root / "tmp").iterdir()) == []
+
+
 def test_making_or_asking_a_store_writes_nothing(tmp_path: Path) -> None:
     store = Store(tmp_path / "cache")
     assert store.result(KEY) is None
@@ -118,6 +126,13 @@ def test_a_flipped_byte_is_found_moved_aside_and_healed(store: Store) -> None:
     assert (store.root / "damaged" / name).exists()
     assert store.put(content) == name
     assert Store(store.root).open(name) == content
+
+
+def test_a_damaged_blob_is_written_again_by_who_puts_the_same(store: Store) -> None:
+    name = store.put(b"whole")
+    rewrite(blob_path(store, name), b"whale")
+    assert Store(store.root).put(b"whole") == name
+    assert bytes(Store(store.root).open(name)) == b"whole"
 
 
 def test_a_blob_cut_short_is_replaced_by_the_next_put(store: Store) -> None:

@@ -197,6 +197,12 @@ def test_the_engine_is_no_part_of_a_formula() -> None:
     assert "qpipe" not in found
 
 
+def test_all_that_results_are_made_by_is_part_of_a_formula() -> None:
+    parts = {name.split(".")[1] for name in reached("qpipe.stages.adaround")}
+    assert parts >= {"stages", "methods", "model", "numerics", "mapped"}
+    assert {name.split(".")[1] for name in reached("qpipe.demo.net")} == {"demo"}
+
+
 def test_nothing_is_imported_or_run(write: Write, tmp_path: Path) -> None:
     write({"zq_bad/__init__.py": "raise SystemExit('ran')", "zq_bad/m.py": "import torch\nraise SystemExit"})
     program = (

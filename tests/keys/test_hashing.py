@@ -128,6 +128,13 @@ def test_text_that_looks_like_structure_stays_text(parts: list[str]) -> None:
     assert digest(parts) != digest(str(parts)) != digest(repr(parts).encode())
 
 
+def test_text_that_looks_like_a_tag_stays_text() -> None:
+    """A text is written behind its tag, s, and its length: without the length these run together alike."""
+    assert digest(["as", "b"]) != digest(["a", "sb"])
+    assert digest({"as": "b"}) != digest({"a": "sb"})
+    assert digest("a" * 300 + "s", "b") != digest("a" * 300, "sb")
+
+
 def test_negative_zero_is_zero_and_all_nans_are_one() -> None:
     other_nan = struct.unpack("<d", struct.pack("<Q", 0xFFF8_0000_0000_0001))[0]
     assert digest(-0.0) == digest(0.0)
@@ -232,6 +239,22 @@ def test_a_file_that_was_just_written_is_not_memoised(tmp_path: Path) -> None:
     assert not memo
 
 
+def test_a_file_that_is_written_while_it_is_read_is_not_memoised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, memo = tmp_path / "x", Notes()
+    file.write_bytes(b"one")
+
+    def meddle(content: bytes) -> str:
+        file.write_bytes(b"others")
+        return digest_bytes(content)
+
+    monkeypatch.setattr("qpipe.keys.hashing._RACY_NS", 0)
+    monkeypatch.setattr("qpipe.keys.hashing.digest_bytes", meddle)
+    assert digest_file(file, memo) == blake3(b"one").hexdigest()
+    assert not memo
+
+
 def _tree(folder: Path, files: dict[str, str]) -> Path:
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -247,6 +270,9 @@ def test_a_tree_counts_by_relative_names_and_contents(tmp_path: Path) -> None:
     renamed = {"z.txt": "1", "sub/b.txt": "2", "sub/deep/c.txt": "3"}
     assert tree_contents(_tree(tmp_path / "four", renamed)) != base
     assert tree_contents(_tree(tmp_path / "five", {"a.txt": "1", "sub": "x"})) != base
+    crossed = [{"a/x": "1", "b/y": "2"}, {"a/y": "2", "b/x": "1"}]
+    one, other = (tree_contents(_tree(tmp_path / f"crossed{i}", each)) for i, each in enumerate(crossed))
+    assert one != other
     (tmp_path / "two" / "empty").mkdir()
     assert tree_contents(tmp_path / "two") != base
 

@@ -148,6 +148,18 @@ def test_a_plan_downloads_results_and_no_blob(url: str, machine: Open) -> None:
     assert again.remote.requests.total() == 0  # the index remembers the promise
 
 
+def test_a_promise_whose_blobs_did_not_come_is_no_local_result(share: str, machine: Open) -> None:
+    here, there = machine("a", share), machine("b", share)
+    publish(here, 1, samples(1))
+    here.settle()
+    assert there.result(key_of(1)) is not None
+    there.settle()
+    assert list(there.keys()) == []
+    read(there, 1)
+    there.settle()
+    assert list(there.keys()) == [key_of(1)]
+
+
 def test_nothing_is_uploaded_twice_and_blobs_come_before_results(server: Server, machine: Open) -> None:
     here = machine("a", "s3://bucket/team")
     publish(here, 1, samples(1))
@@ -308,6 +320,23 @@ def test_one_missing_blob_shows_which_others_are_missing(server: Server, machine
     there.doubt(roots[0])
     assert [bool(result and there.complete(result)) for result in results] == [True] * 5 + [False]
     assert there.remote.readable
+
+
+@pytest.mark.parametrize(("content", "lost"), [(b"", True), (None, False)])
+def test_a_promised_blob_of_another_size_is_missing(
+    share: str, machine: Open, tmp_path: Path, content: bytes | None, lost: bool
+) -> None:
+    here = machine("a", share)
+    result = publish(here, 1, samples(1))
+    here.settle()
+    name = max(result["blobs"], key=result["blobs"].get)
+    here.discard(name, 0)
+    if content is not None:
+        remote = tmp_path / "share" / "blobs" / name[:2] / name
+        remote.chmod(0o644)
+        remote.write_bytes(content)
+    again = machine("a", share)
+    assert again.complete(result) == ([name] if lost else [])
 
 
 @pytest.mark.parametrize(
