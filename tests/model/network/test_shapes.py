@@ -1,0 +1,52 @@
+"""Shapes: what is inferred, and what the graph's own word counts against it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+
+from qpipe.model.network.shapes import complete, infer_shapes
+from tests.model.nets import normal, parsed
+
+
+def inferred(text: str, **tensors: Any) -> dict[str, str]:
+    """The shapes of all values after inference, as text."""
+    model = ir.from_proto(parsed(text, **tensors))
+    infer_shapes(model)
+    return {str(value.name): str(value.shape) for node in model.graph for value in node.outputs}
+
+
+def test_names_of_dimensions_pass_through() -> None:
+    text = "m (float[batch,4] x) => (float[rows,q] y) { a = MatMul(x, w)  y = Relu(a) }"
+    assert inferred(text, w=normal(4, 6)) == {"a": "[batch,6]", "y": "[rows,6]"}
+
+
+def test_a_number_beats_a_name_and_the_graphs_name_beats_none() -> None:
+    text = "m (float[N,4] x, float[T,4] z) => (float[rows,columns] y) { y = Concat<axis=0>(x, z) }"
+    assert inferred(text) == {"y": "[rows,4]"}
+    assert inferred("m (float[2,4] x) => (float[rows,4] y) { y = Relu(x) }") == {"y": "[2,4]"}
+
+
+def test_a_size_that_inference_made_up_a_name_for_stays_open() -> None:
+    text = "m (float[N,4] x, float[T,4] z) => (float[p,q] y) { a = Concat<axis=0>(x, z)  y = Relu(a) }"
+    assert inferred(text) == {"a": "[None,4]", "y": "[p,4]"}
+
+
+def test_behind_a_group_normalization_shapes_are_known() -> None:
+    text = "m (float[N,4,5] x) => (float[N,p,q] y) { a = GroupNormalization<num_groups=2>(x, b, b)  y = Relu(a) }"
+    assert inferred(text, b=normal(4)) == {"a": "[N,4,5]", "y": "[N,4,5]"}
+
+
+def test_where_inference_fails_what_was_known_stays() -> None:
+    text = "m (float[2,4] x) => (float[2,6] y) { a = MatMul(x, w)  y = Relu(a) }"
+    assert inferred(text, w=normal(5, 6))["y"] == "[2,6]"
+
+
+def test_a_graph_is_complete_once_every_value_has_a_type_and_a_shape() -> None:
+    model = ir.from_proto(parsed("m (float[2,4] x) => (float[2,4] y) { a = Abs(x)  y = Relu(a) }"))
+    assert not complete(model)
+    infer_shapes(model)
+    assert complete(model)
+    model.graph[0].outputs[0].type = None
+    assert not complete(model)
