@@ -1,0 +1,33 @@
+"""How much each group loses alone, and what a score loses."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from qpipe.methods.mixing.sensitivity import loss_of, score_alone
+
+
+@pytest.mark.parametrize(
+    ("metric", "score", "reference", "loss"),
+    [
+        ("sqnr_db", 20.0, 0.0, 0.01),
+        ("sqnr_db", 0.0, 0.0, 1.0),
+        ("sqnr_db", -10.0, 99.0, 10.0),
+        ("top1", 0.7, 0.75, 0.05),
+        ("top1", 0.8, 0.75, 0.0),  # better by chance
+    ],
+)
+def test_a_loss_is_noise_over_signal_or_a_drop(metric: str, score: float, reference: float, loss: float) -> None:
+    assert loss_of(metric, score, reference) == pytest.approx(loss)
+
+
+def test_every_option_of_every_group_is_scored_alone_once_and_in_order() -> None:
+    groups = [SimpleNamespace(name="w", options=("w4", "w8")), SimpleNamespace(name="y", options=("a8",))]
+    choices: Any = SimpleNamespace(groups=groups, alone=lambda group, option: {group.name: option})
+    told: list[tuple[int, int, str]] = []
+    found = score_alone(choices, lambda group, grids: 10.0 * grids[group.name], lambda *at: told.append(at))
+    assert found == [[0.0, 10.0], [0.0]]
+    assert told == [(0, 3, "w w4"), (1, 3, "w w8"), (2, 3, "y a8")]
