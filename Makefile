@@ -1,11 +1,12 @@
 # `make demo`: set up, then quantize the built-in model. `make test`: set up, then run the tests; `make test-slow`: those
-# that take longer, such as whole networks and processes killed by the hundred.
+# that take longer, such as whole networks and processes killed by the hundred; `make mutants`: whether the tests notice
+# when one line of what must never be wrong is flipped.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test test-slow lint types setup clean
+.PHONY: demo test test-slow mutants lint types setup clean
 
 demo: $(VENV)/.installed
 	$(BIN)/qpipe
@@ -15,6 +16,9 @@ test: $(VENV)/.installed-dev
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow
+
+mutants: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.mutants --workers $(WORKERS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

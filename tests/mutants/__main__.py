@@ -27,7 +27,7 @@ def main() -> int:
         print(f"mutants: {error}", file=sys.stderr)
         return 2
     verdict = "all noticed" if not survived else f"{len(survived)} SURVIVED: {', '.join(survived)}"
-    print(f"{len(mutants)} mutants, {verdict}, {time.monotonic() - started:.0f} s.")
+    print(f"{len(mutants)} mutant{'s' * (len(mutants) != 1)}, {verdict}, {time.monotonic() - started:.0f} s.")
     return 1 if survived else 0
 
 
@@ -36,7 +36,7 @@ def _named(names: Sequence[str]) -> list[Mutant]:
     known = read_tables()
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise BrokenMutantError(f"there is no {', '.join(unknown)}. There are: {', '.join(known)}.")
+        raise BrokenMutantError(f"there is no {' and no '.join(unknown)}. There are: {', '.join(known)}.")
     chosen = [known[name] for name in names or known]
     broken = [text for mutant in chosen if (text := _broken(mutant))]
     if broken:

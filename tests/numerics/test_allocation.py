@@ -70,6 +70,13 @@ def test_costs_that_differ_by_one_in_a_trillion_keep_the_budget() -> None:
         assert sum(choice) == spare
 
 
+def test_a_budget_that_is_missed_by_less_than_the_solver_sees_is_kept() -> None:
+    """HiGHS takes a constraint for met that is missed by a millionth."""
+    groups = [[Option(0, 1.0), Option(10**9 + 1, 0.5)]]
+    assert least_loss(groups, 10**9) == (0,)
+    assert least_loss(groups, 10**9 + 1) == (1,)
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 10, 33])
 def test_bisection_finds_the_first_that_meets_and_asks_few(count: int) -> None:
     for first in range(count + 1):

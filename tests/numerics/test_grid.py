@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -198,6 +199,21 @@ def test_json_holds_the_same_grid_and_equality_ignores_frozen() -> None:
     assert same_grid(e, again)
     assert again.frozen
     assert not same_grid(e, _encoding(8, True, (5,), axis=0))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"bitwidth": 7},
+        {"signed": True, "zero_point": np.zeros(5)},
+        {"scale": np.full(5, 0.25)},
+        {"zero_point": np.array([1, 2, 3, 4, 6])},
+        {"axis": 1},
+    ],
+)
+def test_grids_that_differ_in_one_part_are_two(change: dict[str, Any]) -> None:
+    e = Encoding(8, False, False, np.full(5, 0.5), np.array([1, 2, 3, 4, 5]), axis=0)
+    assert not same_grid(e, dataclasses.replace(e, **change))
 
 
 def test_arrays_of_an_encoding_are_its_own_and_read_only() -> None:

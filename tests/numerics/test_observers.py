@@ -100,6 +100,12 @@ def test_minmax_and_moving_average_follow_their_definitions() -> None:
     assert observer.range(average) == pytest.approx((low, high), rel=1e-12)
 
 
+def test_each_new_batch_counts_one_hundredth_in_the_moving_average() -> None:
+    observer = _observed(np.array([-1.0, 1.0]), np.array([-3.0, 11.0]))
+    average = replace(ASYMMETRIC, observer="moving_average")
+    assert observer.range(average) == pytest.approx((-1.02, 1.1), rel=1e-12)
+
+
 @pytest.mark.parametrize("percentile", [99.0, 99.9, 99.99, 100.0])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_percentiles_agree_with_numpy_to_a_bin(percentile: float, symmetric: bool) -> None:

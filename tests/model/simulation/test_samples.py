@@ -7,7 +7,7 @@ import pytest
 
 from qpipe.errors import InputError
 from qpipe.model import Model
-from qpipe.model.simulation.samples import batches, fitting, fixed_batch_size, sample_count, thinned
+from qpipe.model.simulation.samples import batches, fitting, fixed_batch_size, sample_count
 from tests.model.nets import parsed
 
 OPEN = Model.from_proto(parsed("m (float[N,2] x, int64[N] i) => (float[N,2] y) { c = Cast<to=1>(i)  y = Relu(x) }"))
@@ -74,11 +74,3 @@ def test_what_does_not_fit_is_refused_in_one_sentence(change: dict[str, np.ndarr
 def test_infinities_of_the_data_stay_what_they_are() -> None:
     (x, _) = fitting(OPEN, {"x": np.full((1, 2), np.inf), "i": np.arange(1)})
     assert np.isinf(x).all()
-
-
-def test_samples_are_thinned_evenly_and_keep_every_class_of_sorted_data() -> None:
-    labels = np.repeat(np.arange(10), 30)
-    found = thinned({"labels": labels, "few": np.arange(4)}, 20)
-    assert np.bincount(found["labels"]).tolist() == [2] * 10
-    np.testing.assert_array_equal(found["few"], np.arange(4))
-    assert thinned({"labels": labels}, None)["labels"] is labels

@@ -58,6 +58,9 @@ def test_a_gate_of_another_value_is_none() -> None:
 def test_a_function_whose_inside_is_read_elsewhere_is_none() -> None:
     assert composites("a = Sigmoid(x)  m = Mul(x, a)  y = Add(m, a)") == []
     assert composites("a = Sigmoid(x)  y = Mul(x, a)", "float[N,8] y, float[N,8] a") == []
+    rms = "p = Pow(x, two)  m = ReduceMean(p, last)  e = Add(m, eps)  s = Sqrt(e)  n = Div(x, s)  f = Mul(n, g)"
+    assert composites(f"{rms}  y = MatMul(f, w)") == [("x", "f", "e f m n p s")]
+    assert composites(f"{rms}  y = Add(f, m)") == []
 
 
 def test_a_sum_does_not_close_a_function() -> None:
