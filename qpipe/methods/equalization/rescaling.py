@@ -1,6 +1,8 @@
 """Linked layers read and rewritten: how large the weights of each channel are, and channels rescaled between layers.
 
-W1 /= s, b1 /= s (rows)        W2 *= s (columns)        min(x, u) becomes min(x, u / s)
+    W1 /= s, b1 /= s (rows)        W2 *= s (columns)        min(x, u) becomes min(x, u / s)
+
+s is (C,), one scale for each link; float64 in between, rounded once to float32.
 """
 
 from __future__ import annotations
