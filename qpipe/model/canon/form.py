@@ -22,12 +22,7 @@ from qpipe.model.canon.floats import to_float32
 from qpipe.model.canon.folding import fold_constants, fold_weights
 from qpipe.model.canon.opsets import to_canonical_opset
 from qpipe.model.canon.refusals import check_supported, refuse_unfit
-from qpipe.model.network.invariants import (
-    drop_unused_initializers,
-    lift_constants,
-    remove_dead_nodes,
-    restore,
-)
+from qpipe.model.network.invariants import lift_constants, remove_dead_nodes, restore
 from qpipe.model.network.naming import assign_names
 from qpipe.model.network.network import Network
 from qpipe.model.network.rewriting import Rule, apply
@@ -82,13 +77,9 @@ def canonicalize(
     Raises InputError for what cannot be taken, all of it listed."""
     model, notes = _in_one_dialect(model)
     graph, grids = model.graph, Grids()
-    for value in [value for value in graph.inputs if value.is_initializer()]:
-        graph.inputs.remove(
-            value
-        )  # a default that a caller may override; before IR version 4 all had to be inputs
-    named = (
-        _float_parameters(graph) if parameters is None else parameters
-    )  # before Constant nodes become initializers
+    # Defaults that a caller may override; before IR version 4 all initializers had to be inputs.
+    common.RemoveInitializersFromInputsPass()(model)
+    named = _float_parameters(graph) if parameters is None else parameters  # before Constant nodes become initializers
     kept = frozenset(named) - scale_sources(graph)
     lift_constants(graph)
     graph.sort()
@@ -107,7 +98,6 @@ def canonicalize(
     notes += fold_weights(model)
     layer_forms.drop_made_up_biases(graph, kept | grids.names)
     remove_dead_nodes(model)
-    drop_unused_initializers(graph)
     restore(model)
     infer_shapes(model)
     check_supported(model)

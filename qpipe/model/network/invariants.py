@@ -29,11 +29,9 @@ def restore(model: ir.Model) -> None:
     value that nothing produces, or an operator set that is not the canonical one."""
     graph = model.graph
     lift_constants(graph)
-    for value in [value for value in graph.inputs if value.is_initializer()]:
-        graph.inputs.remove(value)
-    _sort(graph)
+    common.RemoveInitializersFromInputsPass()(model)
+    graph.sort()  # a graph that is in order stays as it is, so that an edit does not reshuffle the nodes
     remove_dead_nodes(model)
-    drop_unused_initializers(graph)
     assign_names(model)
     _forget_origins(model)
     if model.opset_imports.get("") != OPSET:
@@ -88,23 +86,6 @@ def fresh_initializer_name(graph: ir.Graph, wanted: str) -> str:
     return name
 
 
-def drop_unused_initializers(graph: ir.Graph) -> None:
-    """Remove the initializers that nothing reads, in place."""
-    for name, value in list(graph.initializers.items()):
-        if not value.uses() and not value.is_graph_output():
-            del graph.initializers[name]
-
-
-def _sort(graph: ir.Graph) -> None:
-    """A graph that is in order stays as it is, so that an edit does not reshuffle the nodes."""
-    seen: set[ir.Node] = set()
-    for node in graph:
-        if any(before not in seen and before.graph is graph for before in node.predecessors()):
-            graph.sort()
-            return
-        seen.add(node)
-
-
 def _forget_origins(model: ir.Model) -> None:
     model.doc_string = model.producer_name = model.producer_version = model.domain = None
     model.model_version = None
@@ -142,5 +123,5 @@ def _check_sources(graph: ir.Graph) -> None:
 
 
 def remove_dead_nodes(model: ir.Model) -> None:
-    """Remove the nodes whose outputs nobody reads, in place."""
+    """Remove the nodes whose outputs nobody reads, and the initializers that nothing reads, in place."""
     common.RemoveUnusedNodesPass()(model)
