@@ -55,7 +55,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
             "opsets refusals form"
         ),
     ),
-    "model.simulation": (MODEL, "constants samples module stream run"),
+    "model.simulation": (MODEL, "constants samples module watching stream run"),
     "model.files": (
         MODEL,
         "soundness onnx_reader protobuf encodings_writer encodings_reader state_dict onnx_writer",

@@ -16,9 +16,11 @@ from qpipe.methods.comparison.compare import random_inputs, relative_error
 from qpipe.model.qdq.nodes import computes_codes
 from qpipe.model.runtime.session import make_session
 from qpipe.model.simulation.module import to_torch
+from qpipe.model.simulation.watching import See, watched
 
 if TYPE_CHECKING:
     import onnxruntime
+    from torch import Tensor
 
     from qpipe.model.network.network import Network
 
@@ -110,50 +112,32 @@ def _as_type(array: Array, declared: str) -> Array:
 
 
 def _run_torch(model: Network, inputs: Mapping[str, Array]) -> list[Array]:
-    import torch
+    """What the torch module computes. The pages of weights are let go of every so often: each is looked at once."""
+    weights, used = dict(model.params), 0
 
-    from qpipe.model.simulation.module import build
+    def pass_over(name: str, value: Tensor) -> None:
+        nonlocal used
+        if name in weights:
+            used += value.nbytes
+        elif used > _PASSING_BYTES:
+            used = 0
+            for array in weights.values():
+                let_go(array)
 
-    arrays = list(model.params.values())
-
-    class Passing(torch.fx.Interpreter):
-        """Lets go of the pages of weights every so often: each is looked at once."""
-
-        used = 0
-
-        def run_node(self, n: torch.fx.Node) -> Any:
-            result = super().run_node(n)
-            if n.op == "get_attr" and isinstance(result, torch.Tensor):
-                self.used += result.nbytes
-            elif self.used > _PASSING_BYTES:
-                self.used = 0
-                for array in arrays:
-                    let_go(array)
-            return result
-
-    module = build(model.graph, shared=True)
-    with torch.no_grad():
-        results = Passing(module).run(*(torch.from_numpy(inputs[spec.name]) for spec in model.inputs))
-    tensors = (results,) if isinstance(results, torch.Tensor) else results
-    return [np.asarray(tensor.numpy()) for tensor in tensors]
+    return [np.asarray(tensor.numpy()) for tensor in _watched(model, inputs, pass_over)]
 
 
 def _torch_values(model: Network, inputs: Mapping[str, Array]) -> dict[str, Array]:
-    """Every first output of a node, as the torch module computes it, by the name of its ONNX value."""
-    import torch
-
-    module = to_torch(model, quantized=False, shared=True)
+    """Every value as the torch module computes it, by its name."""
     values: dict[str, Array] = {}
 
-    class Recorder(torch.fx.Interpreter):
-        def run_node(self, n: torch.fx.Node) -> Any:
-            result = super().run_node(n)
-            outputs = n.meta.get("outputs") or ()
-            first = result[0] if isinstance(result, (tuple, list)) and result else result
-            if outputs and isinstance(first, torch.Tensor):
-                values[outputs[0]] = first.detach().numpy()
-            return result
+    def keep(name: str, value: Tensor) -> None:
+        values[name] = value.numpy()
 
-    with torch.no_grad():
-        Recorder(module).run(*(torch.from_numpy(inputs[spec.name]) for spec in model.inputs))
+    _watched(model, inputs, keep)
     return values
+
+
+def _watched(model: Network, inputs: Mapping[str, Array], see: See) -> tuple[Tensor, ...]:
+    module = to_torch(model, quantized=False, shared=True)
+    return watched(module, [inputs[spec.name] for spec in model.inputs], see)

@@ -25,8 +25,11 @@ import numpy.typing as npt
 from qpipe.errors import InputError
 from qpipe.model.runtime.session import make_session
 from qpipe.model.simulation.module import to_torch
+from qpipe.model.simulation.watching import watched
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from qpipe.model.network.network import Network
 
 Array = npt.NDArray[Any]
@@ -224,23 +227,15 @@ def simulate(
 ) -> dict[str, Array]:
     """The values called `names` in one run of a module of `to_torch`, as their readers see them; `unrounded`
     takes what the quantizers among them got."""
-    import torch
-    from torch.fx import Interpreter, Node
-
     found: dict[str, Array] = {}
 
-    class Watcher(Interpreter):
-        def run_node(self, n: Node) -> Any:
-            result = super().run_node(n)
-            for name in n.meta.get("outputs", ()):
-                if name in names:
-                    if unrounded is not None and name in found:
-                        unrounded[name] = found[name]
-                    found[name] = result.detach().cpu().numpy()
-            return result
+    def see(name: str, value: Tensor) -> None:
+        if name in names:
+            if unrounded is not None and name in found:
+                unrounded[name] = found[name]
+            found[name] = value.numpy()
 
-    with torch.inference_mode():
-        Watcher(module).run(*(torch.tensor(array) for array in arrays))
+    watched(module, arrays, see)
     return found
 
 

@@ -11,9 +11,12 @@ import numpy.typing as npt
 
 from qpipe.model.simulation.module import to_torch
 from qpipe.model.simulation.samples import batches
+from qpipe.model.simulation.watching import watched
 from qpipe.model.structure.layers import find_layers
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from qpipe.methods.placement.placement import Placement
     from qpipe.model.network.network import Network
 
@@ -73,20 +76,11 @@ def measure_work(model: Network, placement: Placement, arrays: Mapping[str, Arra
 
 def _shapes(model: Network, arrays: Mapping[str, Array]) -> tuple[dict[str, tuple[int, ...]], int]:
     """The shape of every value for one small batch, and the number of samples in it."""
-    import torch
-    from torch.fx import Interpreter, Node
-
     found: dict[str, tuple[int, ...]] = {}
 
-    class Measure(Interpreter):
-        def run_node(self, n: Node) -> Any:
-            result = super().run_node(n)
-            for name in n.meta.get("outputs", ()):
-                if isinstance(result, torch.Tensor):
-                    found[name] = tuple(result.shape)
-            return result
+    def see(name: str, value: Tensor) -> None:
+        found[name] = tuple(value.shape)
 
     batch = next(batches(model, arrays, 1))
-    with torch.inference_mode():
-        Measure(to_torch(model, quantized=False)).run(*(torch.tensor(array) for array in batch.arrays))
+    watched(to_torch(model, quantized=False, shared=True), batch.arrays, see)
     return found, len(batch.arrays[0])

@@ -13,10 +13,13 @@ import numpy.typing as npt
 
 from qpipe.model.simulation.module import to_torch
 from qpipe.model.simulation.samples import batches, sample_count
+from qpipe.model.simulation.watching import watched
 from qpipe.numerics.grid import Encoding
 from qpipe.numerics.observers import HistogramObserver, weight_encoding
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from qpipe.methods.placement.placement import Placement
     from qpipe.model.network.network import Network
 
@@ -49,16 +52,18 @@ def observe(
     Memory is that of one batch and the observers. Raises InputError for data that do not fit, and for a nan,
     with the name of the value.
     """
-    import torch
-
     observers = {group: HistogramObserver(name=group[0]) for group in groups}
     by_value = {name: observer for group, observer in observers.items() for name in group}
-    watcher = _watcher(to_torch(model, quantized=False, device=device, shared=True), by_value)
+    module = to_torch(model, quantized=False, device=device, shared=True)
+
+    def see(name: str, value: Tensor) -> None:
+        if name in by_value:
+            by_value[name].update(value)
+
     total = sample_count(model, arrays)
     done = 0
     for batch in batches(model, arrays, batch_size):
-        with torch.inference_mode():
-            watcher.run(*(torch.tensor(array, device=device) for array in batch.arrays))
+        watched(module, batch.arrays, see, device)
         done += batch.count
         if progress:
             progress(done, total)
@@ -87,21 +92,6 @@ def observed(
         "observers", run, content(model), dict(arrays), [list(group) for group in groups], batch_size
     )
     return unpack_observers(groups, states)
-
-
-def _watcher(module: Any, observers: Mapping[str, HistogramObserver]) -> Any:
-    """An interpreter of `module` that shows each observer the value it watches."""
-    from torch.fx import Interpreter, Node
-
-    class Watcher(Interpreter):
-        def run_node(self, n: Node) -> Any:
-            result = super().run_node(n)
-            for name in n.meta.get("outputs", ()):
-                if name in observers:
-                    observers[name].update(result)
-            return result
-
-    return Watcher(module)
 
 
 def pack_observers(observers: Observers) -> dict[str, Array]:
