@@ -73,9 +73,9 @@ def read_affine(node: ir.Node) -> Affine | None:
     """What a BatchNormalization node computes; None where it trains or computes its parameters."""
     import numpy as np
 
-    from qpipe.model.structure.channels import constant
+    from qpipe.model.network.invariants import constant_of
 
-    arrays = [constant(value) for value in node.inputs[1:5]]
+    arrays = [constant_of(value) for value in node.inputs[1:5]]
     trains: int = node.attributes.get_int("training_mode", 0)
     if trains or any(array is None for array in arrays):
         return None

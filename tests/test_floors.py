@@ -30,7 +30,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
     "artifacts": (("errors", "mapped", "keys", "numerics"), "kinds artifact"),
     "model.network": (
         ("errors", "mapped", "numerics"),
-        "facts naming rewriting packing shapes invariants network parts",
+        "facts naming packing shapes invariants rewriting network parts",
     ),
     "model.operators": (
         ("errors",),

@@ -15,7 +15,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qpipe.model.structure.channels import Blocked, Step, Way, constant, dims, follow
+from qpipe.model.network.invariants import constant_of
+from qpipe.model.structure.channels import Blocked, Step, Way, dims, follow
 
 if TYPE_CHECKING:
     from qpipe.model.network.network import Array, Editor
@@ -66,11 +67,11 @@ def admits(node: ir.Node) -> str | None:
     if node.op_type in ("Clip", "Min", "Max"):
         if len(node.inputs) > 2 and node.op_type != "Clip":
             return f"'{node.name}' ({node.op_type}) compares more than two values"
-        if any(constant(bound) is None for bound in bounds):
+        if any(constant_of(bound) is None for bound in bounds):
             return f"'{node.name}' ({node.op_type}) has bounds that are computed in the graph"
         return None if dims(node.inputs[0]) else f"the rank of '{node.name}' is not known"
     if node.op_type == "Pad":
-        fill = constant(node.inputs[2]) if len(node.inputs) > 2 else None
+        fill = constant_of(node.inputs[2]) if len(node.inputs) > 2 else None
         constant_mode = node.attributes.get_string("mode", "constant") == "constant"
         absent = len(node.inputs) < 3 or node.inputs[2] is None
         if not constant_mode or absent or (fill is not None and not fill.any()):
@@ -107,7 +108,7 @@ def chains(links: Mapping[str, Link], layers: Mapping[str, Layer]) -> list[list[
 
 def bounds(node: ir.Node) -> tuple[Array | None, Array | None]:
     """The lower and the upper bound of a Clip, Min or Max; None where it has none, or an infinite one."""
-    found = [constant(value) for value in (*node.inputs[1:], None, None)[:2]]
+    found = [constant_of(value) for value in (*node.inputs[1:], None, None)[:2]]
     lower, upper = {"Clip": found, "Max": [found[0], None], "Min": [None, found[0]]}[node.op_type]
     return _finite(lower), _finite(upper)
 

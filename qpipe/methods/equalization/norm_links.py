@@ -18,9 +18,10 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from qpipe.model.network.invariants import constant_of
 from qpipe.model.runtime.session import make_session
 from qpipe.model.simulation.samples import batches
-from qpipe.model.structure.channels import constant, dims
+from qpipe.model.structure.channels import dims
 
 if TYPE_CHECKING:
     from qpipe.model.network.network import Array, Editor, Network
@@ -61,12 +62,12 @@ def _parameters(node: ir.Node) -> tuple[ir.Value, ir.Value | None] | None:
     """The scale (C,) and the bias of a node that scales the last axis by a parameter; None for any other."""
     if node.domain or node.op_type not in ("LayerNormalization", "Mul"):
         return None
-    first = 1 if node.op_type == "LayerNormalization" or constant(node.inputs[0]) is None else 0
+    first = 1 if node.op_type == "LayerNormalization" or constant_of(node.inputs[0]) is None else 0
     rank = len(dims(node.inputs[1 - first]))
     if node.op_type == "LayerNormalization" and node.attributes.get_int("axis", -1) not in (-1, rank - 1):
         return None
     scale, bias = node.inputs[first], node.inputs[2] if len(node.inputs) > 2 else None
-    array = constant(scale)
+    array = constant_of(scale)
     if scale is None or array is None or array.ndim != 1 or array.size < 2 or not rank:
         return None
     return scale, bias
@@ -80,7 +81,7 @@ def _reason(
     if output.is_graph_output():
         return f"'{output.name}' is an output of the model"
     for value in parameters:
-        if value is not None and (constant(value) is None or len(value.uses()) > 1):
+        if value is not None and (constant_of(value) is None or len(value.uses()) > 1):
             return f"its parameter '{value.name}' is shared, or computed in the graph"
     for use in output.uses():
         layer = layers.get(str(use.node.name))

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from qpipe.methods.placement.overrides import Overridden
+from qpipe.model.network.invariants import constant_tensor
 from qpipe.model.structure.layers import find_layers
 from qpipe.numerics.scheme import Scheme, TensorScheme, code_bounds
 
@@ -268,8 +269,8 @@ def data_values(graph: ir.Graph) -> set[ir.Value]:
     for node in graph:
         if node.op_type == "DynamicQuantizeLinear":
             continue
-        table = node.inputs[0] if node.op_type == "Gather" and node.inputs else None
-        embedding = table is not None and table.const_value is not None and table.const_value.size > 1
+        table = constant_tensor(node.inputs[0]) if node.op_type == "Gather" and node.inputs else None
+        embedding = table is not None and table.size > 1
         decoded = node.op_type == "DequantizeLinear"
         if embedding or decoded or any(value in data for value in node.inputs):
             data.update(value for value in node.outputs if value.name and _is_float(value))
@@ -282,8 +283,7 @@ def _is_float(value: ir.Value) -> bool:
 
 def _picks(node: ir.Node) -> bool:
     """Resize by nearest neighbours moves values only."""
-    mode = node.attributes.get("mode")
-    return node.op_type == "Resize" and (mode is None or mode.as_string() == "nearest")
+    return node.op_type == "Resize" and node.attributes.get_string("mode", "nearest") == "nearest"
 
 
 def _within(positions: tuple[int, ...], node: ir.Node) -> list[int]:

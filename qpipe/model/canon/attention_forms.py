@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qpipe.model.network.rewriting import bypass, constant, fresh_name, permutation
+from qpipe.model.network.invariants import constant_tensor
+from qpipe.model.network.naming import fresh_name
+from qpipe.model.network.rewriting import bypass, constant, permutation
 
 _BROADCASTING = frozenset(
     {"Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "And", "Or", "Xor", "Where", "Equal", "Greater", "Less"}
@@ -21,7 +23,8 @@ def expand_later(graph: ir.Graph, node: ir.Node) -> bool:
     if node.op_type not in _BROADCASTING or node.domain or node.outputs[0].is_graph_output():
         return False
     expands = [(index, value) for index, value in enumerate(node.inputs) if _expand(value) is not None]
-    scalars = sum(value is not None and value.is_initializer() and _size(value) == 1 for value in node.inputs)
+    tensors = [constant_tensor(value) for value in node.inputs]
+    scalars = sum(tensor is not None and tensor.size == 1 for tensor in tensors)
     if len(expands) != 1 or scalars != len(node.inputs) - 1 or len(node.inputs) < 2:
         return False
     index, value = expands[0]
@@ -131,10 +134,6 @@ def _before(node: ir.Node, op_type: str, producer_type: str) -> ir.Node | None:
         if producer is not None and producer.op_type == producer_type and not producer.domain
         else None
     )
-
-
-def _size(value: ir.Value) -> int | None:
-    return None if value.const_value is None else value.const_value.size
 
 
 def _has_unknown(dims: list[int | ir.SymbolicDim]) -> bool:

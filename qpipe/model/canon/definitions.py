@@ -141,7 +141,7 @@ def _function(text: str, node: ir.Node, version: int) -> ir.Function:
 
 def _cum_prod(node: ir.Node) -> str:
     """y[i] = the product of x0[j] over the j that the running product at i along the axis x1 has seen."""
-    exclusive, reverse = _int(node, "exclusive", 0), _int(node, "reverse", 0)
+    exclusive, reverse = node.attributes.get_int("exclusive", 0), node.attributes.get_int("reverse", 0)
     compare = ("Less" if reverse else "Greater") + ("" if exclusive else "OrEqual")
     return f"""
         zero = Constant<value_int=0>() one = Constant<value_int=1>()
@@ -165,7 +165,7 @@ def _cum_prod(node: ir.Node) -> str:
 def _tensor_scatter(node: ir.Node) -> str:
     """x0 (the cache) with x1 (the update) written from x2[batch] on, along `axis`."""
     rank = _rank(node)
-    axis = _int(node, "axis", -2) % rank
+    axis = node.attributes.get_int("axis", -2) % rank
     if len(node.inputs) > 2 and node.inputs[2] is not None:
         others = ", ".join(str(i) for i in range(1, rank))
         begin = f"rest = Constant<value_ints=[{others}]>() begin = Unsqueeze(x2, rest)"
@@ -173,7 +173,8 @@ def _tensor_scatter(node: ir.Node) -> str:
         begin = "begin = Constant<value_int=0>()"
     behind = ", ".join(str(i) for i in range(1, rank - axis))
     view = f"tail = Constant<value_ints=[{behind}]>() along = Unsqueeze(place, tail)"
-    around = "at = Mod(sum, size)" if _text(node, "mode", "linear") == "circular" else "at = Identity(sum)"
+    circular = node.attributes.get_string("mode", "linear") == "circular"
+    around = "at = Mod(sum, size)" if circular else "at = Identity(sum)"
     return f"""
         zero = Constant<value_int=0>() one = Constant<value_int=1>() first = Constant<value_ints=[0]>()
         n = Shape<start={axis}, end={axis + 1}>(x1) count = Squeeze(n, first)
@@ -195,11 +196,3 @@ def _rank(node: ir.Node) -> int:
             f"The number of dimensions that node {node.name!r} ({node.op_type}) gets is not known."
         )
     return len(value.shape)
-
-
-def _int(node: ir.Node, name: str, default: int) -> int:
-    return node.attributes[name].as_int() if name in node.attributes else default
-
-
-def _text(node: ir.Node, name: str, default: str) -> str:
-    return node.attributes[name].as_string() if name in node.attributes else default

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from qpipe.model.network.invariants import IR_VERSION, OPSET, fresh_initializer_name
-from qpipe.model.network.naming import SCOPE
+from qpipe.model.network.invariants import IR_VERSION, OPSET
+from qpipe.model.network.naming import SCOPE, names_of
 from qpipe.model.network.packing import graph_proto
 from qpipe.model.qdq.nodes import dequantizes, quantizes
 
@@ -62,9 +62,9 @@ def fold_weights(model: ir.Model) -> list[str]:
             producer = None if value is None or not slot else value.producer()
             if value in constants and producer is not None and producer.op_type != "Transpose":
                 slots.setdefault(value, _wanted_name(node, slot))
-    notes = []
+    notes, names = [], names_of(model.graph)
     for value, array in _evaluated(model.graph, list(slots)):
-        name = fresh_initializer_name(model.graph, slots[value])
+        name = names.fresh(slots[value])
         notes.append(f"The parameter {name!r} is what the model computes from {_sources(value)}.")
         _replace(model.graph, value, array, name)
     return notes
@@ -120,8 +120,7 @@ def _run(graph: ir.Graph, values: Sequence[ir.Value]) -> list[np.ndarray[Any, An
 def _replace(graph: ir.Graph, value: ir.Value, array: np.ndarray[Any, Any], name: str) -> None:
     value.name = None if value.name == name else value.name
     tensor = ir.Tensor(np.asarray(array, order="C"), name=name)
-    constant = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
-    constant.const_value = tensor
+    constant = ir.val(name, const_value=tensor)
     value.replace_all_uses_with(constant)
     graph.register_initializer(constant)
 

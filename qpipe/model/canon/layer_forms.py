@@ -85,13 +85,11 @@ _NEWLY_DILATED = frozenset({"AveragePool", "LpPool"})
 
 
 def _explicit_pads(node: ir.Node, kernel: tuple[int, ...]) -> None:
-    mode = node.attributes["auto_pad"].as_string() if "auto_pad" in node.attributes else "NOTSET"
+    mode = node.attributes.get_string("auto_pad", "NOTSET")
     rank = len(kernel)
     strides, dilations = _ints(node, "strides", rank), _ints(node, "dilations", rank)
     if mode == "NOTSET":
-        pads: list[int] | None = (
-            list(node.attributes["pads"].as_ints()) if "pads" in node.attributes else [0] * 2 * rank
-        )
+        pads: list[int] | None = _ints(node, "pads", 2 * rank, 0)
         if node.op_type == "ConvTranspose" and "output_shape" in node.attributes:
             return
     elif mode == "VALID":
@@ -146,7 +144,7 @@ def pad_into_conv(graph: ir.Graph, node: ir.Node) -> bool:
     pad = None if value is None else value.producer()
     if pad is None or pad.op_type != "Pad" or pad.domain or pad.inputs[0] is None:
         return False
-    mode = pad.attributes["mode"].as_string() if "mode" in pad.attributes else "constant"
+    mode = pad.attributes.get_string("mode", "constant")
     amounts, fill = constant(pad, 1), constant(pad, 2)
     given = len(pad.inputs) > 2 and pad.inputs[2] is not None
     if mode != "constant" or amounts is None or (given and (fill is None or fill.any())):
@@ -192,7 +190,7 @@ _BIASED = frozenset({"Conv", "ConvTranspose", "Gemm"})
 
 
 def _ints(node: ir.Node, key: str, rank: int, default: int = 1) -> list[int]:
-    return list(node.attributes[key].as_ints()) if key in node.attributes else [default] * rank
+    return list(node.attributes.get_ints(key, [default] * rank))
 
 
 def _static(value: ir.Value) -> bool:

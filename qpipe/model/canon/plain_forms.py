@@ -86,8 +86,8 @@ def known_shape(graph: ir.Graph, node: ir.Node) -> bool:
     source = node.inputs[0] if node.inputs else None
     if node.op_type != "Shape" or source is None or source.shape is None:
         return False
-    start = node.attributes["start"].as_int() if "start" in node.attributes else 0
-    end = node.attributes["end"].as_int() if "end" in node.attributes else len(source.shape)
+    start = node.attributes.get_int("start", 0)
+    end = node.attributes.get_int("end", len(source.shape))
     dims = list(source.shape)[start:end]
     if not all(isinstance(dim, int) for dim in dims) or node.outputs[0].is_graph_output():
         return False

@@ -7,15 +7,14 @@ form, where control flow that is decided and operators that have a definition ha
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from qpipe.errors import InputError
 from qpipe.model.canon.definitions import has_definition, schema
 from qpipe.model.canon.sequences import SEQUENCES
 from qpipe.model.network.invariants import OPSET
+from qpipe.model.network.rewriting import constant
 from qpipe.model.qdq.nodes import computes_codes, dequantizes, on_codes, quantizes
 from qpipe.model.qdq.operator_form import not_constant, unreadable
 from qpipe.model.structure.families import WIDE_UNSIGNED
@@ -215,7 +214,7 @@ def _training(node: ir.Node) -> str | None:
     if node.op_type == "BatchNormalization" and "training_mode" in node.attributes:
         return way_out if node.attributes["training_mode"].as_int() else None
     if node.op_type == "Dropout" and len(node.inputs) > 2 and node.inputs[2] is not None:
-        ratio, training = _known(node, 1), _known(node, 2)
+        ratio, training = constant(node, 1), constant(node, 2)
         harmless = (training is not None and not training.any()) or (ratio is not None and not ratio.any())
         return None if harmless else way_out
     return None
@@ -224,8 +223,8 @@ def _training(node: ir.Node) -> str | None:
 def _ambiguous_resize(node: ir.Node) -> str | None:
     """With corners aligned and a length of 3.5, ONNX's reference divides by 2.5, its text, torch and
     onnxruntime by 2. Constant scales are read as the latter do; whoever gives them as data may mean either."""
-    mode = node.attributes.get("coordinate_transformation_mode")
-    if node.op_type != "Resize" or mode is None or mode.as_string() != "align_corners":
+    mode = node.attributes.get_string("coordinate_transformation_mode") if node.op_type == "Resize" else None
+    if mode != "align_corners":
         return None
     scales = node.inputs[2] if len(node.inputs) > 2 else None
     if scales is None or not scales.is_graph_input() or scales.is_initializer():
@@ -234,13 +233,6 @@ def _ambiguous_resize(node: ir.Node) -> str | None:
         "its scales are an input of the model, and with align_corners ONNX's reference and onnxruntime differ "
         "where they give no whole length. Export it with sizes or with constant scales"
     )
-
-
-def _known(node: ir.Node, index: int) -> np.ndarray[Any, Any] | None:
-    """The constant that input `index` is, of an initializer or a Constant node."""
-    value = node.inputs[index]
-    tensor = None if value is None else ir.convenience.get_const_tensor(value)
-    return None if tensor is None else np.asarray(tensor.numpy())
 
 
 def _type_attribute(node: ir.Node, types: frozenset[ir.DataType]) -> str | None:
@@ -270,7 +262,7 @@ def _undecided(node: ir.Node) -> bool:
     if node.op_type == "Scan":
         value = node.inputs[-1]
         return value is not None and value.shape is not None and not isinstance(value.shape[0], int)
-    return _known(node, 0) is None
+    return constant(node, 0) is None
 
 
 def _untyped(node: ir.Node) -> str | None:

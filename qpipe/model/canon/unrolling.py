@@ -9,7 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from qpipe.model.network.rewriting import add_constant, constant, fresh_name
+from qpipe.model.network.invariants import constant_of
+from qpipe.model.network.naming import fresh_name
+from qpipe.model.network.rewriting import add_constant, constant
 
 LARGEST = 20_000
 """A loop that would become more nodes than this stays a loop, and is refused."""
@@ -57,12 +59,13 @@ def unroll_scan(graph: ir.Graph, node: ir.Node) -> bool:
     count = node.attributes["num_scan_inputs"].as_int()
     states, scanned = list(node.inputs[:-count]), list(node.inputs[-count:])
     outputs = len(node.outputs) - len(states)
-    axes = _listed(node, "scan_input_axes", count)
+    axes = node.attributes.get_ints("scan_input_axes", [0] * count)
     passes = _size(scanned[0], axes[0])
     if not passes or passes * len(body) > LARGEST:
         return False
-    backwards = _listed(node, "scan_input_directions", count)
-    reversed_outputs = _listed(node, "scan_output_directions", outputs)
+    backwards = node.attributes.get_ints("scan_input_directions", [0] * count)
+    reversed_outputs = node.attributes.get_ints("scan_output_directions", [0] * outputs)
+    output_axes = node.attributes.get_ints("scan_output_axes", [0] * outputs)
     scans: list[list[ir.Value | None]] = [[] for _ in range(outputs)]
     for number in range(passes):
         slices = [
@@ -75,9 +78,7 @@ def unroll_scan(graph: ir.Graph, node: ir.Node) -> bool:
             scan.append(value)
     joined = [
         _stacked(graph, node, scan[::-1] if back else scan, axis)
-        for scan, back, axis in zip(
-            scans, reversed_outputs, _listed(node, "scan_output_axes", outputs), strict=True
-        )
+        for scan, back, axis in zip(scans, reversed_outputs, output_axes, strict=True)
     ]
     _hand_over(graph, node, [*states, *joined])
     return True
@@ -91,14 +92,10 @@ def _passes(node: ir.Node, body: ir.Graph) -> int | None:
     if trips is None or (node.inputs[1] is not None and start is None):
         return None
     value: ir.Value | None = body.outputs[0]
-    while value is not None and (producer := value.producer()) is not None:
-        if producer.op_type == "Constant":
-            tensor = ir.convenience.get_const_tensor(value)
-            return int(trips.item()) if tensor is not None and tensor.numpy().all() else None
-        if producer.op_type != "Identity":
-            return None
+    while value is not None and (producer := value.producer()) is not None and producer.op_type == "Identity":
         value = producer.inputs[0]
-    fixed = value is not None and value.const_value is not None and bool(value.const_value.numpy().all())
+    goes_on = constant_of(value)
+    fixed = goes_on is not None and bool(goes_on.all())
     return int(trips.item()) if fixed or value is body.inputs[1] else None
 
 
@@ -107,10 +104,6 @@ def _size(value: ir.Value | None, axis: int) -> int | None:
         return None
     size = value.shape[axis]
     return size if isinstance(size, int) else None
-
-
-def _listed(node: ir.Node, name: str, count: int) -> Sequence[int]:
-    return list(node.attributes[name].as_ints()) if name in node.attributes else [0] * count
 
 
 def _inserted(

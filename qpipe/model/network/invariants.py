@@ -8,10 +8,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from qpipe.model.network.naming import MODULE_CLASS, SCOPE, assign_names
+from qpipe.model.network.naming import MODULE_CLASS, SCOPE, Names, assign_names, names_of
 from qpipe.model.network.shapes import complete, infer_shapes
 
 OPSET = 21
@@ -41,49 +45,38 @@ def restore(model: ir.Model) -> None:
         infer_shapes(model)
 
 
+def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """The tensor that `value` always is: an initializer's, or a Constant node's. None for anything else, and for text
+    and sparse numbers, which nothing here computes with."""
+    try:
+        tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    except ValueError:  # a Constant node of sparse numbers
+        return None
+    return None if tensor is None or tensor.dtype == ir.DataType.STRING else tensor
+
+
+def constant_of(value: ir.Value | None) -> npt.NDArray[Any] | None:
+    """What `constant_tensor` finds, as an array."""
+    tensor = constant_tensor(value)
+    return None if tensor is None else np.asarray(tensor.numpy())
+
+
 def lift_constants(graph: ir.Graph) -> None:
-    """Turn each Constant node into an initializer under the name of its output."""
-    for node in list(graph):
-        if node.op_type != "Constant" or node.domain not in ("", "ai.onnx"):
-            continue
+    """Turn each Constant node into an initializer under the name of its output.
+
+    LiftConstantsToInitializersPass would leave one that is an output of the graph, and go into the bodies of loops."""
+    nodes = [node for node in graph if node.op_type == "Constant" and node.domain in ("", "ai.onnx")]
+    names = names_of(graph) if nodes else Names()
+    for node in nodes:
         output = node.outputs[0]
-        tensor = constant_tensor(node)
+        tensor = constant_tensor(output)
         if tensor is None:
             continue
-        value = ir.Value(
-            name=output.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy())
-        )
-        value.const_value = tensor
+        value = ir.val(output.name or names.fresh("constant"), const_value=tensor)
         output.replace_all_uses_with(value, replace_graph_outputs=True)
         graph.remove(node, safe=True)
         output.name = None
-        if not value.name:
-            value.name = fresh_initializer_name(graph, "constant")
         graph.register_initializer(value)
-
-
-def constant_tensor(node: ir.Node) -> ir.TensorProtocol | None:
-    """What a Constant node holds; None for sparse and string constants."""
-    for key, attribute in node.attributes.items():
-        if key == "value":
-            return attribute.as_tensor()
-        if key in ("value_float", "value_floats"):
-            numbers = attribute.as_float() if key == "value_float" else attribute.as_floats()
-            return ir.tensor(numbers, dtype=ir.DataType.FLOAT)
-        if key in ("value_int", "value_ints"):
-            integers = attribute.as_int() if key == "value_int" else attribute.as_ints()
-            return ir.tensor(integers, dtype=ir.DataType.INT64)
-    return None
-
-
-def fresh_initializer_name(graph: ir.Graph, wanted: str) -> str:
-    """`wanted`, or the first of `wanted_1`, `wanted_2`, … that no value of the graph has."""
-    taken = ir.convenience.create_value_mapping(graph)
-    name, number = wanted, 0
-    while name in taken:
-        number += 1
-        name = f"{wanted}_{number}"
-    return name
 
 
 def _forget_origins(model: ir.Model) -> None:

@@ -40,6 +40,27 @@ class Names:
         self._taken.add(name)
         return name
 
+    def release(self, name: str) -> None:
+        """Nobody holds `name` any more: it is handed out again."""
+        self._taken.discard(name)
+        self._next.clear()  # where each counting stopped: the free name may be an earlier one
+
+
+IN_USE = "qpipe_names"
+"""Key under which a graph has the `Names` that `fresh_name` asks, in its own place for such things, which no file gets:
+to collect them once for each new name would take quadratic time."""
+
+
+def names_of(graph: ir.Graph) -> Names:
+    """The names of all values of `graph`, those of subgraphs among them."""
+    return Names(ir.convenience.create_value_mapping(graph))
+
+
+def fresh_name(graph: ir.Graph, wanted: str) -> str:
+    """A name for something new in a graph that has its names `IN_USE`."""
+    names: Names = graph.meta[IN_USE]
+    return names.fresh(wanted)
+
 
 def assign_names(model: ir.Model) -> None:
     """Name every unnamed or doubly named node and value of `model`, in place.

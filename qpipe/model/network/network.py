@@ -25,7 +25,7 @@ from qpipe.mapped import spooled
 from qpipe.model.network import packing
 from qpipe.model.network.facts import NAMES, Facts
 from qpipe.model.network.invariants import restore
-from qpipe.model.network.naming import Names
+from qpipe.model.network.naming import names_of
 
 if TYPE_CHECKING:
     from qpipe.numerics.grid import Encoding
@@ -194,7 +194,7 @@ class Editor:
         self.metadata: dict[str, Any] = json.loads(json.dumps(dict(source.metadata)))
         self.facts: Facts = source.facts
         self._known = set(value_names(source.graph))
-        self.names = Names(onnx_ir.convenience.create_value_mapping(source.graph))
+        self.names = names_of(source.graph)
         """Hands out names for new values."""
         self._replaced_bytes = 0
 

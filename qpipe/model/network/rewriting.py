@@ -7,23 +7,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qpipe.model.network.naming import Names
+from qpipe.model.network.invariants import constant_of
+from qpipe.model.network.naming import IN_USE, fresh_name, names_of
 
 Rule = Callable[[ir.Graph, ir.Node], bool]
 
-_NAMES = "qpipe_names"
-"""Where `apply` leaves the names in use, in the graph's own place for such things: to collect them once for
-each new name would take quadratic time."""
-
 
 def apply(graph: ir.Graph, rules: Sequence[Rule]) -> bool:
-    """Offer every node of `graph` to the rules, in order, once; True if any changed something."""
+    """Offer every node of `graph` to the rules, in order, once; True if any changed something. They take new names from
+    `fresh_name`."""
     changed = False
-    graph.meta[_NAMES] = Names(ir.convenience.create_value_mapping(graph))
+    graph.meta[IN_USE] = names_of(graph)
     for node in list(graph):
         for rule in rules:
             if node.graph is not graph:  # an earlier rule removed it
@@ -62,26 +59,16 @@ def permutation(node: ir.Node) -> tuple[int, ...] | None:
 
 
 def constant(node: ir.Node, index: int) -> npt.NDArray[Any] | None:
-    """The initializer at input `index` as an array, None where there is none."""
-    value = node.inputs[index] if index < len(node.inputs) else None
-    if value is None or not value.is_initializer() or value.const_value is None:
-        return None
-    return np.asarray(value.const_value.numpy())
+    """The array that input `index` always is, None where it is no constant or left out."""
+    return constant_of(node.inputs[index] if index < len(node.inputs) else None)
 
 
 def add_constant(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
     """A new initializer under a free name that begins with `name`."""
     tensor = ir.Tensor(array, name=fresh_name(graph, name))
-    value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
-    value.const_value = tensor
+    value = ir.val(tensor.name, const_value=tensor)
     graph.register_initializer(value)
     return value
-
-
-def fresh_name(graph: ir.Graph, wanted: str) -> str:
-    """A name for a new value of a graph that `apply` is at work on."""
-    names: Names = graph.meta[_NAMES]
-    return names.fresh(wanted)
 
 
 def replace(graph: ir.Graph, node: ir.Node, new: ir.Node) -> bool:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from qpipe.model.network.invariants import constant_tensor
 from qpipe.model.network.naming import Names
 
 _ROUNDED = frozenset({"Conv", "ConvTranspose", "Gemm"})
@@ -59,7 +60,7 @@ def _wrong(before: ir.Node, node: ir.Node, after: ir.Node) -> bool:
 
 def _ends_before_one(quantizer: ir.Node) -> bool:
     """Whether 1 is further than one step beyond the largest code."""
-    tensor = quantizer.inputs[2].const_value if len(quantizer.inputs) > 2 and quantizer.inputs[2] is not None else None
+    tensor = constant_tensor(quantizer.inputs[2]) if len(quantizer.inputs) > 2 else None
     if tensor is None or tensor.dtype.bitwidth < 8:
         return False
     largest: int = 2 ** (tensor.dtype.bitwidth - tensor.dtype.is_signed()) - int(tensor.numpy().reshape(-1)[0])
@@ -68,7 +69,7 @@ def _ends_before_one(quantizer: ir.Node) -> bool:
 
 def _scale(node: ir.Node) -> float:
     """The scale of a quantizer of activations."""
-    tensor = None if node.inputs[1] is None else node.inputs[1].const_value
+    tensor = constant_tensor(node.inputs[1])
     return 1.0 if tensor is None else float(tensor.numpy().reshape(-1)[0])
 
 
@@ -76,11 +77,11 @@ def _dequantizer(value: ir.Value) -> ir.Node | None:
     """The DequantizeLinear that `value` comes from, at once or through what may be taken out."""
     node = value.producer()
     while node is not None and node.op_type in _TAKEN_OUT:
-        node = next((v.producer() for v in node.inputs if v is not None and not _constant(v)), None)
+        node = next((v.producer() for v in node.inputs if v is not None and not _is_parameter(v)), None)
     return node if node is not None and node.op_type == "DequantizeLinear" else None
 
 
-def _constant(value: ir.Value) -> bool:
+def _is_parameter(value: ir.Value) -> bool:
     """Whether `value` is a parameter, quantized or not."""
     node = value.producer()
     first = value if node is None or node.op_type != "DequantizeLinear" else node.inputs[0]

@@ -142,10 +142,7 @@ def floats_of(codes: Array, node: ir.Node, encoding: Encoding) -> npt.NDArray[np
 
 def initializer(name: str, array: Array) -> ir.Value:
     """An initializer of no graph yet."""
-    tensor = ir.Tensor(np.asarray(array, order="C"), name=name)
-    return ir.Value(
-        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor
-    )
+    return ir.val(name, const_value=ir.Tensor(np.asarray(array, order="C"), name=name))
 
 
 def dequantized(

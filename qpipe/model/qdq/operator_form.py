@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from qpipe.model.network.naming import Names
+from qpipe.model.network.naming import Names, names_of
 from qpipe.model.network.rewriting import constant, replace
 from qpipe.model.qdq.block_form import FORM, given, has_blocks, strange_blocks, write_blocks
 from qpipe.model.qdq.nodes import dequantized, initializer, on_codes
@@ -79,7 +79,7 @@ def write_out(graph: ir.Graph) -> list[str]:
     """The QDQ form of all nodes that can be read, in place; sentences about what that leaves out.
 
     Constants must be initializers, and values have names."""
-    names = Names(ir.convenience.create_value_mapping(graph))
+    names = names_of(graph)
     rounded = []
     for node in list(graph):
         if not on_codes(node) or unreadable(node) is not None:

@@ -21,7 +21,7 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
-from qpipe.model.network.invariants import fresh_initializer_name
+from qpipe.model.network.naming import Names, names_of
 from qpipe.model.network.rewriting import constant
 from qpipe.model.qdq.nodes import (
     BITWIDTH,
@@ -61,9 +61,10 @@ def read_activations(graph: ir.Graph, grids: Grids) -> None:
     Raises InputError for a grid that cannot be."""
     follow_weights(graph, grids)
     found: dict[ir.Value, Encoding] = {}
+    names = names_of(graph)
     for node in list(graph):
         if quantizes(node) and node.graph is graph and _rounds(node):
-            _absorb(graph, node, found, grids)
+            _absorb(graph, node, found, grids, names)
     _same_behind_moves(graph, found)
     grids.encodings.update({str(value.name): encoding for value, encoding in found.items()})
 
@@ -113,21 +114,25 @@ def _moves(node: ir.Node) -> bool:
     """Whether a node of integers puts out some of what its first input holds, and constants."""
     if node.domain:
         return False
-    mode = node.attributes.get("mode")
     if node.op_type == "Resize":
-        return mode is None or mode.as_string() == "nearest"
+        return node.attributes.get_string("mode", "nearest") == "nearest"
     if node.op_type == "Pad":
-        constant_mode = mode is None or mode.as_string() == "constant"
         given = len(node.inputs) > 2 and node.inputs[2] is not None
-        return not (constant_mode and given and constant(node, 2) is None)
+        return not (_pads_with_constant(node) and given and constant(node, 2) is None)
     return node.op_type in MOVING
+
+
+def _pads_with_constant(node: ir.Node) -> bool:
+    return node.attributes.get_string("mode", "constant") == "constant"
 
 
 _COMPARING = frozenset({"ArgMax", "ArgMin"})
 """Operators that find the same in the codes as in the floats that these stand for."""
 
 
-def _absorb(graph: ir.Graph, node: ir.Node, found: dict[ir.Value, Encoding], grids: Grids) -> None:
+def _absorb(
+    graph: ir.Graph, node: ir.Node, found: dict[ir.Value, Encoding], grids: Grids, names: Names
+) -> None:
     """Let all that reads the codes of one QuantizeLinear read floats; what is left of it is dead."""
     value = node.inputs[0]
     assert value is not None
@@ -136,7 +141,7 @@ def _absorb(graph: ir.Graph, node: ir.Node, found: dict[ir.Value, Encoding], gri
     if (known is None and _free(value, encoding)) or (known and same_grid(known, encoding)):
         rounded = value
     else:
-        rounded = _identity(graph, node, value)
+        rounded = _identity(graph, node, value, names)
     found[rounded] = encoding
     stack = [(node.outputs[0], rounded)]
     while stack:
@@ -144,7 +149,7 @@ def _absorb(graph: ir.Graph, node: ir.Node, found: dict[ir.Value, Encoding], gri
         for use in list(codes.uses()):
             reader = use.node
             if dequantizes(reader):
-                take_over(graph, reader, floats)
+                take_over(graph, reader, floats, names)
                 continue
             if clip_of_codes(reader) is not None:
                 stack.append((reader.outputs[0], floats))
@@ -152,34 +157,35 @@ def _absorb(graph: ir.Graph, node: ir.Node, found: dict[ir.Value, Encoding], gri
             reader.replace_input_with(0, floats)
             if _moves(reader):
                 if reader.op_type == "Pad":
-                    _pad_with_floats(graph, reader, encoding)
+                    _pad_with_floats(graph, reader, encoding, names)
                 for output in reader.outputs:
                     output.type = ir.TensorType(ir.DataType.FLOAT)
-                    _name_floats(graph, output)
+                    _name_floats(output, names)
                     found[output] = encoding
                     stack.append((output, output))
 
 
-def _name_floats(graph: ir.Graph, value: ir.Value) -> None:
+def _name_floats(value: ir.Value, names: Names) -> None:
     """What were codes is called as their floats were, unless these go on to be made of them."""
     name = str(value.name)
     base = SUFFIX.sub("", name)
     readers = [use.node.outputs[0] for use in value.uses() if dequantizes(use.node)]
     if base != name and not value.is_graph_output():
-        value.name = fresh_initializer_name(graph, base)
+        value.name = names.fresh(base)
+        names.release(name)
         for floats in readers:
             if floats.name == base and not floats.is_graph_output():
+                names.release(str(value.name))
                 floats.name, value.name = None, base
 
 
-def _pad_with_floats(graph: ir.Graph, node: ir.Node, encoding: Encoding) -> None:
+def _pad_with_floats(graph: ir.Graph, node: ir.Node, encoding: Encoding, names: Names) -> None:
     """The code that a Pad puts around codes, 0 unless it is given, as what it stands for."""
-    mode = node.attributes.get("mode")
-    if mode is not None and mode.as_string() != "constant":
+    if not _pads_with_constant(node):
         return
     code = constant(node, 2)
     array = dequantize(np.asarray(0 if code is None else code).reshape(()), encoding)
-    value = initializer(fresh_initializer_name(graph, f"{node.name}_value"), array)
+    value = initializer(names.fresh(f"{node.name}_value"), array)
     graph.register_initializer(value)
     if len(node.inputs) < 3:
         node.resize_inputs(3)
@@ -209,13 +215,14 @@ def _with_clipped_codes(node: ir.Node, encoding: Encoding, grids: Grids) -> Enco
     return replace(encoding, bitwidth=bitwidth or encoding.bitwidth)
 
 
-def _identity(graph: ir.Graph, node: ir.Node, source: ir.Value) -> ir.Value:
+def _identity(graph: ir.Graph, node: ir.Node, source: ir.Value, names: Names) -> ir.Value:
     """A value of its own for one rounding of `source`, made in front of `node`."""
     name = f"{source.name}_rounded"
     for reader in node.outputs[0].consumers():
         if reader.outputs[0].name == name and not reader.outputs[0].is_graph_output():
             reader.outputs[0].name = None  # read back: the name that it had
-    name = fresh_initializer_name(graph, name)
+            names.release(name)
+    name = names.fresh(name)
     output = ir.Value(name=name, type=source.type, shape=source.shape)
     made = ir.node("Identity", [source], outputs=[output], name=name)
     graph.insert_before(node, made)

@@ -21,7 +21,7 @@ import onnx_ir as ir
 from qpipe.errors import InputError
 from qpipe.model.network.facts import Facts
 from qpipe.model.network.invariants import PERMUTATION, SHAPE
-from qpipe.model.network.naming import Names
+from qpipe.model.network.naming import Names, names_of
 from qpipe.model.network.rewriting import constant
 from qpipe.model.qdq.nodes import (
     Array,
@@ -65,7 +65,7 @@ class Grids:
 def read_weights(graph: ir.Graph, grids: Grids) -> bool:
     """Put float initializers in the place of quantized constants, in place; True if there were any."""
     before = len(grids.names)
-    names = Names(ir.convenience.create_value_mapping(graph))
+    names = names_of(graph)
     for node in list(graph):
         if not dequantizes(node) or not has_constant_grid(node):
             continue
@@ -75,7 +75,7 @@ def read_weights(graph: ir.Graph, grids: Grids) -> bool:
             if weight.graph is None:
                 graph.register_initializer(weight)
             grids.names.add(str(weight.name))
-            take_over(graph, node, weight)
+            take_over(graph, node, weight, names)
     return len(grids.names) > before
 
 
@@ -150,7 +150,7 @@ def _weight_name(node: ir.Node, stored: ir.Value) -> str:
     return str(stored.name)
 
 
-def take_over(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
+def take_over(graph: ir.Graph, node: ir.Node, value: ir.Value, names: Names) -> None:
     """All who read the output of `node` read `value`; the name of a model's output stays one."""
     old = node.outputs[0]
     name = old.name
@@ -160,6 +160,7 @@ def take_over(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
         and name
         and (value.name == f"{name}__float" or not _MADE_UP.search(name))
     ):
+        names.release(str(value.name))
         old.name, value.name = None, name
     if old.is_graph_output():
         old.name = None

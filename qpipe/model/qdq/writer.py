@@ -26,7 +26,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qpipe.errors import InputError
-from qpipe.model.network.naming import Names
+from qpipe.model.network.naming import IN_USE, fresh_name, names_of
 from qpipe.model.network.packing import graph_proto
 from qpipe.model.qdq.bias import QuantizedBias, bias_codes, bias_scale, effective_encodings, quantized_biases
 from qpipe.model.qdq.guards import guard_float_layers
@@ -42,8 +42,6 @@ if TYPE_CHECKING:
 
 Uses = tuple[tuple[ir.Node, int], ...]
 """Who reads a value: (node, input position)."""
-_NAMES = "qpipe.names"
-"""Key in the graph's metadata, which no file gets: the names that are taken."""
 
 
 def to_qdq(model: Network) -> onnx.ModelProto:
@@ -63,8 +61,10 @@ def qdq_model(model: Network) -> ir.Model:
     encodings = effective_encodings(model)
     clone = model.ir.clone()
     graph = clone.graph
-    graph.meta[_NAMES] = names = Names([*ir.convenience.create_value_mapping(graph), *map(_name, graph)])
     nodes = {str(node.name): node for node in graph}
+    graph.meta[IN_USE] = names = names_of(graph)
+    for name in nodes:
+        names.take(name)
     activations = [*graph.inputs, *(output for node in graph for output in node.outputs)]
     # Biases first: a weight that also serves as a bias must not be replaced there by its own codes.
     for bias in quantized_biases(model).values():
@@ -124,10 +124,10 @@ def _insert_activation(graph: ir.Graph, value: ir.Value, encoding: Encoding, cli
     outputs = [i for i, output in enumerate(graph.outputs) if output is value]
     constants = _constants(graph, name, encoding, activation_storage(encoding))
     if not is_input:
-        value.name = _fresh(graph, f"{name}__float")
+        value.name = fresh_name(graph, f"{name}__float")
     made = _rounding(graph, value, name, encoding, constants, clipped)
     rounded = made[-1].outputs[0]
-    rounded.name = _fresh(graph, f"{name}__dequantized") if is_input else name
+    rounded.name = fresh_name(graph, f"{name}__dequantized") if is_input else name
     for node, position in readers:
         node.replace_input_with(position, rounded)
     producer = value.producer()
@@ -193,7 +193,7 @@ def _insert_bias(graph: ir.Graph, node: ir.Node, bias: QuantizedBias, encodings:
     axis = array.ndim - 1 if scale.ndim else None
     grid = Encoding(32, True, True, scale, np.zeros(scale.shape, np.int32), axis)
     uses = ((node, bias.position),)
-    name = bias.name if len(_uses(value)) == 1 else _fresh(graph, f"{bias.name}__{node.name}")
+    name = bias.name if len(_uses(value)) == 1 else fresh_name(graph, f"{bias.name}__{node.name}")
     tensor = _tensor(f"{name}__quantized", codes, ir.DataType.INT32)
     _replace_constant(graph, value, name, tensor, grid, uses)
 
@@ -210,7 +210,7 @@ def _replace_constant(
     dtype = codes.dtype
     inputs = [_initializer(graph, codes), *_constants(graph, name, encoding, dtype)]
     if value.name == name and value.is_graph_output():
-        name = _fresh(graph, f"{name}__dequantized")  # the output of the model stays what it was
+        name = fresh_name(graph, f"{name}__dequantized")  # the output of the model stays what it was
     elif value.name == name and len(uses) == len(_uses(value)):
         # The name goes over to the DQ's output; the float tensor is read by nobody any more.
         del graph.initializers[name]
@@ -258,9 +258,8 @@ def _tensor(name: str, array: Array, dtype: ir.DataType | None = None) -> ir.Ten
 
 def _initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
     """`tensor` as an initializer, under its name or one like it that is free."""
-    tensor.name = _fresh(graph, str(tensor.name))
-    shape = ir.Shape(tensor.shape.numpy())
-    value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
+    tensor.name = fresh_name(graph, str(tensor.name))
+    value = ir.val(tensor.name, const_value=tensor)
     graph.register_initializer(value)
     return value
 
@@ -283,18 +282,8 @@ def _node(
         if axis.block_size is not None:
             attributes["block_size"] = axis.block_size
     kind = ir.TensorType(dtype) if dtype is not None else like.type
-    result = ir.Value(name=output and _fresh(graph, output), type=kind, shape=like.shape)
-    return ir.node(op_type, inputs, attributes, outputs=[result], name=_fresh(graph, name))
-
-
-def _fresh(graph: ir.Graph, wanted: str) -> str:
-    """`wanted`, or `wanted_1`, … where the model has a value or a node of that name."""
-    names: Names = graph.meta[_NAMES]
-    return names.fresh(wanted)
-
-
-def _name(node: ir.Node) -> str:
-    return str(node.name)
+    result = ir.Value(name=output and fresh_name(graph, output), type=kind, shape=like.shape)
+    return ir.node(op_type, inputs, attributes, outputs=[result], name=fresh_name(graph, name))
 
 
 def _uses(value: ir.Value) -> Uses:

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from qpipe.model.network.invariants import constant_tensor
+from qpipe.model.network.invariants import constant_of
 
 _HOST_OUTPUT = frozenset({"Shape", "Size", "Range", "ConstantOfShape"})
 _LARGEST_HOST_CONSTANT = 64
@@ -25,17 +25,6 @@ def host_values(graph: ir.Graph) -> set[ir.Value]:
     return host
 
 
-def constant(value: ir.Value) -> np.ndarray[Any, Any] | None:
-    """The array that `value` always is: an initializer's, or a Constant node's; otherwise None."""
-    if value.is_initializer() and value.const_value is not None:
-        return np.asarray(value.const_value.numpy())
-    node = value.producer()
-    if node is None or node.op_type != "Constant":
-        return None
-    tensor = constant_tensor(node)
-    return None if tensor is None else np.asarray(tensor.numpy())
-
-
 def stays(node: ir.Node, host: set[ir.Value]) -> bool:
     """Whether a node's inputs are host values and constants small enough to be written into the code."""
     given = [value for value in node.inputs if value is not None]
@@ -44,7 +33,7 @@ def stays(node: ir.Node, host: set[ir.Value]) -> bool:
 
 def _small(value: ir.Value) -> bool:
     """Integers and single numbers; a float vector is a parameter, and stays one."""
-    array = constant(value)
+    array = constant_of(value)
     if array is None:
         return False
     return array.size <= (_LARGEST_HOST_CONSTANT if array.dtype.kind in "iub" else 1)

@@ -27,11 +27,12 @@ import torch
 from torch import fx
 
 from qpipe.errors import InputError
+from qpipe.model.network.invariants import constant_of
+from qpipe.model.network.naming import Names
 from qpipe.model.operators.host import host_constant, to_device
 from qpipe.model.operators.table import OPERATORS, supported_ops
 from qpipe.model.qdq.bias import BIAS_MAX, BIAS_MIN, QuantizedBias, effective_encodings, quantized_biases
 from qpipe.model.simulation.constants import (
-    constant,
     host_values,
     keywords,
     literal,
@@ -49,6 +50,9 @@ if TYPE_CHECKING:
 
 BOUNDING = frozenset({"Min", "Max", "Clip", "Relu", "Pad", "Concat"})
 """Operators whose output may share the quantizer of their first input, but has to be rounded again."""
+
+_TORCHS_OWN = frozenset({*dir(fx.GraphModule), *dir(type), "training", "meta", "graph"})
+"""What every module has an attribute of that name for; of a class also what all classes have."""
 
 
 def to_torch(
@@ -137,8 +141,8 @@ class _Builder:
         self.statistics = statistics(graph)
         self.trainable = self._check_trainable(trainable)
         # Kept for the ONNX nodes, before placeholders and quantizers ask for names.
-        self.taken = {sanitize(str(node.name)) for node in graph}
-        self.attributes: set[str] = set()
+        self.taken = Names(sanitize(str(node.name)) for node in graph)
+        self.attributes = Names(_TORCHS_OWN)
         self.parameters: dict[str, str] = {}
         self.quantizers: dict[str, str] = {}
 
@@ -197,7 +201,7 @@ class _Builder:
     def _argument(self, node: ir.Node, position: int, value: ir.Value | None, number: bool) -> Any:
         if value is None:
             return None
-        array = constant(value)
+        array = constant_of(value)
         if number and array is not None:
             return literal(array.tolist())
         bias = self.biases.get((str(node.name), position))
@@ -209,7 +213,7 @@ class _Builder:
 
     def _device(self, value: ir.Value) -> fx.Node:
         """The fx node that holds `value` where the module lives."""
-        if value not in self.env and constant(value) is not None:
+        if value not in self.env and constant_of(value) is not None:
             self._provide(value, self._initializer(value))
         node = self.env[value]
         if value not in self.host:
@@ -231,7 +235,7 @@ class _Builder:
 
     def _initializer(self, value: ir.Value) -> fx.Node:
         """An attribute of the module for the initializer, and the fx node that reads it."""
-        name, tensor = str(value.name), self.tensor_of(constant(value))
+        name, tensor = str(value.name), self.tensor_of(constant_of(value))
         attribute = self._attribute_name(name)
         if tensor.is_floating_point() and value not in self.statistics:
             parameter = torch.nn.Parameter(tensor, requires_grad=name in self.trainable)
@@ -293,32 +297,18 @@ class _Builder:
     def _check_trainable(self, names: tuple[str, ...]) -> frozenset[str]:
         known = self.onnx.initializers
         for name in names:
-            array = constant(known[name]) if name in known else None
+            array = constant_of(known[name]) if name in known else None
             if array is None or not np.issubdtype(array.dtype, np.floating):
                 raise ValueError(f"trainable: the model has no float parameter {name!r}.")
         return frozenset(names)
 
     def _free(self, wanted: str) -> str:
         """A name for an fx node that no ONNX node and no other fx node has."""
-        name, number = sanitize(wanted), 0
-        base = name
-        while name in self.taken:
-            number += 1
-            name = f"{base}_{number}"
-        self.taken.add(name)
-        return name
+        return self.taken.fresh(sanitize(wanted))
 
     def _attribute_name(self, wanted: str) -> str:
         """A name for an attribute of the module; torch's own names are not available."""
-        name, number = sanitize(wanted), 0
-        base = name
-        while (
-            name in self.attributes or hasattr(fx.GraphModule, name) or name in ("training", "meta", "graph")
-        ):
-            number += 1
-            name = f"{base}_{number}"
-        self.attributes.add(name)
-        return name
+        return self.attributes.fresh(sanitize(wanted))
 
 
 def _wanted(output: ir.Value) -> bool:

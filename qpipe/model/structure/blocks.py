@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
+from qpipe.model.network.invariants import constant_tensor
 from qpipe.model.structure.module_lists import named_pieces
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def chain_values(graph: ir.Graph) -> set[ir.Value]:
         read = [value for value in node.inputs if value is not None]
         if any(value in followed for value in read):
             followed.update(node.outputs)
-        table = read[0].const_value if node.op_type == "Gather" and read else None
+        table = constant_tensor(read[0]) if node.op_type == "Gather" and read else None
         embedding = table is not None and table.size > 1 and read[1] in followed
         if embedding or any(value in chain for value in read):
             chain.update(value for value in node.outputs if _is_float(value))

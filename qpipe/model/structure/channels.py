@@ -20,6 +20,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from qpipe.model.network.invariants import constant_of
+
 if TYPE_CHECKING:
     from qpipe.model.network.network import Array, Editor
     from qpipe.model.structure.layers import Layer
@@ -188,13 +190,6 @@ def passed(node: ir.Node, channels: Channels) -> Channels:
     return moved
 
 
-def constant(value: ir.Value | None) -> Array | None:
-    """The array of an initializer, None for anything else."""
-    if value is None or value.const_value is None:
-        return None
-    return value.const_value.numpy()
-
-
 def dims(value: ir.Value | None) -> tuple[int | str | None, ...]:
     """The shape, a dynamic dimension as its name; () where it is not known."""
     if value is None or value.shape is None:
@@ -211,7 +206,7 @@ def _axes(node: ir.Node, rank: int) -> list[int] | None:
     if "axes" in node.attributes:
         given = list(node.attributes["axes"].as_ints())
     elif len(node.inputs) > 1 and node.inputs[1] is not None:
-        array = constant(node.inputs[1])
+        array = constant_of(node.inputs[1])
         if array is None:
             return None
         given = [int(axis) for axis in array.reshape(-1)]
@@ -237,7 +232,7 @@ def _squeezed(node: ir.Node, channels: Channels) -> Channels | None:
 
 
 def _unsqueezed(node: ir.Node, channels: Channels) -> Channels | None:
-    array = constant(node.inputs[1]) if len(node.inputs) > 1 else None
+    array = constant_of(node.inputs[1]) if len(node.inputs) > 1 else None
     if array is None:
         return None
     rank = len(dims(node.inputs[0])) + array.size
@@ -274,10 +269,10 @@ def _reshaped(node: ir.Node, channels: Channels) -> Channels | None:
 
 
 def _padded(node: ir.Node, channels: Channels) -> Channels | None:
-    pads = constant(node.inputs[1]) if len(node.inputs) > 1 else None
+    pads = constant_of(node.inputs[1]) if len(node.inputs) > 1 else None
     if pads is None:
         return None
-    axes = constant(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3] is not None else None
+    axes = constant_of(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3] is not None else None
     rank = len(dims(node.inputs[0]))
     touched = list(range(rank)) if axes is None else [int(axis) % rank for axis in axes]
     both = pads.reshape(2, -1)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from qpipe.model.network.invariants import constant_tensor
+
 _INSIDE = frozenset(
     {"Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Reciprocal", "Exp", "Log", "Neg", "Abs", "Erf", "Tanh"}
     | {"Sigmoid", "HardSigmoid", "Softplus", "Clip", "Relu", "Min", "Max", "ReduceMean", "ReduceSum", "Cast"}
@@ -120,7 +122,8 @@ def _trailing(join: ir.Node, nodes: set[ir.Node], data: set[ir.Value], norm: boo
         if after is None or after.op_type not in allowed or len(data_inputs(after, data)) != 1:
             break
         other = next((value for value in after.inputs if value is not None and value is not result), None)
-        if other is None or other.const_value is None or (not norm and other.const_value.size != 1):
+        factor = constant_tensor(other)
+        if factor is None or (not norm and factor.size != 1):
             break
         nodes.add(after)
         result = after.outputs[0]

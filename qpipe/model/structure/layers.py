@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Literal
 
 import onnx_ir as ir
 
+from qpipe.model.network.invariants import constant_tensor
+
 if TYPE_CHECKING:
     from qpipe.model.network.network import Network
 
@@ -101,7 +103,8 @@ def _layer(node: ir.Node) -> Layer | str | None:
     if data.is_initializer():
         return None if weight.is_initializer() else "its weight stands on the left of the input"
     if not weight.is_initializer():
-        return "its weight is computed in the graph" if "Conv" in node.op_type or _constant(weight) else None
+        computed = "Conv" in node.op_type or _from_initializers(weight)
+        return "its weight is computed in the graph" if computed else None
     if "Conv" in node.op_type:
         return _conv(node, data, weight)
     return _gemm(node, data, weight) if node.op_type == "Gemm" else _matmul(node, data, weight)
@@ -124,23 +127,24 @@ def _conv(node: ir.Node, data: ir.Value, weight: ir.Value) -> Layer | str:
         output=str(node.outputs[0].name),
         activation=activation,
         activation_output=last,
-        groups=_int(node, "group", 1),
+        groups=node.attributes.get_int("group", 1),
         channel_axis=1 if transposed else 0,
         weight_shape=shape,
         kernel_shape=shape[2:],
-        strides=_ints(node, "strides", (1,) * spatial),
-        dilations=_ints(node, "dilations", (1,) * spatial),
-        pads=_ints(node, "pads", (0,) * 2 * spatial),
-        output_padding=_ints(node, "output_padding", (0,) * spatial),
-        output_shape=_ints(node, "output_shape", ()),
-        auto_pad=_str(node, "auto_pad", "NOTSET"),
+        strides=tuple(node.attributes.get_ints("strides", (1,) * spatial)),
+        dilations=tuple(node.attributes.get_ints("dilations", (1,) * spatial)),
+        pads=tuple(node.attributes.get_ints("pads", (0,) * 2 * spatial)),
+        output_padding=tuple(node.attributes.get_ints("output_padding", (0,) * spatial)),
+        output_shape=tuple(node.attributes.get_ints("output_shape", ())),
+        auto_pad=node.attributes.get_string("auto_pad", "NOTSET"),
     )
 
 
 def _gemm(node: ir.Node, data: ir.Value, weight: ir.Value) -> Layer | str:
-    if _int(node, "transA", 0) or _float(node, "alpha", 1.0) != 1.0 or _float(node, "beta", 1.0) != 1.0:
+    said = node.attributes
+    if said.get_int("transA", 0) or said.get_float("alpha", 1.0) != 1.0 or said.get_float("beta", 1.0) != 1.0:
         return "it transposes its input or scales by alpha or beta"
-    transposed = bool(_int(node, "transB", 0))
+    transposed = bool(said.get_int("transB", 0))
     shape = _shape(weight)
     axis = 0 if transposed else 1
     bias = node.inputs[2] if len(node.inputs) > 2 else None
@@ -221,7 +225,7 @@ def following_activation(value: ir.Value) -> tuple[tuple[str, ...], str]:
 def _candidates(inside: set[ir.Value], region: list[ir.Node]) -> Iterator[ir.Node]:
     for value in [*(output for node in reversed(region) for output in node.outputs), *inside]:
         for node in value.consumers():
-            known = all(v is None or v in inside or _constant(v) for v in node.inputs)
+            known = all(v is None or v in inside or _from_initializers(v) for v in node.inputs)
             if node not in region and not node.domain and node.op_type in NONLINEAR | LINEAR and known:
                 yield node
 
@@ -253,7 +257,7 @@ def _with_trailing_bounds(region: list[ir.Node]) -> list[ir.Node]:
     """A Clip with one bound per channel is written as Relu, then Min with a constant: the bounds belong to it."""
     while (after := _only_consumer(region[-1].outputs[0])) is not None:
         others = [value for value in after.inputs if value is not region[-1].outputs[0]]
-        bounds = all(value is not None and _constant(value) for value in others)
+        bounds = all(value is not None and _from_initializers(value) for value in others)
         if after.domain or after.op_type not in ("Min", "Max") or not bounds:
             break
         region = [*region, after]
@@ -265,7 +269,7 @@ def _only_consumer(value: ir.Value) -> ir.Node | None:
     return consumers[0] if len(consumers) == 1 and not value.is_graph_output() else None
 
 
-def _constant(value: ir.Value) -> bool:
+def _from_initializers(value: ir.Value) -> bool:
     """Whether `value` follows from initializers alone."""
     stack, seen = [value], {value}
     while stack:
@@ -287,29 +291,10 @@ def _is_bias(value: ir.Value, channels: int) -> bool:
 
 
 def _size(value: ir.Value) -> int | None:
-    return value.const_value.size if value.is_initializer() and value.const_value is not None else None
+    tensor = constant_tensor(value)
+    return None if tensor is None else tensor.size
 
 
 def _shape(value: ir.Value) -> tuple[int, ...]:
     assert value.const_value is not None
     return tuple(int(size) for size in value.const_value.shape.numpy())
-
-
-def _int(node: ir.Node, key: str, default: int) -> int:
-    attribute = node.attributes.get(key)
-    return default if attribute is None else attribute.as_int()
-
-
-def _float(node: ir.Node, key: str, default: float) -> float:
-    attribute = node.attributes.get(key)
-    return default if attribute is None else attribute.as_float()
-
-
-def _str(node: ir.Node, key: str, default: str) -> str:
-    attribute = node.attributes.get(key)
-    return default if attribute is None else attribute.as_string()
-
-
-def _ints(node: ir.Node, key: str, default: tuple[int, ...]) -> tuple[int, ...]:
-    attribute = node.attributes.get(key)
-    return default if attribute is None else tuple(attribute.as_ints())

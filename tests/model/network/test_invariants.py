@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qpipe.model.network.invariants import PERMUTATION, constant_tensor, fresh_initializer_name, restore
+from qpipe.model.network.invariants import PERMUTATION, constant_of, constant_tensor, lift_constants, restore
 from qpipe.model.network.naming import SCOPE
 from tests.model.nets import normal, parsed
 
@@ -82,25 +82,74 @@ def test_a_value_that_nothing_produces_is_refused_by_name() -> None:
         restore(model)
 
 
+def lines(text: str) -> ir.Model:
+    return ir.from_proto(parsed(f"g (float[2] x) => (float[2] y) {{ {text} }}", k=np.float32([3, 4])))
+
+
 @pytest.mark.parametrize(
-    ("said", "wanted"),
+    ("constant", "wanted"),
     [
-        ("value_float=1.5", np.array(1.5, np.float32)),
-        ("value_floats=[1.0, 2.0]", np.array([1, 2], np.float32)),
-        ("value_int=3", np.array(3)),
-        ("value_ints=[3, 4]", np.array([3, 4])),
-        ("value=int8[2] {5, 6}", np.array([5, 6], np.int8)),
+        ("value = float[2] {1, 2}", np.float32([1, 2])),
+        ("value_float = 0.5", np.float32(0.5)),
+        ("value_floats = [1.5, 2.5]", np.float32([1.5, 2.5])),
+        ("value_int = 7", np.int64(7)),
+        ("value_ints = [7, 8]", np.int64([7, 8])),
+        ('value_string = "seven"', None),
     ],
 )
-def test_a_constant_node_holds_what_it_says(said: str, wanted: np.ndarray[Any, Any]) -> None:
-    tensor = constant_tensor(graph_of(f"m () => (float y) {{ y = Constant<{said}>() }}").graph[0])
-    assert tensor is not None
-    assert tensor.numpy().dtype == wanted.dtype
-    np.testing.assert_array_equal(tensor.numpy(), wanted)
+def test_the_array_behind_a_constant_node(constant: str, wanted: np.ndarray | None) -> None:
+    model = lines(f"c = Constant<{constant}>()  y = Identity(x)")
+    found = constant_of(model.graph[0].outputs[0])
+    if wanted is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
+        assert np.array_equal(found, wanted)
 
 
-def test_a_fresh_name_is_that_of_no_value() -> None:
-    graph = graph_of("m (float[4] x) => (float[4] y) { x_1 = Abs(x)  y = Add(x_1, w) }", w=normal(4)).graph
-    assert fresh_initializer_name(graph, "x") == "x_2"
-    assert fresh_initializer_name(graph, "w") == "w_1"
-    assert fresh_initializer_name(graph, "z") == "z"
+def test_the_array_behind_an_initializer_and_none_behind_what_is_computed() -> None:
+    model = lines("y = Add(x, k)")
+    x, k = model.graph[0].inputs
+    assert np.array_equal(constant_of(k), [3, 4])
+    assert constant_of(x) is None
+    assert constant_of(model.graph[0].outputs[0]) is None
+    assert constant_of(None) is None
+
+
+def test_sparse_numbers_are_no_constant() -> None:
+    node = ir.node("Constant", [], {"sparse_value": ir.AttrInt64("sparse_value", 1)})
+    assert constant_tensor(node.outputs[0]) is None
+
+
+def test_a_constant_that_is_an_output_becomes_an_initializer_too() -> None:
+    model = lines("y = Constant<value_floats = [1.0, 2.0]>()")
+    lift_constants(model.graph)
+    assert len(model.graph) == 0
+    assert np.array_equal(model.graph.initializers["y"].const_value.numpy(), [1, 2])
+    assert [value.name for value in model.graph.outputs] == ["y"]
+
+
+def test_an_initializer_is_no_input_and_none_is_unused() -> None:
+    model = lines("y = Identity(x)")
+    model.graph.inputs.append(model.graph.initializers["k"])
+    restore(model)
+    assert [value.name for value in model.graph.inputs] == ["x"]
+    assert not model.graph.initializers
+
+
+def test_a_graph_that_is_in_order_stays_as_it_is() -> None:
+    """One of several orders: neither by depth nor by name."""
+    model = lines("a = Abs(x)  d = Neg(x)  b = Abs(a)  e = Neg(d)  c = Abs(b)  y = Add(c, e)")
+    order = [node.outputs[0].name for node in model.graph]
+    restore(model)
+    assert [node.outputs[0].name for node in model.graph] == order
+
+
+def test_a_graph_that_is_not_is_put_in_order() -> None:
+    model = lines("a = Abs(x)  b = Abs(a)  y = Add(a, b)")
+    nodes = list(model.graph)
+    model.graph.remove(nodes[0])
+    model.graph.append(nodes[0])
+    restore(model)
+    assert [node.outputs[0].name for node in model.graph] == ["a", "b", "y"]

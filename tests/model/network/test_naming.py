@@ -31,3 +31,10 @@ def test_an_optional_output_that_nobody_reads_stays_unnamed() -> None:
     assign_names(ir.Model(graph, ir_version=10))
     assert node.outputs[0].name
     assert not node.outputs[1].name
+
+
+def test_a_name_that_was_released_is_handed_out_again() -> None:
+    names = Names(["a", "a_1", "a_2"])
+    assert names.fresh("a") == "a_3"
+    names.release("a_1")
+    assert [names.fresh("a") for _ in range(2)] == ["a_1", "a_4"]
