@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     Vector = NDArray[np.float64]
     Fold = Callable[[Vector, Vector, Vector, Vector], tuple[Vector, Vector]]
 
-RESHAPES = frozenset(("Identity", "Dropout", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze"))
-LINEAR = RESHAPES | {"GlobalAveragePool", "ReduceMean"}
-"""Operators that commute with factor * x + shift; AveragePool does where it counts no padding."""
+MEANS = frozenset(("GlobalAveragePool", "ReduceMean"))
+"""Operators that commute with factor * x + shift, beside those that only reshape; AveragePool does where it counts no
+padding."""
 
 
 class Affine(NamedTuple):
@@ -86,11 +86,13 @@ def read_affine(node: ir.Node) -> Affine | None:
 
 def commutes(node: ir.Node) -> str | None:
     """Why factor * x + shift cannot be moved behind `node`, or None."""
+    from qpipe.model.structure.channels import RESHAPES
+
     pads = any(node.attributes.get_ints("pads", [])) or node.attributes.get_string("auto_pad", "").startswith(
         "SAME"
     )
     counts: int = node.attributes.get_int("count_include_pad", 0)
-    if node.op_type in LINEAR or (node.op_type == "AveragePool" and not (pads and counts)):
+    if node.op_type in MEANS | RESHAPES or (node.op_type == "AveragePool" and not (pads and counts)):
         return None
     return f"'{node.name}' ({node.op_type}) does not commute with it"
 
@@ -107,7 +109,7 @@ def layer_before(value: ir.Value, layers: Mapping[str, Layer]) -> Layer | None:
     """The layer whose output feeds `value` alone, directly or through what only reshapes, its channels on axis
     1 of `value`; None where there is none.
     """
-    from qpipe.model.structure.channels import Blocked, Channels, dims, passed
+    from qpipe.model.structure.channels import RESHAPES, Blocked, Channels, dims, passed
 
     steps: list[ir.Node] = []
     while True:

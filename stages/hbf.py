@@ -37,10 +37,9 @@ if TYPE_CHECKING:
 
     Vector = NDArray[np.float64]
 
-_RESHAPES = frozenset(("Identity", "Dropout", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze"))
-_POOLS = frozenset(("MaxPool", "ReduceMean", "ReduceMax", "GlobalAveragePool", "GlobalMaxPool"))
-COMMUTING = _RESHAPES | _POOLS
-"""Operators f with f(x + c) = f(x) + c for a constant c of each channel; AveragePool where it counts no padding."""
+POOLS = frozenset(("MaxPool", "ReduceMean", "ReduceMax", "GlobalAveragePool", "GlobalMaxPool"))
+"""Operators f with f(x + c) = f(x) + c for a constant c of each channel, beside those that only reshape; AveragePool
+where it counts no padding."""
 
 
 def absorbed(gamma: Vector, beta: Vector, deviations: float) -> Vector:
@@ -75,6 +74,7 @@ def hindrance(link: Link) -> str | None:
 def rectifies(node: ir.Node) -> bool | None:
     """Whether `node` cuts off below 0; None where a constant cannot pass it."""
     from qpipe.methods.equalization.links import bounds
+    from qpipe.model.structure.channels import RESHAPES
 
     if node.op_type == "Relu":
         return True
@@ -83,7 +83,7 @@ def rectifies(node: ir.Node) -> bool | None:
     if node.op_type == "Clip":
         lower = bounds(node)[0]
         return None if lower is None or lower.any() else True
-    if node.op_type in COMMUTING:
+    if node.op_type in POOLS | RESHAPES:
         return False
     if node.op_type == "AveragePool":
         counts: int = node.attributes.get_int("count_include_pad", 0)

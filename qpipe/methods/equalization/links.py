@@ -16,7 +16,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qpipe.model.network.invariants import constant_of
-from qpipe.model.structure.channels import Blocked, Step, Way, dims, follow
+from qpipe.model.structure.channels import RESHAPES, Blocked, Step, Way, dims, follow
 
 if TYPE_CHECKING:
     from qpipe.model.network.network import Array, Editor
@@ -24,11 +24,10 @@ if TYPE_CHECKING:
 
 Vector = NDArray[np.float64]
 
-_RESHAPES = frozenset(("Identity", "Dropout", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze"))
 _POOLS = frozenset(
     ("AveragePool", "MaxPool", "GlobalAveragePool", "GlobalMaxPool", "ReduceMean", "ReduceMax")
 )
-HOMOGENEOUS = _RESHAPES | _POOLS | {"Relu", "LeakyRelu", "PRelu"}
+HOMOGENEOUS = RESHAPES | _POOLS | {"Relu", "LeakyRelu", "PRelu"}
 """Operators that may be passed as they are. Clip, Min, Max, Pad and Resize may under conditions (`admits`)."""
 
 

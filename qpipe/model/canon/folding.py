@@ -17,12 +17,10 @@ from qpipe.model.network.invariants import IR_VERSION, OPSET
 from qpipe.model.network.naming import SCOPE, names_of
 from qpipe.model.network.packing import graph_proto
 from qpipe.model.qdq.nodes import dequantizes, quantizes
+from qpipe.model.structure.families import RANDOM
 
 LARGEST_BYTES = 64 << 20
 """A constant that would be larger than this stays computed (a mask expanded to the batch, say)."""
-RANDOM = frozenset(
-    {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
-)
 _SLOTS = {"Conv": ("", "weight", "bias"), "ConvTranspose": ("", "weight", "bias"), "MatMul": ("", "weight")}
 _SLOTS["Gemm"] = _SLOTS["Conv"]
 """What the inputs of the operators with weights are called."""

@@ -17,7 +17,7 @@ from qpipe.model.network.invariants import OPSET
 from qpipe.model.network.rewriting import constant
 from qpipe.model.qdq.nodes import computes_codes, dequantizes, on_codes, quantizes
 from qpipe.model.qdq.operator_form import not_constant, unreadable
-from qpipe.model.structure.families import WIDE_UNSIGNED
+from qpipe.model.structure.families import RANDOM, WIDE_UNSIGNED
 
 TYPES = frozenset(
     {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE, ir.DataType.BOOL}
@@ -38,13 +38,10 @@ _HELD = TYPES | FLOAT8
 _CODES = frozenset({ir.DataType.INT2, ir.DataType.UINT2, ir.DataType.INT4, ir.DataType.UINT4})
 """What QDQ nodes may hold besides; reading a quantized model leaves none of them."""
 _CONTROL = frozenset({"If", "Loop", "Scan"})
-_RANDOM = frozenset(
-    {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
-)
 _TEXT = frozenset({"StringConcat", "StringNormalizer", "StringSplit", "RegexFullMatch", "TfIdfVectorizer"})
 _CONTAINERS = frozenset({"SequenceMap", "Optional", "OptionalGetElement", "OptionalHasElement"})
 _WAYS_OUT = {
-    _RANDOM: "it draws random numbers. Export the model in eval mode",
+    RANDOM: "it draws random numbers. Export the model in eval mode",
     _TEXT: "text is not supported. Process it before the model",
     SEQUENCES: "a sequence goes out of the model, or what it holds depends on the data. Give tensors of their own",
     _CONTAINERS: "sequences, maps and optionals are not supported. Give tensors of their own to the model",

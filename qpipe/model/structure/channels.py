@@ -287,6 +287,8 @@ def _resized(node: ir.Node, channels: Channels) -> Channels | None:
     return channels if same and isinstance(before[channels.axis], int) else None
 
 
+RESHAPES = frozenset({"Identity", "Dropout", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze"})
+"""Operators that move all entries and change none. Not in `families`: the key of bnf holds this file anyway."""
 POINTWISE = frozenset({"Identity", "Dropout", "Relu", "LeakyRelu", "PRelu", "Clip", "Min", "Max"})
 """Operators that treat each entry by itself; whether they may be passed is for `admits` to say."""
 

@@ -10,4 +10,9 @@ MOVING = frozenset(
 )
 """Their outputs hold values of their first input: on the same grid a second quantizer is redundant."""
 
+RANDOM = frozenset(
+    {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
+)
+"""Their outputs are drawn anew in each run."""
+
 WIDE_UNSIGNED = frozenset({ir.DataType.UINT16, ir.DataType.UINT32, ir.DataType.UINT64})
