@@ -9,6 +9,9 @@ from typing import Any, Literal
 from qpipe.artifacts.artifact import Artifact
 from qpipe.language.graph import Source
 
+OF_STAGE = ("format", "version", "function", "code", "libraries")
+"""The ingredients of a key that all nodes of a stage have in common; params and ports are the node's own."""
+
 State = Literal["hit", "ran", "failed", "skipped", "not_needed", "run", "wait"]
 
 

@@ -13,13 +13,10 @@ from qpipe.cache.store import Store
 from qpipe.errors import ChangedError, DamagedError
 from qpipe.keys import loaded
 from qpipe.keys.hashing import digest
-from qpipe.plan.verdicts import Request, artifact_json
+from qpipe.plan.verdicts import OF_STAGE, Request, artifact_json
 from qpipe.stage import Context
 
 Emit = Callable[[dict[str, Any]], None]
-
-OF_CODE = ("format", "stage", "version", "function", "code", "libraries")
-"""What a sub-result shares of its action's ingredients: all but params and ports, which its own inputs stand for."""
 
 
 class ActionContext(Context):
@@ -32,7 +29,8 @@ class ActionContext(Context):
         self.parts: set[str] = set()
         self._request = request
         ingredients = request["ingredients"]
-        self._code = {name: ingredients[name] for name in OF_CODE}
+        # Of the action's ingredients all but params and ports, which a sub-result's own inputs stand for.
+        self._code = {name: ingredients[name] for name in ("stage", *OF_STAGE)}
         self._store = store
         self._emit = emit
         self._last = 0.0

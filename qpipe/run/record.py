@@ -15,11 +15,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from qpipe.artifacts.artifact import Artifact, load
+from qpipe.artifacts.artifact import load
 from qpipe.cache.store import Store
 from qpipe.language.graph import Source
 from qpipe.language.spec import FirstWithin
-from qpipe.plan.verdicts import Outcome
+from qpipe.plan.verdicts import OF_STAGE, Outcome, artifact_json
 from qpipe.plan.walk import Walk
 
 SCHEMA = 2
@@ -97,7 +97,7 @@ def _node(walk: Walk, name: str, outcome: Outcome) -> dict[str, Any]:
         "params": written,
         "counted": dict((outcome.ingredients or {}).get("params", {})),
         "inputs": _digests(walk, name),
-        "outputs": {port: _artifact(artifact) for port, artifact in outcome.outputs.items()},
+        "outputs": {port: artifact_json(artifact) for port, artifact in outcome.outputs.items()},
         "duration_s": provenance.get("duration_s") if ran else 0.0,
         "cpu_s": provenance.get("cpu_s") if ran else 0.0,
         "original_duration_s": provenance.get("duration_s"),
@@ -107,9 +107,6 @@ def _node(walk: Walk, name: str, outcome: Outcome) -> dict[str, Any]:
         "notes": list(result.get("notes", ())),
         "error": dict(outcome.error) if outcome.error else None,
     }
-
-
-OF_STAGE = ("format", "version", "function", "code", "libraries")
 
 
 def _stages(verdicts: Mapping[str, Outcome]) -> dict[str, Any]:
@@ -153,10 +150,6 @@ def _digests(walk: Walk, name: str) -> dict[str, Any]:
         if digests:
             found[port] = digests[0] if len(digests) == 1 else digests
     return found
-
-
-def _artifact(artifact: Artifact) -> dict[str, Any]:
-    return {"kind": artifact.kind, "digest": artifact.digest, "size_bytes": artifact.size_bytes}
 
 
 def _own_scores(walk: Walk, name: str, outcome: Outcome) -> dict[str, Any]:
