@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qpipe.errors import InputError
 from qpipe.mapped import let_go, map_file
+from qpipe.writing import write_whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -182,12 +183,12 @@ class Files:
         return _map_file(content) if isinstance(content, Path) else memoryview(content)
 
     def write(self, folder: Path) -> None:
-        """Write every file below `folder`, which is made where it is missing."""
+        """Write every file below `folder`, which is made where it is missing. QpipeError where the system refuses."""
         for name in self.contents:
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             content = self.read(name)
-            target.write_bytes(content)
+            write_whole(target, content)
             let_go(content)
 
     def pack(self) -> Packed:

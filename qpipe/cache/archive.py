@@ -15,12 +15,9 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
-import secrets
 import zipfile
 from collections.abc import Collection, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -29,6 +26,7 @@ from qpipe.artifacts.kinds import canonical_json
 from qpipe.cache.audit import contradiction
 from qpipe.cache.store import RESULT_LIMIT, Store, sealed, unsealed
 from qpipe.errors import CacheError, DamagedError, InputError
+from qpipe.writing import beside
 
 FORMAT = 1
 _MANIFEST = "qpipe-cache.json"
@@ -65,22 +63,18 @@ def export(store: Store, keys: Collection[str], path: Path) -> Exported:
     """
     results = _with_parts(store, keys)
     blobs = {digest for result in results.values() for digest in result["blobs"]}
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with zipfile.ZipFile(temporary, "x", zipfile.ZIP_STORED) as archive:
-            _add(archive, _MANIFEST, canonical_json({"format": FORMAT}))
-            for key, result in sorted(results.items()):
-                _add(archive, f"actions/{key}.json", sealed(key, result))
-            for digest in sorted(blobs):
-                _add(archive, f"blobs/{digest}", store.open(digest))
-        size = temporary.stat().st_size
-        os.replace(temporary, path)
+        with beside(path) as file:
+            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+                _add(archive, _MANIFEST, canonical_json({"format": FORMAT}))
+                for key, result in sorted(results.items()):
+                    _add(archive, f"actions/{key}.json", sealed(key, result))
+                for digest in sorted(blobs):
+                    _add(archive, f"blobs/{digest}", store.open(digest))
+            size = file.tell()
     except OSError as error:
         raise CacheError(f"'{path}' cannot be written: {error.strerror or error}.") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
     return Exported(len(results), len(blobs), size)
 
 

@@ -21,6 +21,7 @@ from qpipe.language.graph import Source
 from qpipe.language.spec import FirstWithin
 from qpipe.plan.verdicts import OF_STAGE, Outcome, artifact_json
 from qpipe.plan.walk import Walk
+from qpipe.writing import write_whole
 
 SCHEMA = 2
 RECORD = "record.json"
@@ -254,11 +255,11 @@ def write_files(walk: Walk, store: Store, folder: Path) -> dict[str, list[str]]:
 
 
 def write_record(record: Mapping[str, Any], folder: Path) -> None:
-    """`record.json`, whole or not at all."""
+    """`record.json`. Flushed where something ran: no later run can tell what that took, or why it failed. A run of hits
+    alone is made again by its command, and a flush would take it a tenth longer."""
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{RECORD}.tmp"
-    temporary.write_text(json_text(record), encoding="utf-8", errors="backslashreplace")
-    temporary.replace(folder / RECORD)
+    ran = any(node.get("verdict") in ("ran", "failed") for node in record["nodes"].values())
+    write_whole(folder / RECORD, json_text(record), flush=ran)
 
 
 def write_config(resolved: Mapping[str, Any], folder: Path) -> None:
@@ -267,7 +268,7 @@ def write_config(resolved: Mapping[str, Any], folder: Path) -> None:
 
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # the one in C is ten times as fast
     text = yaml.dump(dict(resolved), Dumper=dumper, sort_keys=False, allow_unicode=True)
-    (folder / "config.yaml").write_text(text, encoding="utf-8", errors="backslashreplace")
+    write_whole(folder / "config.yaml", text)
 
 
 def json_text(value: Mapping[str, Any]) -> str:

@@ -24,6 +24,7 @@ from qpipe.plan.verdicts import Outcome
 from qpipe.plan.walk import Walk
 from qpipe.run.executor import View, execute, exit_code, forget, open_pool
 from qpipe.run.record import RunInfo, build_record, json_text, write_config, write_files, write_record
+from qpipe.writing import write_whole
 
 GOAL_MISSED = 3
 NOT_CACHED = 4
@@ -243,10 +244,7 @@ def write_sweep(
         }
         for (job, record), walk in zip(records, walks, strict=True)
     ]
-    content = json_text({"schema": 1, "actions": actions, "trials": trials})
-    temporary = folder / "sweep.json.tmp"
-    temporary.write_text(content, encoding="utf-8", errors="backslashreplace")
-    temporary.replace(folder / "sweep.json")
+    write_whole(folder / "sweep.json", json_text({"schema": 1, "actions": actions, "trials": trials}))
 
 
 def _cost(outcome: Outcome) -> dict[str, Any]:

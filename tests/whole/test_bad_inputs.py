@@ -272,6 +272,19 @@ def test_a_full_disk(bench: Bench, small_disk: Path) -> None:
     assert not list((small_disk / "cache").glob("tmp/*"))
 
 
+def test_a_disk_that_is_full_before_the_record_is_written(bench: Bench, small_disk: Path) -> None:
+    bench.run(f"hydra.run.dir={bench.folder / 'fine'}")
+    free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+    (small_disk / "full").write_bytes(b"x" * (free - 40_000))  # enough for the files of Hydra and of the export
+    run = bench.run(f"hydra.run.dir={small_disk / 'run'}")
+    assert run.returncode == 1
+    assert_one_line(run, "record.json' cannot be written: No space left on device")
+    left = {path.relative_to(small_disk / "run") for path in (small_disk / "run").rglob("*") if path.is_file()}
+    assert left
+    for path in left:
+        assert (small_disk / "run" / path).read_bytes() == (bench.folder / "fine" / path).read_bytes()
+
+
 def test_a_read_only_cache(bench: Bench, small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     run = bench.run(cache=small_disk / "cache")

@@ -18,6 +18,7 @@ from qpipe.report.drawing.picture import svg_graph
 from qpipe.report.page.charts import parity_chart, score_chart
 from qpipe.report.page.mix import Mix, mix_chart, mixes
 from qpipe.report.page.style import STYLE
+from qpipe.writing import write_whole
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 LONG_TABLE = 50
@@ -34,11 +35,8 @@ _HEAD = ("node", "stage", "verdict", "took", "computed in", "memory", "why")
 
 
 def write_report(record: Mapping[str, Any], path: str | Path) -> None:
-    """Writes the page for `record` to `path`, whole or not at all."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(render(record), encoding="utf-8", errors="backslashreplace")
-    temporary.replace(path)
+    """Writes the page for `record` to `path`."""
+    write_whole(Path(path), render(record))
 
 
 def render(record: Mapping[str, Any]) -> str:
