@@ -6,7 +6,6 @@ import logging
 import os
 import secrets
 import signal
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +15,9 @@ from hypothesis import settings
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: the tensors are tiny, and tests run side by side
 
-from qpipe.language.catalog import catalog
+from tests.nursery import Nursery
 from tests.s3_server import ENVIRONMENT
-from tests.toy import Toy
+from tests.toy import Toy, in_this_process
 
 settings.register_profile("suite", derandomize=True, deadline=None)  # the same examples in every run
 settings.register_profile("search", derandomize=False, deadline=None, max_examples=2000, print_blob=True)
@@ -26,23 +25,24 @@ settings.load_profile("suite")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell starts in the background
 
 
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    """Where runs of the command line are forked from; started with the first test that wants it."""
+    with Nursery() as nursery:
+        yield nursery
+
+
 @pytest.fixture
-def toy(tmp_path: Path) -> Toy:
+def toy(tmp_path: Path, nursery: Nursery) -> Toy:
     """A folder with the toy plug-in, its own cache and the command line."""
-    return Toy(tmp_path)
+    return Toy(tmp_path, nursery)
 
 
 @pytest.fixture
-def toy_stages(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Toy]:
+def toy_stages(tmp_path: Path) -> Iterator[Toy]:
     """The toy plug-in inside this process: `catalog()` knows its stages until the test ends."""
-    monkeypatch.syspath_prepend(toy.folder / "plugin")
-    monkeypatch.syspath_prepend(toy.folder / "registered")
-    monkeypatch.setenv("TOY_LOG", str(toy.log))
-    catalog.cache_clear()
-    yield toy
-    catalog.cache_clear()
-    for name in ("toy_stages", "toy_formula"):
-        sys.modules.pop(name, None)
+    with in_this_process(Toy(tmp_path)) as toy:
+        yield toy
 
 
 @pytest.fixture(scope="session")

@@ -1,18 +1,25 @@
 """A plug-in with toy stages, written to a folder: what the engine's tests run through the real command line.
 
 Stages: `number` makes Scores from a param, `add` adds a param to what comes in, `total` sums many, `read` reads a file,
-`slow` and `boom` do what they say. Every call appends a line to the file named by $TOY_LOG.
+`boom` does what it says. Every call appends a line to the file named by $TOY_LOG. `add` may take its time, in ticks of
+$TOY_TICK_S seconds, 0.1 where that is not set.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+from qpipe.language.catalog import catalog
+from tests.nursery import Nursery
 
 SOURCE = '''
 from __future__ import annotations
@@ -34,7 +41,7 @@ def number(*, value: Annotated[float, Range(ge=-1000, le=1000)] = 1.0) -> Scores
 
 def tick(i):
     called("tick")
-    time.sleep(0.1)
+    time.sleep(float(os.environ.get("TOY_TICK_S", "0.1")))
     return i
 
 @stage(version=1)
@@ -99,10 +106,11 @@ STAGES = ("number", "add", "total", "sign", "read", "boom", "refuse", "files", "
 
 
 class Toy:
-    """The plug-in in `folder`, and the command line beside it."""
+    """The plug-in in `folder`, and the command line beside it, forked from a `nursery` where there is one."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, nursery: Nursery | None = None) -> None:
         self.folder = folder
+        self._nursery = nursery
         self.log = folder / "calls.log"
         plug_in = folder / "plugin"
         plug_in.mkdir(parents=True)
@@ -149,9 +157,12 @@ class Toy:
         ]
 
     def run(
-        self, *arguments: str, cwd: Path | None = None, timeout: float = 120
+        self, *arguments: str, cwd: Path | None = None, timeout: float = 120, fresh: bool = False
     ) -> subprocess.CompletedProcess[str]:
-        """Run the command line to its end."""
+        """Run the command line to its end; `fresh`: in an interpreter that has imported nothing yet."""
+        if self._nursery is not None and not fresh:
+            words = self.command(*arguments)[3:]
+            return self._nursery.run(cwd or self.folder, words, self.environment, timeout)
         return subprocess.run(
             self.command(*arguments),
             env=self.environment,
@@ -174,3 +185,17 @@ class Toy:
         )
         found: dict[str, Any] = json.loads(paths[-1].read_text())
         return found
+
+
+@contextlib.contextmanager
+def in_this_process(toy: Toy) -> Iterator[Toy]:
+    """`catalog()` knows the stages of `toy` until the end."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(toy.folder / "plugin")
+        patch.syspath_prepend(toy.folder / "registered")
+        patch.setenv("TOY_LOG", str(toy.log))
+        catalog.cache_clear()
+        yield toy
+    catalog.cache_clear()
+    for name in ("toy_stages", "toy_formula"):
+        sys.modules.pop(name, None)

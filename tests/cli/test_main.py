@@ -86,12 +86,12 @@ def test_a_run_that_was_all_hits_still_tells_those_who_asked_for_the_end(toy: To
             "atexit.register(lambda: called('end,searched' if searched() else 'end'))\n"
         )
     toy.pipeline({"a": {"uses": "toy_number", "value": 2}})
-    cold = toy.run("run", "run.workers=0")
+    cold = toy.run("run", "run.workers=0", fresh=True)
     assert (cold.returncode, toy.calls()) == (0, ["number", "end,searched"]), cold.stderr
-    warm = toy.run("run", "run.workers=0", "run.expect=cached")
+    warm = toy.run("run", "run.workers=0", "run.expect=cached", fresh=True)
     assert (warm.returncode, toy.calls()) == (0, ["end"]), warm.stderr
     assert "0 ran, 1 from the cache" in warm.stdout
-    refused = toy.run("run", "run.workers=0", "run.expect=cached", "stages.a.value=3")
+    refused = toy.run("run", "run.workers=0", "run.expect=cached", "stages.a.value=3", fresh=True)
     assert (refused.returncode, toy.calls()) == (4, ["end"])
 
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.trust.conftest import lab, nursery
+from tests.trust.conftest import lab
 
-__all__ = ["lab", "nursery"]
+__all__ = ["lab"]
 
 
 @pytest.fixture

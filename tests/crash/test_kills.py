@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
+from tests.nursery import Child
 from tests.trust.lab import Lab, half_written, incomplete, outputs
-from tests.trust.nursery import Child
 
 Pipeline = dict[str, Any]
 PAUSE_S = 0.004

@@ -7,8 +7,8 @@ from collections import Counter
 
 import pytest
 
+from tests.nursery import Child
 from tests.trust.lab import Lab
-from tests.trust.nursery import Child
 
 GATE = {"g": {"uses": "lab_gate"}, "z": {"uses": "toy_add", "scores": "g"}}
 TAKE_OVER_S = 1.0

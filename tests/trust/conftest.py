@@ -1,4 +1,4 @@
-"""The nursery of a test session, and a lab for every test."""
+"""A lab for every test."""
 
 from __future__ import annotations
 
@@ -9,14 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.nursery import Nursery
 from tests.trust.lab import Lab
-from tests.trust.nursery import Nursery
-
-
-@pytest.fixture(scope="session")
-def nursery() -> Iterator[Nursery]:
-    with Nursery() as nursery:
-        yield nursery
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from typing import Any
 
 from qpipe.cache.store import Store
 from qpipe.keys.hashing import digest_file, is_digest
+from tests.nursery import MARK, Child, Nursery, marked
 from tests.toy import Toy
-from tests.trust.nursery import MARK, Child, Nursery, marked
 
 SOURCE = '''
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Lab(Toy):
     """The toy plug-in, the lab's beside it, and runs that are forked from a nursery."""
 
     def __init__(self, folder: Path, nursery: Nursery) -> None:
-        super().__init__(folder)
+        super().__init__(folder, nursery)
         self.nursery = nursery
         self.mark = uuid.uuid4().hex
         self.cache = folder / "cache"

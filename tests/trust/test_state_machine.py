@@ -27,8 +27,8 @@ from hypothesis.stateful import (
 
 from qpipe.cache.cleanup import collect
 from qpipe.cache.store import Store
+from tests.nursery import Nursery
 from tests.trust.lab import Lab, blobs, flip
-from tests.trust.nursery import Nursery
 
 FORMULAS: dict[int, tuple[str, Callable[[float, float], float]]] = {
     0: ("def add(a, b):\n    return a + b\n", lambda a, b: a + b),

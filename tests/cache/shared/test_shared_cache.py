@@ -7,11 +7,12 @@ import os
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.nursery import Nursery
 from tests.s3_server import Server
 from tests.toy import Toy
 
@@ -25,14 +26,22 @@ STEPS = {
 LIBRARIES = ("torch", "onnx", "onnxruntime", "networkx", "fsspec", "s3fs", "boto3")
 
 
-def machines(folder: Path, *names: str) -> list[Toy]:
-    """Machines with a cache each, and one log of all calls."""
-    toys = [Toy(folder / name) for name in names]
-    for toy in toys:
-        toy.log = folder / "calls.log"
-        toy.environment = {**os.environ, **toy.environment, "TOY_LOG": str(toy.log)}
-        toy.pipeline(STEPS)
-    return toys
+Machines = Callable[..., list[Toy]]
+
+
+@pytest.fixture
+def machines(tmp_path: Path, nursery: Nursery) -> Machines:
+    """Makes machines of these names, with a cache each and one log of all calls."""
+
+    def make(*names: str) -> list[Toy]:
+        toys = [Toy(tmp_path / name, nursery) for name in names]
+        for toy in toys:
+            toy.log = tmp_path / "calls.log"
+            toy.environment = {**os.environ, **toy.environment, "TOY_LOG": str(toy.log)}
+            toy.pipeline(STEPS)
+        return toys
+
+    return make
 
 
 def start(toy: Toy, *arguments: str) -> subprocess.Popen[str]:
@@ -69,8 +78,10 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         yield server
 
 
-def test_two_machines_cold_at_once_run_every_action_once_in_all(tmp_path: Path, shared: str) -> None:
-    toys = machines(tmp_path, "a", "b")
+def test_two_machines_cold_at_once_run_every_action_once_in_all(
+    machines: Machines, tmp_path: Path, shared: str
+) -> None:
+    toys = machines("a", "b")
     runs = [start(toy, f"cache.remote={shared}", "run.workers=2") for toy in toys]
     outputs = [run.communicate(timeout=120)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], outputs
@@ -84,14 +95,14 @@ def test_two_machines_cold_at_once_run_every_action_once_in_all(tmp_path: Path, 
     assert sorted(verdicts(toys[0]) + verdicts(toys[1])) == ["hit"] * 5 + ["ran"] * 5
     outputs_of = [{name: node["outputs"] for name, node in toy.record()["nodes"].items()} for toy in toys]
     assert outputs_of[0] == outputs_of[1]
-    third = machines(tmp_path, "c")[0]
+    third = machines("c")[0]
     assert third.run("run", f"cache.remote={shared}").returncode == 0
     assert verdicts(third) == ["hit"] * 5
     assert not list((tmp_path / "share").rglob("leases/*/*"))
 
 
-def test_when_the_holder_is_killed_another_machine_goes_on_where_it_was(tmp_path: Path, shared: str) -> None:
-    first, second = machines(tmp_path, "a", "b")
+def test_when_the_holder_is_killed_another_machine_goes_on_where_it_was(machines: Machines, shared: str) -> None:
+    first, second = machines("a", "b")
     for toy in (first, second):
         toy.pipeline({"slow": {"uses": "toy_add", "scores": "one", "seconds": 4}, "one": STEPS["one"]})
     options = (f"cache.remote={shared}", "cache.remote_lease_s=2", "run.workers=1")
@@ -120,16 +131,16 @@ def _wait_for(log: Path, name: str, count: int) -> None:
 
 
 def test_a_machine_that_has_nothing_hits_everything_and_loads_nothing_heavy(
-    tmp_path: Path, shared: str
+    machines: Machines, shared: str
 ) -> None:
-    first, second = machines(tmp_path, "a", "b")
+    first, second = machines("a", "b")
     assert first.run("run", f"cache.remote={shared}").returncode == 0
     first.calls()
     plan = second.run("plan", f"cache.remote={shared}", "run.expect=cached")
     assert plan.returncode == 0, plan.stdout + plan.stderr
     assert not list((second.folder / "cache").rglob("blobs/*/*"))
     second.environment["PYTHONPROFILEIMPORTTIME"] = "1"
-    done = second.run("run", f"cache.remote={shared}", "run.expect=cached")
+    done = second.run("run", f"cache.remote={shared}", "run.expect=cached", fresh=True)
     assert done.returncode == 0, done.stderr
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     unwanted = LIBRARIES if shared.startswith("file:") else LIBRARIES[:4]
@@ -137,14 +148,14 @@ def test_a_machine_that_has_nothing_hits_everything_and_loads_nothing_heavy(
     assert not loaded & set(unwanted)
     assert second.calls() == []
     assert list((second.folder / "outputs").rglob("five/score.txt"))
-    without = second.run("run")
+    without = second.run("run", fresh=True)
     loaded = {line.rpartition("|")[2].strip() for line in without.stderr.splitlines()}
     assert "qpipe.cache.store" in loaded
     assert not loaded & {*LIBRARIES, "qpipe.cache.shared.tier", "qpipe.cache.shared.remote"}
 
 
-def test_read_mode_takes_and_gives_nothing(tmp_path: Path) -> None:
-    first, second = machines(tmp_path, "a", "b")
+def test_read_mode_takes_and_gives_nothing(machines: Machines, tmp_path: Path) -> None:
+    first, second = machines("a", "b")
     url = f"file://{tmp_path}/share"
     first.run("run", f"cache.remote={url}")
     before = files_below(tmp_path / "share")
@@ -160,8 +171,8 @@ def test_read_mode_takes_and_gives_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("word", ["hang", "flip", "denied"])
-def test_a_bad_remote_costs_a_run_time_and_one_line(tmp_path: Path, server: Server, word: str) -> None:
-    first, second = machines(tmp_path, "a", "b")
+def test_a_bad_remote_costs_a_run_time_and_one_line(machines: Machines, server: Server, word: str) -> None:
+    first, second = machines("a", "b")
     assert first.run("run", "cache.remote=s3://bucket/team").returncode == 0
     assert server.objects
     first.calls()
@@ -191,9 +202,9 @@ def test_a_bad_remote_costs_a_run_time_and_one_line(tmp_path: Path, server: Serv
     ],
 )
 def test_what_can_never_be_a_remote_is_refused_before_anything_runs(
-    tmp_path: Path, url: str, said: str
+    machines: Machines, url: str, said: str
 ) -> None:
-    (toy,) = machines(tmp_path, "a")
+    (toy,) = machines("a")
     done = toy.run("run", f"cache.remote={url}")
     assert done.returncode == 2
     assert said in done.stderr
@@ -202,23 +213,23 @@ def test_what_can_never_be_a_remote_is_refused_before_anything_runs(
     assert not (toy.folder / "outputs").exists()
 
 
-def test_the_local_cache_is_no_remote(tmp_path: Path) -> None:
-    (toy,) = machines(tmp_path, "a")
+def test_the_local_cache_is_no_remote(machines: Machines) -> None:
+    (toy,) = machines("a")
     done = toy.run("run", f"cache.remote={toy.folder}/cache")
     assert done.returncode == 2
     assert "is the local cache itself" in done.stderr
 
 
 @pytest.mark.parametrize("option", ["remote_mode=sometimes", "remote_timeout_s=0", "remote_lease_s=-1"])
-def test_options_of_the_remote_are_checked(tmp_path: Path, option: str) -> None:
-    (toy,) = machines(tmp_path, "a")
+def test_options_of_the_remote_are_checked(machines: Machines, tmp_path: Path, option: str) -> None:
+    (toy,) = machines("a")
     done = toy.run("plan", f"cache.remote=file://{tmp_path}/share", f"cache.{option}")
     assert done.returncode == 2
     assert done.stderr.startswith(f"qpipe: cache.{option.partition('=')[0]}")
 
 
-def test_without_s3fs_the_way_out_is_one_line(tmp_path: Path) -> None:
-    (toy,) = machines(tmp_path, "a")
+def test_without_s3fs_the_way_out_is_one_line(machines: Machines, tmp_path: Path) -> None:
+    (toy,) = machines("a")
     hidden = tmp_path / "hidden"
     hidden.mkdir()
     (hidden / "sitecustomize.py").write_text(
@@ -227,20 +238,20 @@ def test_without_s3fs_the_way_out_is_one_line(tmp_path: Path) -> None:
         "importlib.util.find_spec = lambda name, package=None: None if name == 's3fs' else found(name, package)\n"
     )
     toy.environment["PYTHONPATH"] = os.pathsep.join([str(hidden), toy.environment["PYTHONPATH"]])
-    done = toy.run("run", "cache.remote=s3://bucket/cache")
+    done = toy.run("run", "cache.remote=s3://bucket/cache", fresh=True)
     assert done.returncode == 2
     assert 'Install it: pip install "qpipe[s3]"' in done.stderr
 
 
-def test_memory_serves_a_run_in_one_process(tmp_path: Path) -> None:
-    (toy,) = machines(tmp_path, "a")
+def test_memory_serves_a_run_in_one_process(machines: Machines) -> None:
+    (toy,) = machines("a")
     done = toy.run("run", "cache.remote=memory://cache", "run.workers=0")
     assert done.returncode == 0, done.stderr
     assert verdicts(toy) == ["ran"] * 5
 
 
-def test_the_secret_is_in_no_record(tmp_path: Path) -> None:
-    (toy,) = machines(tmp_path, "a")
+def test_the_secret_is_in_no_record(machines: Machines, tmp_path: Path) -> None:
+    (toy,) = machines("a")
     toy.environment["QPIPE_CACHE_SECRET"] = "a secret of sixteen bytes and more"
     assert toy.run("run", f"cache.remote=file://{tmp_path}/share").returncode == 0
     written = files_below(tmp_path)
@@ -248,8 +259,8 @@ def test_the_secret_is_in_no_record(tmp_path: Path) -> None:
     assert not any(b"a secret of sixteen" in content for content in written.values())
 
 
-def test_what_a_run_asks_of_the_remote(tmp_path: Path, server: Server) -> None:
-    first, second = machines(tmp_path, "a", "b")
+def test_what_a_run_asks_of_the_remote(machines: Machines, server: Server) -> None:
+    first, second = machines("a", "b")
     stages = {"n0": {"uses": "toy_number", "value": 1}}
     stages |= {f"n{i}": {"uses": "toy_add", "scores": "n0", "amount": i} for i in range(1, 20)}
     for toy in (first, second):

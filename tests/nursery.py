@@ -6,11 +6,13 @@ Hydra. A child is a process like any other: it has its own pid, can be killed, a
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -18,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 MARK = "QPIPE_TEST_MARK"
 Order = dict[str, Any]
 
@@ -57,7 +59,7 @@ class Nursery:
     def __init__(self) -> None:
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.trust.nursery"],
+            [sys.executable, "-m", "tests.nursery"],
             cwd=ROOT,
             env=environment,
             stdin=subprocess.PIPE,
@@ -65,6 +67,7 @@ class Nursery:
             text=True,
         )
         self._count = 0
+        self._said = tempfile.TemporaryDirectory(prefix="qpipe-nursery-")
         assert self.ask({"hello": True}) == {"hello": True}
 
     def __enter__(self) -> Nursery:
@@ -76,6 +79,7 @@ class Nursery:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(10)
+        self._said.cleanup()
 
     def ask(self, question: Order) -> Order:
         assert self._process.stdin is not None
@@ -103,12 +107,37 @@ class Nursery:
         order = {
             "folder": str(folder),
             "output": str(output),
+            "errors": str(output),
             "environment": dict(environment),
             "words": list(words),
             "config": config,
             "fault": fault,
         }
         return Child(self, self.ask({"start": order})["pid"], output)
+
+    def run(
+        self, folder: Path, words: Sequence[str], environment: Mapping[str, str], timeout_s: float = 120.0
+    ) -> subprocess.CompletedProcess[str]:
+        """What `python -m qpipe` with these words does in `folder`, to its end; nothing but its own is left there.
+
+        Unlike a fresh interpreter it ends without `atexit`, and what `_warm_up` imports is there from the beginning.
+        """
+        self._count += 1
+        output, errors = (Path(self._said.name) / f"{name}-{self._count}" for name in ("output", "errors"))
+        order = {
+            "folder": str(folder),
+            "output": str(output),
+            "errors": str(errors),
+            "environment": dict(environment),
+            "words": list(words),
+            "config": None,
+            "fault": None,
+        }
+        status = Child(self, self.ask({"start": order})["pid"], errors).wait(timeout_s)
+        said = [path.read_text() for path in (output, errors)]
+        for path in (output, errors):
+            path.unlink()
+        return subprocess.CompletedProcess(["qpipe", *words], status, *said)
 
 
 def marked(mark: str) -> list[int]:
@@ -151,21 +180,24 @@ def _warm_up() -> None:
     engine = ("cli.main", "cli.run_commands", "run.sweep", "cache.cleanup", "keys.code")
     for name in (*engine, "report.terminal.terminal", "report.page.html"):
         importlib.import_module(f"qpipe.{name}")
-    for name in ("filelock", "networkx", "numpy", "safetensors.numpy", "yaml", "platformdirs"):
+    for name in ("diskcache", "filelock", "networkx", "numpy", "safetensors.numpy", "yaml", "platformdirs"):
         importlib.import_module(name)
     from qpipe.language.catalog import catalog
 
     list(catalog().values())
     catalog.cache_clear()
+    gc.collect()
+    gc.freeze()  # no child looks through what is here, which would copy its pages
 
 
 def _await(pid: int, timeout_s: float) -> int | None:
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
+    started = now = time.monotonic()
+    while now - started < timeout_s:
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
             return os.waitstatus_to_exitcode(status)
-        time.sleep(0.001)
+        time.sleep(min(max((now - started) / 50, 0.001), 0.02))  # in 2 % of its time, and the CPU has others to serve
+        now = time.monotonic()
     return None
 
 
@@ -173,14 +205,17 @@ def _be_child(order: Order) -> None:
     """Run what is ordered and end; standard input and output are those of the run from here on."""
     status = 70
     try:
-        descriptor = os.open(order["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         empty = os.open(os.devnull, os.O_RDONLY)
-        for old, new in ((empty, 0), (descriptor, 1), (descriptor, 2)):
+        output, errors = (
+            os.open(order[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644) for name in ("output", "errors")
+        )
+        for old, new in ((empty, 0), (output, 1), (errors, 2)):
             os.dup2(old, new)
         sys.stdin = open(0, closefd=False)  # noqa: SIM115
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
         os.chdir(order["folder"])
+        os.environ.clear()
         os.environ.update(order["environment"])
         parts = order["environment"].get("PYTHONPATH", "").split(os.pathsep)
         sys.path[:1] = [order["folder"], *filter(None, parts)]
@@ -200,6 +235,7 @@ def _be_child(order: Order) -> None:
 def _run_words(words: Sequence[str]) -> int:
     from qpipe.cli.main import run
 
+    gc.disable()  # as `main` does
     sys.argv = ["qpipe", *words]
     return run(words)
 
