@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,15 +13,26 @@ from qpipe.cache.shared.lease import Leases
 from qpipe.cache.shared.remote import Remote, RemoteOptions
 from qpipe.keys.hashing import digest
 
-KEY = digest("key")
+KEY, OTHER = digest("key"), digest("another key")
 LEASE_S = 0.8
+Open = Callable[..., Leases]
 
 
-def leases(tmp_path: Path, machine: str, lease_s: float = LEASE_S) -> Leases:
-    """Those of a new process on a machine."""
-    root = tmp_path / machine
-    root.mkdir(exist_ok=True)
-    return Leases(Remote(RemoteOptions(f"file://{tmp_path}/share", lease_s=lease_s)), root)
+@pytest.fixture
+def leases(tmp_path: Path) -> Iterator[Open]:
+    """Makes those of a new process on a machine; none is renewed any more when the test is over."""
+    made: list[Leases] = []
+
+    def make(machine: str, lease_s: float = LEASE_S) -> Leases:
+        root = tmp_path / machine
+        root.mkdir(exist_ok=True)
+        made.append(Leases(Remote(RemoteOptions(f"file://{tmp_path}/share", lease_s=lease_s)), root))
+        return made[-1]
+
+    yield make
+    for each in made:
+        for key in (KEY, OTHER):
+            each.release(key)
 
 
 def wait_for(found: Leases, timeout_s: float) -> bool:
@@ -36,11 +48,11 @@ def place(tmp_path: Path) -> Path:
     return tmp_path / "share" / "leases" / KEY[:2] / f"{KEY}.json"
 
 
-def test_one_machine_holds_a_lease_and_the_next_one_gets_it_when_it_is_free(tmp_path: Path) -> None:
-    here, there = leases(tmp_path, "a"), leases(tmp_path, "b")
+def test_one_machine_holds_a_lease_and_the_next_one_gets_it_when_it_is_free(leases: Open, tmp_path: Path) -> None:
+    here, there = leases("a"), leases("b")
     assert here.acquire(KEY)
     assert not there.acquire(KEY)
-    assert there.acquire(digest("another key"))
+    assert there.acquire(OTHER)
     here.release(KEY)
     assert not place(tmp_path).exists()
     assert wait_for(there, 10)
@@ -48,17 +60,17 @@ def test_one_machine_holds_a_lease_and_the_next_one_gets_it_when_it_is_free(tmp_
     assert place(tmp_path).exists()
 
 
-def test_a_holder_that_renews_is_never_taken_over(tmp_path: Path) -> None:
-    here, there = leases(tmp_path, "a"), leases(tmp_path, "b", lease_s=3.0)
+def test_a_holder_that_renews_is_never_taken_over(leases: Open) -> None:
+    here, there = leases("a"), leases("b", lease_s=3.0)
     assert here.acquire(KEY)
     assert not wait_for(there, 5)
     here.release(KEY)
 
 
-def test_a_holder_that_renews_no_more_is_taken_over(tmp_path: Path) -> None:
+def test_a_holder_that_renews_no_more_is_taken_over(leases: Open, tmp_path: Path) -> None:
     place(tmp_path).parent.mkdir(parents=True)
     place(tmp_path).write_text('{"machine": "elsewhere", "run": "dead", "beat": 7}')
-    there = leases(tmp_path, "b")
+    there = leases("b")
     started = time.monotonic()
     assert not there.acquire(KEY)
     assert wait_for(there, 20)
@@ -67,25 +79,25 @@ def test_a_holder_that_renews_no_more_is_taken_over(tmp_path: Path) -> None:
     assert not place(tmp_path).exists()
 
 
-def test_a_dead_holder_of_this_machine_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_dead_holder_of_this_machine_is_not_waited_for(leases: Open) -> None:
     """Whoever asks holds the lock of this machine, so no other process of it computes."""
-    assert leases(tmp_path, "a", lease_s=600).acquire(KEY)  # a process that was killed
-    assert leases(tmp_path, "a", lease_s=600).acquire(KEY)
+    assert leases("a", lease_s=600).acquire(KEY)  # a process that was killed
+    assert leases("a", lease_s=600).acquire(KEY)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"null", b"[1]", b"x" * 10_000, b"[" * 4000])
-def test_rubbish_is_taken_over_like_a_dead_lease(tmp_path: Path, content: bytes) -> None:
+def test_rubbish_is_taken_over_like_a_dead_lease(leases: Open, tmp_path: Path, content: bytes) -> None:
     place(tmp_path).parent.mkdir(parents=True)
     place(tmp_path).write_bytes(content)
-    there = leases(tmp_path, "b", lease_s=0.3)
+    there = leases("b", lease_s=0.3)
     assert not there.acquire(KEY)
     assert wait_for(there, 20)
 
 
-def test_of_many_waiters_one_takes_a_dead_lease_over(tmp_path: Path) -> None:
+def test_of_many_waiters_one_takes_a_dead_lease_over(leases: Open, tmp_path: Path) -> None:
     place(tmp_path).parent.mkdir(parents=True)
     place(tmp_path).write_text('{"machine": "elsewhere", "run": "dead", "beat": 7}')
-    waiters = [leases(tmp_path, f"m{i}", lease_s=1.5) for i in range(5)]
+    waiters = [leases(f"m{i}", lease_s=1.5) for i in range(5)]
     granted: list[int] = []
 
     def wait(number: int) -> None:
