@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import shutil
 import signal
 from collections import Counter
 from collections.abc import Iterator
@@ -23,6 +24,15 @@ settings.register_profile("suite", derandomize=True, deadline=None)  # the same 
 settings.register_profile("search", derandomize=False, deadline=None, max_examples=2000, print_blob=True)
 settings.load_profile("suite")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell starts in the background
+MEMORY = Path("/dev/shm")
+ROOM = 4 << 30  # bytes; what the largest test writes, and others beside it
+
+
+def pytest_configure() -> None:
+    """Temporary folders lie in memory where there is room: there a thousand small writes wait for no disk, and since a
+    kill is no power cut, what it leaves is the same."""
+    if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > ROOM:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 
 @pytest.fixture(scope="session")
