@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,9 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+
+from tests.nursery import Nursery
+from tests.once import once
 
 METRICS = """
 def fails(outputs, labels):
@@ -62,33 +66,57 @@ def samples(path: Path, count: int = 16, **arrays: np.ndarray) -> Path:
     return path
 
 
+FINE = ("goal.metric=metrics:share", "goal.max_drop=1")
+
+
 class Bench:
     """A folder with a model, data and metrics that are fine; a test spoils one of them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, nursery: Nursery | None = None) -> None:
         self.folder = folder
+        self._nursery = nursery
         self.model = net(folder / "net.onnx")
         self.calibration = samples(folder / "calibration.npz")
         self.evaluation = samples(folder / "evaluation.npz", 20)
         (folder / "metrics.py").write_text(METRICS)
 
     def run(self, *overrides: str, cache: Path | None = None) -> subprocess.CompletedProcess[str]:
-        command = [
-            sys.executable, "-m", "qpipe", "pipeline=ptq", "model=onnx_file", "model.path=net.onnx", "data=npz",
-            "data.calibration=calibration.npz", "data.evaluation=evaluation.npz", "run.workers=1", *overrides,
+        words = [
+            "pipeline=ptq", "model=onnx_file", "model.path=net.onnx", "data=npz",
+            "data.calibration=calibration.npz", "data.evaluation=evaluation.npz", "run.workers=1", "run.threads=1",
+            *overrides,
         ]  # fmt: skip
         environment = os.environ | {"QPIPE_CACHE_DIR": str(cache or self.folder / "cache")}
+        if self._nursery is not None:
+            return self._nursery.run(self.folder, words, environment, 240)
+        command = [sys.executable, "-m", "qpipe", *words]
         return subprocess.run(
             command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=240
         )
 
-    def results(self) -> int:
-        return len(list((self.folder / "cache").glob("actions/*/*.json")))
+
+@pytest.fixture
+def cold(tmp_path: Path) -> Bench:
+    """A bench whose cache is empty, and whose runs begin in a fresh interpreter."""
+    return Bench(tmp_path)
+
+
+def run_to_its_end(folder: Path) -> None:
+    run = Bench(folder).run(*FINE)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.fixture(scope="session")
+def warm_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache of a bench on which everything is fine, and ran."""
+    return once(tmp_path_factory, "bench", run_to_its_end) / "cache"
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Bench:
-    return Bench(tmp_path)
+def bench(tmp_path: Path, warm_cache: Path, nursery: Nursery) -> Bench:
+    """A bench that ran while everything was fine: what a test does not spoil is not computed again."""
+    shutil.copytree(warm_cache, tmp_path / "cache")
+    return Bench(tmp_path, nursery)
 
 
 def message(run: subprocess.CompletedProcess[str]) -> str:
@@ -113,7 +141,7 @@ def assert_nothing_left(bench: Bench) -> None:
 
 
 def test_the_bench_itself_is_fine(bench: Bench) -> None:
-    run = bench.run("goal.metric=metrics:share", "goal.max_drop=1")
+    run = bench.run(*FINE, "run.expect=cached")
     assert run.returncode == 0, run.stdout + run.stderr
 
 
@@ -136,11 +164,11 @@ def test_a_corrupt_onnx_file(bench: Bench, content: bytes) -> None:
     assert_nothing_left(bench)
 
 
-def test_a_truncated_onnx_file(bench: Bench) -> None:
-    bench.model.write_bytes(bench.model.read_bytes()[:-40])
-    run = bench.run()
+def test_a_truncated_onnx_file(cold: Bench) -> None:
+    cold.model.write_bytes(cold.model.read_bytes()[:-40])
+    run = cold.run()
     assert run.returncode == 2, message(run)
-    assert_nothing_left(bench)
+    assert_nothing_left(cold)
 
 
 @pytest.mark.parametrize(("op", "domain"), [("Mystery", "my.domain"), ("Bernoulli", "")])
@@ -181,10 +209,10 @@ Give tensors of their own to the model.
 Export the model with fixed sizes, or the loop unrolled.""".splitlines()
 
 
-def test_a_model_with_many_problems_is_told_all_of_them_at_once(bench: Bench) -> None:
-    onnx.save(onnx.parser.parse_model(MANY_PROBLEMS), bench.model)
+def test_a_model_with_many_problems_is_told_all_of_them_at_once(cold: Bench) -> None:
+    onnx.save(onnx.parser.parse_model(MANY_PROBLEMS), cold.model)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    run = bench.run()
+    run = cold.run()
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert run.returncode == 2
     told = message(run)
@@ -193,7 +221,7 @@ def test_a_model_with_many_problems_is_told_all_of_them_at_once(bench: Bench) ->
     assert "The model has 8 parts that cannot be taken:" in told
     # Processor time, since other tests may be at work: of the run and of the worker that reads the model.
     assert after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime < 10
-    assert_nothing_left(bench)
+    assert_nothing_left(cold)
 
 
 @pytest.mark.parametrize(
@@ -226,16 +254,16 @@ def test_data_under_another_name(bench: Bench) -> None:
     assert "image" in message(run)
 
 
-def test_pickled_data_is_not_read(bench: Bench) -> None:
-    np.savez(bench.calibration, image=np.array([{"a": 1}], dtype=object))
-    run = bench.run()
+def test_pickled_data_is_not_read(cold: Bench) -> None:
+    np.savez(cold.calibration, image=np.array([{"a": 1}], dtype=object))
+    run = cold.run()
     assert run.returncode == 2
-    assert_nothing_left(bench)
+    assert_nothing_left(cold)
 
 
-def test_missing_labels(bench: Bench) -> None:
-    np.savez(bench.evaluation, image=np.zeros((4, 3, 8, 8), np.float32))
-    run = bench.run()
+def test_missing_labels(cold: Bench) -> None:
+    np.savez(cold.evaluation, image=np.zeros((4, 3, 8, 8), np.float32))
+    run = cold.run()
     assert run.returncode == 2
     assert "labels" in message(run)
 
@@ -263,12 +291,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", folder], check=True)
 
 
-def test_a_full_disk(bench: Bench, small_disk: Path) -> None:
-    samples(bench.calibration, 2000)
-    run = bench.run(cache=small_disk / "cache")
+def test_a_full_disk(cold: Bench, small_disk: Path) -> None:
+    samples(cold.calibration, 2000)
+    run = cold.run(cache=small_disk / "cache")
     assert run.returncode == 1
     assert_one_line(run, "has no room left")
-    assert_nothing_left(bench)
+    assert_nothing_left(cold)
     assert not list((small_disk / "cache").glob("tmp/*"))
 
 
@@ -285,9 +313,9 @@ def test_a_disk_that_is_full_before_the_record_is_written(bench: Bench, small_di
         assert (small_disk / "run" / path).read_bytes() == (bench.folder / "fine" / path).read_bytes()
 
 
-def test_a_read_only_cache(bench: Bench, small_disk: Path) -> None:
+def test_a_read_only_cache(cold: Bench, small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    run = bench.run(cache=small_disk / "cache")
+    run = cold.run(cache=small_disk / "cache")
     assert run.returncode == 1
     assert_one_line(run, "cannot be written")
-    assert_nothing_left(bench)
+    assert_nothing_left(cold)

@@ -14,7 +14,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from qpipe.model.network.rewriting import add_constant, bypass, constant, fresh_name, replace
+from qpipe.model.network.naming import fresh_name
+from qpipe.model.network.rewriting import add_constant, bypass, constant, replace
 
 SEQUENCES = frozenset(
     {"SequenceAt", "SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert", "SequenceLength"}
