@@ -26,7 +26,7 @@ def refusal(text: str, opset: int = 21, **tensors: Any) -> str:
         ("y = mine.Special(x)", "operators of the domain 'mine' are not known"),
         ("y = ai.onnx.ml.Scaler(x)", "classical machine learning is not supported"),
         ("y = NoSuchOperator(x)", "the operator is not supported. Write it in others"),
-        ("s = SequenceConstruct(x)  y = ConcatFromSequence<axis=0>(s)", "sequences, maps and optionals"),
+        ("o = Optional(x)  y = OptionalGetElement(o)", "sequences, maps and optionals"),
         ("a, b, c = BatchNormalization<training_mode=1>(x, g, g, g, g)  y = Relu(a)", "it is in training mode"),
         ("c = Cast<to=8>(x)  y = Relu(x)", "it holds strings"),
         ("c = Cast<to=14>(x)  y = Relu(x)", "it holds complex64, which torch cannot compute with"),
