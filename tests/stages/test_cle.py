@@ -439,14 +439,3 @@ def test_activations_and_weights_share_a_range_behind_a_normalization(network):
     reach = np.abs(values).max(axis=(0, 1))
     weights = np.max([np.abs(equalized.param(f"{n}_w")).max(axis=1) for n in "qkv"], axis=0)
     assert np.ptp(np.log(reach / weights)) < 1e-4
-
-
-def test_outputs_that_moved_by_more_than_rounding_are_an_error(network, monkeypatch):
-    model = pair(network, "t = Relu(s)")
-    for error in (0.9e-3, 1.1e-3):
-        monkeypatch.setattr("qpipe.methods.comparison.compare.outputs_error", lambda *_, found=error, **__: found)
-        if error < 1e-3:
-            assert cle(model).metadata["cle"]["largest_relative_error"] == error
-        else:
-            with pytest.raises(StageError, match=r"changed the model's outputs by 1\.1e-03"):
-                cle(model)
