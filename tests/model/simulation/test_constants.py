@@ -10,7 +10,6 @@ import torch
 
 from qpipe.model.simulation.constants import (
     array_of,
-    constant,
     host_values,
     keywords,
     literal,
@@ -35,14 +34,6 @@ def test_many_integers_are_no_host_constant() -> None:
     text = "m (float[N,4] x) => (int64[N] y) { s = Shape(x)  y = Mul(s, big) }"
     graph = ir.from_proto(parsed(text, big=np.arange(65))).graph
     assert {str(value.name) for value in host_values(graph)} == {"s"}
-
-
-def test_a_constant_is_an_initializer_or_a_constant_node() -> None:
-    text = "m (float[4] x) => (float[4] y) { c = Constant<value_ints=[1, 2]>()  y = Mul(x, w) }"
-    graph = ir.from_proto(parsed(text, w=normal(4))).graph
-    np.testing.assert_array_equal(constant(graph[0].outputs[0]), [1, 2])
-    np.testing.assert_array_equal(constant(graph[1].inputs[1]), normal(4))
-    assert constant(graph[1].inputs[0]) is None
 
 
 def test_running_means_and_variances_are_statistics_and_no_parameters() -> None:
