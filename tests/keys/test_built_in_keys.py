@@ -28,9 +28,10 @@ from qpipe.keys.code import CodeIndex
 from qpipe.language.catalog import catalog
 class Memo(dict):
     def set(self, key, value): self[key] = value
+memo = Memo()  # files that no edit touched are looked through once
 stages = {name: catalog()[name].modules for name in catalog() if not name.startswith("toy_")}
 def digests():
-    index = CodeIndex(Memo())
+    index = CodeIndex(memo)
     return {name: index.digest(*modules) for name, modules in stages.items()}
 before, changed = digests(), {}
 for edit, files in json.loads(sys.argv[2]).items():
