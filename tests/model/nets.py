@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -104,6 +105,15 @@ def randomized(module: nn.Module, seed: int = 0) -> nn.Module:
         elif name.endswith("running_var"):
             buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
     return module.eval()
+
+
+@functools.cache
+def exported(net: type[nn.Module]) -> tuple[nn.Module, Model]:
+    """One network of a class that takes images of 32x32, and the model that its import makes; made once, so nobody may
+    change either."""
+    torch.manual_seed(0)
+    module = randomized(net())
+    return module, Model.from_torch(module, torch.zeros(1, 3, 32, 32))
 
 
 def parsed(text: str, opset: int = 21, **tensors: Any) -> onnx.ModelProto:

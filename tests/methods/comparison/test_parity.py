@@ -21,7 +21,7 @@ from qpipe.model import Model
 from qpipe.model.network.network import Network
 from qpipe.model.simulation.module import to_torch
 from qpipe.model.structure.families import MOVING
-from tests.model.nets import Mobile, UNet, normal, randomized
+from tests.model.nets import Mobile, UNet, exported, normal
 from tests.model.qdq.test_writer import X, cnn
 from tests.model.quantized import quantized, scheme
 from tests.model.simulation.test_module import attention
@@ -44,7 +44,7 @@ def test_every_unit_of_a_cnn_agrees(bits: int) -> None:
 @pytest.mark.parametrize("net", [Mobile, UNet])
 def test_every_unit_of_networks_from_torch_agrees(net: type[torch.nn.Module]) -> None:
     x = {"x": normal(8, 3, 32, 32)}
-    report = parity(quantized(Model.from_torch(randomized(net()), torch.zeros(1, 3, 32, 32)), x), x)
+    report = parity(quantized(exported(net)[1], x), x)
     assert report.agree, report.to_json()
 
 

@@ -14,7 +14,7 @@ import torch
 
 from qpipe.model import Model
 from qpipe.model.qdq.writer import qdq_model, to_qdq
-from tests.model.nets import Mobile, UNet, normal, parsed, randomized
+from tests.model.nets import Mobile, UNet, exported, normal, parsed
 from tests.model.quantized import quantized, scheme
 
 CNN = """net (float[N,3,16,16] x) => (float[N,10] y) {
@@ -131,7 +131,7 @@ def test_weights_alone(name: str) -> None:
 @pytest.mark.parametrize("net", [Mobile, UNet])
 def test_networks_from_torch(net: type[torch.nn.Module]) -> None:
     x = {"x": normal(8, 3, 32, 32)}
-    model = quantized(Model.from_torch(randomized(net()), torch.zeros(1, 3, 32, 32)), x)
+    model = quantized(exported(net)[1], x)
     simulated = model.to_torch()(torch.tensor(x["x"])).numpy()
     found = model.session("deploy").run(None, x)[0]
     steps = np.abs(simulated - found) / model.encodings[model.outputs[0].name].scale

@@ -18,7 +18,7 @@ from qpipe.model.simulation.module import build, sanitize, value_nodes
 from qpipe.model.simulation.stream import Stream
 from qpipe.numerics.fake_quantize import FakeQuantize
 from qpipe.numerics.grid import Encoding, quantize_dequantize
-from tests.model.nets import Mobile, UNet, normal, parsed, randomized
+from tests.model.nets import Mobile, UNet, exported, normal, parsed
 from tests.model.quantized import quantized, scheme
 
 ATTENTION = """net (float[N,T,8] x) => (float[N,T,8] y) {
@@ -48,14 +48,8 @@ def attention() -> Model:
     )
 
 
-def mobile() -> tuple[nn.Module, Model]:
-    """A torch module and its model."""
-    module = randomized(Mobile())
-    return module, Model.from_torch(module, torch.zeros(1, 3, 32, 32))
-
-
 def test_one_onnx_node_is_one_fx_node_of_its_name() -> None:
-    _, model = mobile()
+    _, model = exported(Mobile)
     module = model.to_torch()
     found = {node.meta["onnx_name"]: node for node in module.graph.nodes if "onnx_name" in node.meta}
     assert list(found) == [node.name for node in model.graph]
@@ -66,7 +60,7 @@ def test_one_onnx_node_is_one_fx_node_of_its_name() -> None:
 
 
 def test_parameters_are_parameters_and_statistics_are_buffers() -> None:
-    _, model = mobile()
+    _, model = exported(Mobile)
     module = model.to_torch(trainable=["classifier.1.weight"])
     attributes = module.meta["parameters"]
     trainable = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
@@ -78,13 +72,13 @@ def test_parameters_are_parameters_and_statistics_are_buffers() -> None:
 
 
 def test_a_trainable_name_that_is_no_parameter_is_refused() -> None:
-    _, model = mobile()
+    _, model = exported(Mobile)
     with pytest.raises(ValueError, match=r"no float parameter 'classifier\.weight'"):
         model.to_torch(trainable=["classifier.weight"])
 
 
 def test_training_the_module_leaves_the_model_alone() -> None:
-    _, model = mobile()
+    _, model = exported(Mobile)
     before = model.param("classifier.1.weight").copy()
     module = model.to_torch(trainable=["classifier.1.weight"])
     with torch.no_grad():
@@ -94,9 +88,9 @@ def test_training_the_module_leaves_the_model_alone() -> None:
 
 @pytest.mark.parametrize("net", [Mobile, UNet])
 def test_values_and_gradients_are_those_of_the_torch_module(net: type[nn.Module]) -> None:
-    source = randomized(net())
+    source, model = exported(net)
+    source.zero_grad()
     x = torch.tensor(normal(2, 3, 32, 32))
-    model = Model.from_torch(source, x)
     names = [name for name in model.params if name in dict(source.named_parameters())]
     module = model.to_torch(trainable=names)
     ours, theirs = module(x), source(x)
