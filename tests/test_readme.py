@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from qpipe.language.catalog import catalog
+from tests.nursery import Nursery
 from tests.whole.test_bad_inputs import net
 
 ROOT = Path(__file__).parent.parent
@@ -60,10 +61,10 @@ def test_the_readme_has_commands() -> None:
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
-def test_every_command_plans(words: list[str], tmp_path: Path) -> None:
+def test_every_command_plans(words: list[str], tmp_path: Path, bare_cache: Path, nursery: Nursery) -> None:
     write_example(tmp_path)
     words = [word for word in words if word != "plan"]
-    found = qpipe(tmp_path, "plan", *words)
+    found = nursery.run(tmp_path, ["plan", *words], os.environ | {"QPIPE_CACHE_DIR": str(bare_cache)})
     assert found.returncode == 0, found.stderr
 
 

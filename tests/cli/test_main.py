@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from qpipe.cli.main import main
+from tests.nursery import Nursery
 from tests.toy import Toy
 
 
@@ -25,24 +26,17 @@ from tests.toy import Toy
     ids=" ".join,
 )
 def test_commands_that_run_nothing_leave_nothing_and_take_nothing(
-    tmp_path: Path, arguments: list[str]
+    tmp_path: Path, arguments: list[str], bare_cache: Path, nursery: Nursery
 ) -> None:
     here = tmp_path / "here"
     (here / ".hydra").mkdir(parents=True)
     others = [tmp_path / "multirun.yaml", here / "workers.log", here / ".hydra" / "config.yaml"]
     for path in others:
         path.write_text("somebody's")
-    environment = os.environ | {"QPIPE_CACHE_DIR": str(tmp_path / "cache")}
-    subprocess.run(
-        [sys.executable, "-m", "qpipe", *arguments],
-        cwd=here,
-        env=environment,
-        check=True,
-        capture_output=True,
-    )
-    assert sorted(
-        path for path in tmp_path.rglob("*") if path.is_file() and "cache" not in path.parts
-    ) == sorted(others)
+    done = nursery.run(here, arguments, os.environ | {"QPIPE_CACHE_DIR": str(bare_cache)})
+    assert done.returncode == 0, done.stderr
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(others)
+    assert not (bare_cache / "actions").exists()
 
 
 def test_an_interrupt_while_libraries_are_imported_is_one_line(tmp_path: Path) -> None:
@@ -55,13 +49,12 @@ def test_an_interrupt_while_libraries_are_imported_is_one_line(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("sweep", [[], ["-m"]], ids=["run", "sweep"])
-def test_a_working_directory_that_cannot_be_written_is_one_line(tmp_path: Path, sweep: list[str]) -> None:
+def test_a_working_directory_that_cannot_be_written_is_one_line(
+    tmp_path: Path, sweep: list[str], nursery: Nursery
+) -> None:
     (tmp_path / "outputs").write_text("a file, where the folder of the run is to be made")
     environment = os.environ | {"QPIPE_CACHE_DIR": str(tmp_path / "cache")}
-    run = subprocess.run(
-        [sys.executable, "-m", "qpipe", *sweep, "pipeline=ptq"],
-        cwd=tmp_path, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+    run = nursery.run(tmp_path, [*sweep, "pipeline=ptq"], environment)
     assert run.returncode == 1
     assert run.stderr.startswith("qpipe: the folder of the run cannot be made ('outputs")
     assert len(run.stderr.splitlines()) == 1

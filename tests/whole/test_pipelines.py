@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
-import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.nursery import Nursery
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
@@ -18,31 +21,41 @@ def options(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
-def plan(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"QPIPE_CACHE_DIR": str(folder / "cache")}
-    command = [sys.executable, "-m", "qpipe", "plan", *overrides]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+Qpipe = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def qpipe(tmp_path: Path, bare_cache: Path, nursery: Nursery) -> Iterator[Qpipe]:
+    """The command line in an empty folder. Whatever it is given, it leaves no result."""
+    environment = os.environ | {"QPIPE_CACHE_DIR": str(bare_cache)}
+    yield lambda *words: nursery.run(tmp_path, words, environment)
+    assert not (bare_cache / "actions").exists()
+
+
+@pytest.fixture
+def plan(qpipe: Qpipe) -> Qpipe:
+    return functools.partial(qpipe, "plan")
 
 
 @pytest.mark.parametrize("pipeline", options("pipeline"))
 @pytest.mark.parametrize("scheme", options("scheme")[:1])
-def test_every_pipeline_plans(tmp_path: Path, pipeline: str, scheme: str) -> None:
-    found = plan(tmp_path, f"pipeline={pipeline}", f"scheme={scheme}")
+def test_every_pipeline_plans(plan: Qpipe, tmp_path: Path, pipeline: str, scheme: str) -> None:
+    found = plan(f"pipeline={pipeline}", f"scheme={scheme}")
     assert found.returncode == 0, found.stderr
     assert re.search(r"\d+ nodes: ", found.stdout)
     assert not (tmp_path / "outputs").exists()
 
 
 @pytest.mark.parametrize("scheme", options("scheme"))
-def test_every_scheme_plans(tmp_path: Path, scheme: str) -> None:
+def test_every_scheme_plans(plan: Qpipe, scheme: str) -> None:
     more = ["scheme.weight.granularity=per_channel"] if "block" not in scheme else []
-    found = plan(tmp_path, "pipeline=ptq", f"scheme={scheme}", *more)
+    found = plan("pipeline=ptq", f"scheme={scheme}", *more)
     assert found.returncode == 0, found.stderr
 
 
 @pytest.mark.parametrize("experiment", options("experiment"))
-def test_every_experiment_plans(tmp_path: Path, experiment: str) -> None:
-    found = plan(tmp_path, f"experiment={experiment}")
+def test_every_experiment_plans(plan: Qpipe, experiment: str) -> None:
+    found = plan(f"experiment={experiment}")
     assert found.returncode == 0, found.stderr
 
 
@@ -55,23 +68,23 @@ SCHEMES = {
 
 
 @pytest.mark.parametrize("target", options("target"))
-def test_every_target_plans(tmp_path: Path, target: str) -> None:
-    found = plan(tmp_path, "pipeline=ptq", f"target={target}", f"scheme={SCHEMES.get(target, 'w8a8')}")
+def test_every_target_plans(plan: Qpipe, target: str) -> None:
+    found = plan("pipeline=ptq", f"target={target}", f"scheme={SCHEMES.get(target, 'w8a8')}")
     assert found.returncode == 0, found.stderr
 
 
-def test_a_forbidden_scheme_is_refused_before_anything_runs(tmp_path: Path) -> None:
-    found = plan(tmp_path, "pipeline=ptq", "target=tensorrt")
+def test_a_forbidden_scheme_is_refused_before_anything_runs(plan: Qpipe) -> None:
+    found = plan("pipeline=ptq", "target=tensorrt")
     assert found.returncode == 2
     assert "signed codes" in found.stderr
     assert "Use scheme=s8s8." in found.stderr
 
 
-def test_node_filters_are_swept_from_the_command_line(tmp_path: Path) -> None:
-    found = plan(tmp_path, "-m", "pipeline=ptq", "target.nodes.exclude=[],[type:Add],[between:..a,'scope:b']")
+def test_node_filters_are_swept_from_the_command_line(plan: Qpipe) -> None:
+    found = plan("-m", "pipeline=ptq", "target.nodes.exclude=[],[type:Add],[between:..a,'scope:b']")
     assert found.returncode == 0, found.stderr
     assert len(re.findall(r"#\d calibrate ", found.stdout)) == 3
-    bad = plan(tmp_path, "pipeline=ptq", "target.nodes.only=[between:a]")
+    bad = plan("pipeline=ptq", "target.nodes.only=[between:a]")
     assert bad.returncode == 2
     assert "must be between:first..last" in bad.stderr
 
@@ -84,8 +97,8 @@ def test_node_filters_count_in_the_key() -> None:
     assert len({digest("test", target) for target in targets}) == 3
 
 
-def test_a_rounding_can_be_swapped_from_the_command_line(tmp_path: Path) -> None:
-    found = plan(tmp_path, "pipeline=adaround", "stage@stages.adaround=nearest")
+def test_a_rounding_can_be_swapped_from_the_command_line(plan: Qpipe) -> None:
+    found = plan("pipeline=adaround", "stage@stages.adaround=nearest")
     assert found.returncode == 0, found.stderr
     assert re.search(r"adaround\s+nearest", found.stdout)
 
@@ -109,12 +122,10 @@ def test_a_rounding_can_be_swapped_from_the_command_line(tmp_path: Path) -> None
         (["goal.metric=top7"], "expected one of"),
     ],
 )
-def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path: Path, overrides: list[str], words: str) -> None:
-    environment = os.environ | {"QPIPE_CACHE_DIR": str(tmp_path / "cache")}
-    command = [sys.executable, "-m", "qpipe", *overrides]
-    found = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
-    )
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    qpipe: Qpipe, tmp_path: Path, overrides: list[str], words: str
+) -> None:
+    found = qpipe(*overrides)
     assert found.returncode == 2, found.stderr
     assert words in found.stderr
     assert len(found.stderr.strip().splitlines()) == 1, found.stderr
