@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import json
 import logging
 import os
 import secrets
@@ -11,7 +13,7 @@ import shutil
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,9 @@ from hypothesis import settings
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: the tensors are tiny, and tests run side by side
 
+from qpipe.model import Model
 from tests.nursery import Nursery
+from tests.once import once
 from tests.s3_server import ENVIRONMENT
 from tests.toy import Toy, in_this_process
 
@@ -56,6 +60,27 @@ def nursery() -> Iterator[Nursery]:
     """Where runs of the command line are forked from; started with the first test that wants it."""
     with Nursery() as nursery:
         yield nursery
+
+
+@pytest.fixture(scope="session")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
+    """By name, what the import makes of a network of the zoo: kept in a store, as between two nodes of a run."""
+    from qpipe.artifacts.artifact import Artifact, load, save
+    from qpipe.cache.store import Store
+    from tests.zoo import built
+
+    def make(name: str, folder: Path) -> None:
+        module, example = built(name)
+        artifact = save(Model.from_torch(module, (example,)), Store(folder))
+        (folder / "artifact.json").write_text(json.dumps(dataclasses.asdict(artifact)))
+
+    @functools.cache
+    def imported(name: str) -> Model:
+        folder = once(tmp_path_factory, f"zoo-{name}", functools.partial(make, name))
+        artifact = Artifact(**json.loads((folder / "artifact.json").read_text()))
+        return Model.of(load(artifact, Store(folder, readonly=True)))
+
+    return imported
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ Arrays = Mapping[str, np.ndarray[Any, Any]]
 _CONF = Path(__file__).parents[2] / "conf"
 
 
+@functools.cache
 def shipped(kind: type[Any], group: str, name: str) -> Any:
     """What `group=name` composes: a shipped target or scheme, upon the one that its defaults name."""
     from omegaconf import OmegaConf

@@ -6,6 +6,7 @@ Float, the module, the model in torch and onnxruntime agree to 1e-4; quantized, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from tests.model.quantized import ONNXRUNTIME, scheme
 from tests.zoo import ZOO, built, samples
 
 Array = np.ndarray[Any, Any]
+Imported = Callable[[str], Model]
 
 
 def relative(found: Array, wanted: Array) -> float:
@@ -47,9 +49,9 @@ def assert_agrees(report: ParityReport) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("net", ZOO)
-def test_from_torch_to_onnxruntime(net: str) -> None:
+def test_from_torch_to_onnxruntime(imported: Imported, net: str) -> None:
     module, example = built(net)
-    model = Model.from_torch(module, (example,))
+    model = imported(net)
     (entry,) = model.inputs
     assert entry.shape[0] == "batch"
     three = samples(example, 3, seed=1)  # another batch size than the example's
@@ -69,9 +71,9 @@ def test_from_torch_to_onnxruntime(net: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("net", ["convnext", "vit", "gemma2"])
-def test_a_mix_of_bitwidths_is_deployed_as_it_is_simulated(net: str) -> None:
-    module, example = built(net)
-    model = bnf(Model.from_torch(module, (example,)))
+def test_a_mix_of_bitwidths_is_deployed_as_it_is_simulated(imported: Imported, net: str) -> None:
+    _, example = built(net)
+    model = bnf(imported(net))
     (entry,) = model.inputs
     data = [Samples({entry.name: samples(example, 8, seed=seed).numpy()}) for seed in (2, 3)]
     found = amp(

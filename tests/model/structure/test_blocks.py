@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -45,10 +45,7 @@ QUICK = {"resnet", "bert", "llama", "audio"}
 NETS = [net if net in QUICK else pytest.param(net, marks=pytest.mark.slow) for net in ZOO]
 
 
-@functools.cache
-def model_of(net: str) -> Model:
-    module, example = built(net)
-    return Model.from_torch(module, (example,))
+Imported = Callable[[str], Model]
 
 
 def assert_chain(model: Model, blocks: tuple[Block, ...]) -> None:
@@ -64,8 +61,8 @@ def assert_chain(model: Model, blocks: tuple[Block, ...]) -> None:
 
 
 @pytest.mark.parametrize("net", NETS)
-def test_the_blocks_are_the_layers_that_the_module_lists_name(net: str) -> None:
-    model = model_of(net)
+def test_the_blocks_are_the_layers_that_the_module_lists_name(imported: Imported, net: str) -> None:
+    model = imported(net)
     blocks = model.blocks()
     assert_chain(model, blocks)
     listed = LISTS.get(net, [])
@@ -80,8 +77,8 @@ def test_the_blocks_are_the_layers_that_the_module_lists_name(net: str) -> None:
 
 
 @pytest.mark.parametrize("net", NETS)
-def test_without_names_the_articulation_points_give_the_same_blocks(net: str) -> None:
-    model = model_of(net)
+def test_without_names_the_articulation_points_give_the_same_blocks(imported: Imported, net: str) -> None:
+    model = imported(net)
     editor = model.edit()
     for node in editor.graph:
         node.metadata_props.pop(SCOPE, None)
@@ -97,8 +94,8 @@ def test_without_names_the_articulation_points_give_the_same_blocks(net: str) ->
 
 
 @pytest.mark.parametrize("net", NETS)
-def test_block_after_block_computes_the_whole_model(net: str) -> None:
-    model = model_of(net)
+def test_block_after_block_computes_the_whole_model(imported: Imported, net: str) -> None:
+    model = imported(net)
     _, example = built(net)
     fed = {model.inputs[0].name: samples(example, 3, seed=2).numpy()}
     assert_same_one_by_one(model, fed)
