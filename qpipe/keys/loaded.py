@@ -96,7 +96,8 @@ def remember(names: Iterable[str], found: Iterable[str]) -> None:
 
 def changed_modules() -> list[str]:
     """The modules of users that hold something else than when they were loaded."""
-    return sorted(name for name, state in _states.items() if state_of(sys.modules.get(name)) != state)
+    there = {name: sys.modules[name] for name in _states if name in sys.modules}  # one that is gone is loaded anew
+    return sorted(name for name, module in there.items() if state_of(module) != _states[name])
 
 
 def _is_users(name: str) -> bool:

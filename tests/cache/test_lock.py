@@ -83,8 +83,8 @@ def test_a_lock_through_a_link_or_on_a_folder_is_refused(path: str, tmp_path: Pa
 
 
 def test_no_descriptor_is_left_open(path: str) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = set(os.listdir("/proc/self/fd"))
     for _ in range(50):
         with Lock(path), pytest.raises(filelock.Timeout):
             Lock(path).acquire(blocking=False)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert set(os.listdir("/proc/self/fd")) <= before  # those of tests before may have been closed meanwhile

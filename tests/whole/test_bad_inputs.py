@@ -189,7 +189,7 @@ net (float[batch,3,8,8] image, string[batch] title, float4e2m1[4] code, int64 co
     [noise] noisy = RandomNormalLike(odd)
     [narrow] small = Cast<to=22>(noisy)
     [words] parts = StringNormalizer(title)
-    [list] items = SequenceConstruct(small, small)
+    [maybe] held = Optional(small)
     [loop] logits = Loop(count, , last) <body = step (int64 i, bool c, float[batch,3] a)
         => (bool d, float[batch,3] b) { d = Identity(c)  b = Relu(a) }>
 }"""
@@ -203,7 +203,7 @@ Write it in standard operators, or add its definition to the model as a function
 - node 'noise' (op RandomNormalLike, domain ai.onnx): it draws random numbers. Export the model in eval mode.
 - node 'narrow' (op Cast, domain ai.onnx): it holds int4, which torch cannot compute with. Give the model in float32.
 - node 'words' (op StringNormalizer, domain ai.onnx): text is not supported. Process it before the model.
-- node 'list' (op SequenceConstruct, domain ai.onnx): sequences, maps and optionals are not supported. \
+- node 'maybe' (op Optional, domain ai.onnx): sequences, maps and optionals are not supported. \
 Give tensors of their own to the model.
 - node 'loop' (op Loop, domain ai.onnx): how often it runs depends on the data. \
 Export the model with fixed sizes, or the loop unrolled.""".splitlines()
