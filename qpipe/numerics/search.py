@@ -30,14 +30,28 @@ class Goal:
         )
 
 
+class Scores:
+    """Gives the score of a choice, for which `measure` is called once; `measured` holds all that were asked for."""
+
+    def __init__(self, measure: Callable[[Choice], float]) -> None:
+        self._measure = measure
+        self.measured: dict[Choice, float] = {}
+
+    def __call__(self, choice: Choice) -> float:
+        if choice not in self.measured:
+            self.measured[choice] = self._measure(choice)
+        return self.measured[choice]
+
+
 @dataclass(frozen=True)
 class Found:
-    """The choice, whether it meets the goal, the front it was looked for on, and all scores that were measured."""
+    """The choice, whether it meets the goal, the front it was looked for on, and the scores: all that were measured,
+    and the way to measure more."""
 
     choice: Choice
     met: bool
     front: tuple[Choice, ...]
-    scores: Mapping[Choice, float]
+    scores: Scores
 
 
 def search(
@@ -47,12 +61,7 @@ def search(
 
     `rest` is what costs come on top. Raises InputError for a budget below the cheapest choice.
     """
-    scores: dict[Choice, float] = {}
-
-    def score(choice: Choice) -> float:
-        if choice not in scores:
-            scores[choice] = measure(choice)
-        return scores[choice]
+    score = Scores(measure)
 
     def cost(choice: Choice) -> int:
         return rest + total_cost(groups, choice)
@@ -70,12 +79,12 @@ def search(
         first = first_meeting(len(within), lambda i: meets(within[i]))
         if first:
             _refine(groups, rest, cost(within[first - 1]), cost(within[first]), meets)
-    if not any(map(meets, list(scores))) or goal.least_score is None:
+    if not any(map(meets, list(score.measured))) or goal.least_score is None:
         score(within[-1])
         if goal.budget is not None:
             score(least_loss(groups, goal.budget - rest) or within[-1])
-    chosen = _chosen(scores, cost, goal)
-    return Found(chosen, meets(chosen), tuple(path), scores)
+    chosen = _chosen(score.measured, cost, goal)
+    return Found(chosen, meets(chosen), tuple(path), score)
 
 
 def _chosen(scores: Mapping[Choice, float], cost: Callable[[Choice], int], goal: Goal) -> Choice:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -66,13 +66,12 @@ class Problem:
 
 @dataclass(frozen=True)
 class Solution:
-    """The choice, the one before conversions were saved, and how that was found; `scores` are all measured ones."""
+    """The choice, the one before conversions were saved, and how that was found."""
 
     choice: Choice
     before: Choice
     found: Found
     goal: Goal
-    scores: Mapping[Choice, float]
 
 
 def solve(
@@ -83,15 +82,9 @@ def solve(
 
     Raises InputError for a budget below the cheapest choice.
     """
-    scores: dict[Choice, float] = {}
-
-    def score(choice: Choice) -> float:
-        if choice not in scores:
-            scores[choice] = measure(choice)
-        return scores[choice]
-
     goal = Goal(least_score, None if budget is None else _whole(problem, budget))
-    found = search(problem.groups, problem.choices.rest(problem.kind), problem.uniform, score, goal)
+    found = search(problem.groups, problem.choices.rest(problem.kind), problem.uniform, measure, goal)
+    score = found.scores
     least = goal.least_score if found.met and goal.least_score is not None else score(found.choice)
     uniform = [(problem.cost(c), score(c)) for c in problem.uniform.values()]
     uniform = [point for point in uniform if goal.allows(*point)]
@@ -104,9 +97,7 @@ def solve(
             return False
         return not beaten((problem.cost(choice), score(choice)), uniform)
 
-    return Solution(
-        fewer_conversions(problem.choices, found.choice, allowed), found.choice, found, goal, scores
-    )
+    return Solution(fewer_conversions(problem.choices, found.choice, allowed), found.choice, found, goal)
 
 
 def _whole(problem: Problem, budget: float) -> int:
@@ -124,7 +115,7 @@ def report(problem: Problem, solution: Solution, alone: Sequence[Sequence[float]
     """What was tried and chosen, as JSON: `uniform`, `front`, `groups`, and the figures of the choice."""
     chosen = solution.choice
     return {
-        "score": solution.scores[chosen],
+        "score": solution.found.scores(chosen),
         "share": problem.share(chosen),
         "of": problem.largest,
         "size_bytes": problem.cost(chosen, "size") // 8,
@@ -140,7 +131,7 @@ def report(problem: Problem, solution: Solution, alone: Sequence[Sequence[float]
         "front": [_point(problem, solution, choice) for choice in solution.found.front],
         "measured": [
             _point(problem, solution, choice)
-            for choice in sorted(solution.scores, key=lambda choice: problem.cost(choice))
+            for choice in sorted(solution.found.scores.measured, key=lambda choice: problem.cost(choice))
         ],
         "overrides": overrides(problem.choices, chosen),
     }
@@ -150,7 +141,7 @@ def _point(problem: Problem, solution: Solution, choice: Choice) -> dict[str, An
     return {
         "share": problem.share(choice),
         "loss": total_loss(problem.groups, choice),
-        "score": solution.scores.get(choice),
+        "score": solution.found.scores.measured.get(choice),
         "size_bytes": problem.cost(choice, "size") // 8,
         "bitops": problem.cost(choice, "bitops"),
     }
