@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from qpipe.methods.mixing.work import FLOAT_BITS, Array, Work, measure_work
+from qpipe.methods.placement.joined import Joined
 from qpipe.model.structure.layers import find_layers
 
 if TYPE_CHECKING:
@@ -134,12 +135,11 @@ def _tied(
     model: Network, placement: Placement, layers: Sequence[Layer], names: Sequence[str]
 ) -> list[list[str]]:
     """The tensors `names`, which have a choice, in groups that must make the same one: those of layers come first."""
-    leader = {name: name for name in names}
+    open_tensors, joined = set(names), Joined[str]()
 
     def join(together: Iterable[str]) -> None:
-        first, *others = [name for name in together if name in leader] or [""]
-        for name in others:
-            leader[_root(leader, name)] = _root(leader, first)
+        first, *others = [name for name in together if name in open_tensors] or [""]
+        joined.join(first, others)
 
     # The factors of a product are never in two groups, so that costs add up.
     for shared in placement.grids:
@@ -151,8 +151,8 @@ def _tied(
     members: dict[str, list[str]] = {}
     in_order = [name for layer in layers for name in (layer.input, layer.weight)]
     for name in dict.fromkeys((*in_order, *placement.activations, *names)):
-        if name in leader:
-            members.setdefault(_root(leader, name), []).append(name)
+        if name in open_tensors:
+            members.setdefault(joined.leader(name), []).append(name)
     return list(members.values())
 
 
@@ -278,9 +278,3 @@ def _size(model: Network, bits: Mapping[str, int]) -> int:
     return sum(
         model.params[name].size * width for name, width in bits.items() if name in model.graph.initializers
     )
-
-
-def _root(leader: dict[str, str], name: str) -> str:
-    while leader[name] != name:
-        name = leader[name]
-    return name

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from qpipe.methods.placement.joined import Joined
 from qpipe.methods.placement.overrides import Overridden
 from qpipe.model.network.invariants import constant_tensor
 from qpipe.model.structure.layers import find_layers
@@ -110,7 +111,7 @@ class _Marks:
         self.biased = {layer.name for layer in find_layers(model) if layer.add is not None}
         self.fused: set[ir.Node] = set()
         self.marked: dict[ir.Value, None] = {}
-        self.leader: dict[ir.Value, ir.Value] = {}
+        self.joined: Joined[ir.Value] = Joined()
         self.softmax: list[ir.Value] = []
         self.cut: dict[ir.Value, ir.Value] = {}
         self.names = [str(value.name) for value in self._values()]
@@ -135,8 +136,8 @@ class _Marks:
         """The marked values by the grid they are on, in the graph's order, what is excluded left out."""
         members: dict[ir.Value, list[ir.Value]] = {}
         for value in self._values():
-            members.setdefault(self._find(value), []).append(value)
-        wanted = {self._find(value) for value in self.marked}
+            members.setdefault(self.joined.leader(value), []).append(value)
+        wanted = {self.joined.leader(value) for value in self.marked}
         groups = (
             tuple(str(v.name) for v in values if v.name not in self.left.values)
             for leader, values in members.items()
@@ -201,8 +202,7 @@ class _Marks:
     def _share(self, node: ir.Node, inputs: list[ir.Value]) -> None:
         outputs = [value for value in node.outputs if value in self.data]
         if inputs:
-            for value in [*inputs[1:], *outputs]:
-                self.leader[self._find(value)] = self._find(inputs[0])
+            self.joined.join(inputs[0], [*inputs[1:], *outputs])
 
     def _bound(self, node: ir.Node) -> None:
         """The input goes onto the output's grid, where nobody else reads it and the bounds are constants."""
@@ -226,11 +226,6 @@ class _Marks:
                 if last != name and last in group:
                     found[name] = last
         return found
-
-    def _find(self, value: ir.Value) -> ir.Value:
-        while value in self.leader and self.leader[value] is not value:
-            value = self.leader[value]
-        return value
 
     def _scores(self) -> set[ir.Node]:
         """The sums, and what only moves them, whose every reader leads to a Softmax."""
