@@ -15,17 +15,20 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: the tensors are tiny, and tests run side by side
 
-from qpipe.model import Model
 from tests.nursery import Nursery
 from tests.once import once
 from tests.s3_server import ENVIRONMENT
 from tests.toy import Toy, in_this_process
+
+if TYPE_CHECKING:
+    from qpipe.model import Model
 
 settings.register_profile("suite", derandomize=True, deadline=None)  # the same examples in every run
 settings.register_profile("search", derandomize=False, deadline=None, max_examples=2000, print_blob=True)
@@ -67,6 +70,7 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]
     """By name, what the import makes of a network of the zoo: kept in a store, as between two nodes of a run."""
     from qpipe.artifacts.artifact import Artifact, load, save
     from qpipe.cache.store import Store
+    from qpipe.model import Model
     from tests.zoo import built
 
     def make(name: str, folder: Path) -> None:
