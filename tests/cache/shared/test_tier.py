@@ -19,6 +19,7 @@ import pytest
 
 from qpipe.artifacts.artifact import Artifact, load, save
 from qpipe.artifacts.kinds import Samples, Scores
+from qpipe.cache.shared import remote
 from qpipe.cache.shared.remote import Remote, RemoteOptions
 from qpipe.cache.shared.signing import VARIABLE
 from qpipe.cache.shared.tier import TieredStore, open_address
@@ -41,6 +42,8 @@ SECRET = "a secret that both sides know"
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    # As many tries as ever, a tenth of the pauses between them: this server does as it is told, it needs no time.
+    monkeypatch.setattr(remote, "_PAUSES_S", tuple(pause_s / 10 for pause_s in remote._PAUSES_S))
     with Server() as server:
         for name, value in server.environment.items():
             monkeypatch.setenv(name, value)
