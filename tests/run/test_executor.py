@@ -163,9 +163,14 @@ def test_in_this_process_the_outputs_are_the_same(toy: Toy) -> None:
 
 def test_a_killed_run_resumes_inside_the_stage_and_ends_with_the_same_digests(toy: Toy) -> None:
     toy.pipeline({"a": {"uses": "toy_number"}, "b": {"uses": "toy_add", "scores": "a", "seconds": 4}})
-    toy.run("run", f"cache.dir={toy.folder}/undisturbed")
-    undisturbed = toy.record()["nodes"]["b"]["outputs"]
-    assert toy.calls().count("tick") == 40
+    aside, log = toy.folder / "aside", toy.folder / "aside.log"  # it takes its four seconds meanwhile
+    undisturbed = subprocess.Popen(
+        toy.command("run", f"cache.dir={aside}/cache", f"hydra.run.dir={aside}/run"),
+        env=toy.environment | {"TOY_LOG": str(log)},
+        cwd=toy.folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     process = subprocess.Popen(toy.command(), env=toy.environment, cwd=toy.folder, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while (
@@ -177,7 +182,10 @@ def test_a_killed_run_resumes_inside_the_stage_and_ends_with_the_same_digests(to
     process.wait()
     time.sleep(0.5)  # its workers end by themselves
     assert toy.run().returncode == 0
-    assert toy.record()["nodes"]["b"]["outputs"] == undisturbed
+    assert undisturbed.wait(60) == 0
+    assert log.read_text().split().count("tick") == 40
+    right = json.loads((aside / "run" / "record.json").read_text())["nodes"]["b"]["outputs"]
+    assert toy.record()["nodes"]["b"]["outputs"] == right
     assert toy.calls().count("tick") in (40, 41)  # the one that was under way may run twice
 
 
