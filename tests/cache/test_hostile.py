@@ -55,8 +55,6 @@ class Warm:
 @pytest.fixture(scope="module")
 def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
     toy = Toy(tmp_path_factory.mktemp("warm"))
-    for path in (toy.folder / "plugin").iterdir():
-        os.utime(path, (1, 1))  # installed long ago: its code is looked through once
     with in_this_process(toy), pytest.MonkeyPatch.context() as patch:
         patch.setenv("TOY_TICK_S", "0")
         one = job(toy.folder, STAGES)
