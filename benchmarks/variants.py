@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -115,11 +116,9 @@ def descendants(pid: int) -> list[int]:
     while pending:
         pid = pending.pop()
         found.append(pid)
-        for task in Path(f"/proc/{pid}/task").glob("*/children"):
-            try:
-                pending += [int(word) for word in task.read_text().split()]
-            except OSError:
-                continue
+        with suppress(OSError):  # it, or a thread of it, ended meanwhile
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                pending += [int(word) for word in (task / "children").read_text().split()]
     return found
 
 

@@ -4,7 +4,8 @@
     model.layers(), model.to_torch(), model.to_qdq(), model.save("folder")
 
 For people and plug-ins. Whoever takes a Model depends on the whole of `qpipe.model`; the stages here take a Network and
-call the functions, so that a cached result depends on no more than it was computed with.
+call the functions, so that a cached result depends on no more than it was computed with. Each method imports what it
+needs when it is called: a stage that is handed a Model loads neither torch nor onnxruntime for it.
 """
 
 from __future__ import annotations
@@ -15,24 +16,16 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import onnx_ir
 
-from qpipe.model.canon.form import canonical_network
-from qpipe.model.files.encodings_reader import with_encodings_file
-from qpipe.model.files.onnx_reader import deserialized, read_onnx
-from qpipe.model.files.onnx_writer import save
 from qpipe.model.network.network import Editor, Network
-from qpipe.model.network.parts import block, digraph
-from qpipe.model.qdq.writer import to_qdq
-from qpipe.model.runtime.session import make_session
-from qpipe.model.simulation.module import to_torch
-from qpipe.model.structure.blocks import Block, find_blocks
-from qpipe.model.structure.layers import Layer, find_layers
-from qpipe.model.torch_export.exporter import from_torch
 
 if TYPE_CHECKING:
     import networkx as nx
     import onnx
     import onnxruntime
     import torch
+
+    from qpipe.model.structure.blocks import Block
+    from qpipe.model.structure.layers import Layer
 
 
 class Model(Network):
@@ -43,6 +36,8 @@ class Model(Network):
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """The model in an ONNX file (external data beside it). Raises InputError with the reason."""
+        from qpipe.model.files.onnx_reader import read_onnx
+
         return cls.from_proto(read_onnx(Path(path)))
 
     @classmethod
@@ -50,6 +45,9 @@ class Model(Network):
         """The model in canonical form, with the encodings that its QDQ nodes say.
 
         Raises InputError for what cannot be taken, all of it listed."""
+        from qpipe.model.canon.form import canonical_network
+        from qpipe.model.files.onnx_reader import deserialized
+
         source = proto.clone() if isinstance(proto, onnx_ir.Model) else deserialized(proto)
         return cls.of(canonical_network(source))
 
@@ -65,11 +63,15 @@ class Model(Network):
 
         `example_inputs` is a tensor, a tuple of them or a dict by argument name; `dynamic_shapes`, if given,
         goes to torch.export as it is. Raises InputError where torch cannot export the module."""
+        from qpipe.model.torch_export.exporter import from_torch
+
         return cls.of(from_torch(module, example_inputs, dynamic_shapes, input_names))
 
     def with_encodings_file(self, path: str | Path) -> Self:
         """The model with exactly the grids of an AIMET encodings file (0.6.1, 1.0.0, 2.0.0), those of weights
         frozen. Raises InputError for names that the graph lacks and grids that do not fit."""
+        from qpipe.model.files.encodings_reader import with_encodings_file
+
         return with_encodings_file(self, Path(path))
 
     def edit(self) -> ModelEditor:
@@ -78,19 +80,27 @@ class Model(Network):
 
     def layers(self) -> tuple[Layer, ...]:
         """The layers that have weights, in topological order, each with the activation that follows it."""
+        from qpipe.model.structure.layers import find_layers
+
         return find_layers(self)
 
     def block(self, inputs: Sequence[str], outputs: Sequence[str]) -> Model:
         """The part of the model between two sets of values. Raises ValueError where they do not bound one."""
+        from qpipe.model.network.parts import block
+
         return block(self, inputs, outputs)
 
     def blocks(self, by_name: bool = True) -> tuple[Block, ...]:
         """The parts that blockwise methods tune, one behind the other: by the names of torch modules, or by the
         articulation points of the graph alone. `block([b.input, *b.side_inputs], [b.output])` cuts one out."""
+        from qpipe.model.structure.blocks import find_blocks
+
         return find_blocks(self, by_name)
 
     def digraph(self) -> nx.DiGraph[str]:
         """The nodes by name, with an edge for each value that one reads from another (`values`: names)."""
+        from qpipe.model.network.parts import digraph
+
         return digraph(self)
 
     def to_torch(
@@ -103,10 +113,14 @@ class Model(Network):
         """A torch.fx module, one fx node per ONNX node; fake-quantize at the encodings if `quantized`.
 
         Its tensors are copies or, for a module that only runs, the model's own memory (`shared`)."""
+        from qpipe.model.simulation.module import to_torch
+
         return to_torch(self, quantized, tuple(trainable), device, shared)
 
     def to_qdq(self) -> onnx.ModelProto:
         """The ONNX model with QuantizeLinear and DequantizeLinear at the encodings."""
+        from qpipe.model.qdq.writer import to_qdq
+
         return to_qdq(self)
 
     def session(
@@ -117,10 +131,14 @@ class Model(Network):
         threads: int | None = None,
     ) -> onnxruntime.InferenceSession:
         """An onnxruntime session: `reference` with basic optimizations, `deploy` with all."""
+        from qpipe.model.runtime.session import make_session
+
         return make_session(self, mode, quantized, outputs, threads)
 
     def save(self, folder: str | Path) -> Path:
         """Write model.onnx (QDQ where there are encodings) and encodings.json; returns the model's path."""
+        from qpipe.model.files.onnx_writer import save
+
         return save(self, Path(folder))
 
 

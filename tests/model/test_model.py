@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -120,3 +123,8 @@ def test_the_python_package_offers_its_names_lazily() -> None:
 def test_input_errors_pass_through_load(tmp_path: object) -> None:
     with pytest.raises(InputError, match="does not exist"):
         Model.load(f"{tmp_path}/none.onnx")
+
+
+def test_the_face_loads_what_a_method_needs_when_it_is_called() -> None:
+    program = "import sys, qpipe.model.model; assert not {'torch', 'onnxruntime'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
