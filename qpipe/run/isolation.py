@@ -139,14 +139,19 @@ def _of_torch() -> list[PutBack]:
         *_bound(torch.set_grad_enabled, torch.is_grad_enabled()),
         *_bound(torch.set_num_threads, torch.get_num_threads()),
         *_bound(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision()),
-        *_bound(
-            lambda on, warn: torch.use_deterministic_algorithms(on, warn_only=warn),
-            torch.are_deterministic_algorithms_enabled(),
-            torch.is_deterministic_algorithms_warn_only_enabled(),
-        ),
+        *_bound(_put_back_determinism, torch, _determinism(torch)),
         *_bound(torch.set_flush_denormal, False),
         *_bound(torch.random.set_rng_state, torch.random.get_rng_state()),
     ]
+
+
+def _determinism(torch: Any) -> tuple[bool, bool]:
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def _put_back_determinism(torch: Any, before: tuple[bool, bool]) -> None:
+    if _determinism(torch) != before:  # the call imports torch's compiler, which takes a second
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def _torch_as_loaded() -> None:
@@ -157,7 +162,7 @@ def _torch_as_loaded() -> None:
     torch.set_default_device(None)
     torch.set_grad_enabled(True)
     torch.set_float32_matmul_precision("highest")
-    torch.use_deterministic_algorithms(False)
+    _put_back_determinism(torch, (False, False))
     torch.set_flush_denormal(False)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
 
@@ -235,7 +240,9 @@ class _Seeding(importlib.abc.Loader):
 
 def _seed(name: str, seed: int) -> None:
     module = sys.modules[name]
-    if name == "torch":
+    if name == "torch" and module.version.cuda is None:
+        module.default_generator.manual_seed(seed)  # manual_seed keeps a stack for devices that are not there
+    elif name == "torch":
         module.manual_seed(seed)
     else:
         module.seed(seed)
