@@ -26,7 +26,7 @@ from typing import Any
 from qpipe.keys import loaded
 
 PutBack = Callable[[], object]
-_OWN_THREADS = ("qpipe", "fsspec")
+_OWN_THREADS = ("qpipe", "fsspec", "tqdm")
 _SEEDED = ("numpy.random", "torch")
 _SIGNALS = tuple(
     getattr(signal, name)
@@ -168,7 +168,7 @@ def _torch_as_loaded() -> None:
 
 
 def _left_running(before: set[threading.Thread]) -> list[str]:
-    """Threads that the action began and that go on; the engine's own and those of its file systems are let be."""
+    """Threads that the action began and that go on, but for those of the engine and of libraries that watch."""
     left = [thread for thread in threading.enumerate() if thread not in before]
     own = [thread for thread in left if _module_of(thread).startswith(_OWN_THREADS)]
     return [f"its thread '{thread.name}' still runs" for thread in left if thread not in own]

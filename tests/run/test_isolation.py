@@ -185,3 +185,13 @@ def test_an_action_gives_the_same_in_a_used_worker_and_in_a_fresh_one(hostile: T
     many = scores_after(hostile, DEEDS, "run.workers=4", "cache.dir=many")
     assert set(one.values()) == set(many.values()) == alone
     assert len(alone) == 1
+
+
+def test_a_thread_that_watches_progress_is_let_be() -> None:
+    from tqdm import tqdm
+
+    isolation = Isolation()
+    with isolation.of("ab" * 32):
+        list(tqdm(range(3), disable=False, file=open(os.devnull, "w")))  # noqa: SIM115
+        assert any("tqdm" in thread.name for thread in threading.enumerate())
+    assert isolation.spent == []
