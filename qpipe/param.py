@@ -55,13 +55,6 @@ Factory = Annotated[str, _FactoryMark()]
 """`module:function`, found from the working directory; in a key it counts by its code, not by its name."""
 
 
-def is_factory(hint: Any) -> bool:
-    """Whether `hint` is `Factory`, `Factory | None` or holds it."""
-    return any(isinstance(mark, _FactoryMark) for mark in getattr(hint, "__metadata__", ())) or any(
-        is_factory(argument) for argument in get_args(hint) if argument is not hint
-    )
-
-
 def is_ambiguous(hint: Any) -> bool:
     """Whether `hint` takes text as text and as a path: no telling which, and a path counts by its content."""
     if get_origin(hint) in (Union, types.UnionType):

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import pytest
 
 from qpipe.errors import ConfigError
-from qpipe.param import Factory, Range, coerce, describe, is_factory
+from qpipe.param import Factory, Range, coerce, describe, factories_in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,9 +85,9 @@ def test_a_type_is_described_in_words() -> None:
 
 
 def test_a_factory_is_found_inside_a_union() -> None:
-    assert is_factory(Factory | None)
-    assert is_factory(Literal["top1"] | Factory)
-    assert not is_factory(str | None)
+    assert list(factories_in("m:f", Factory | None)) == ["m:f"]
+    assert list(factories_in("m:f", Literal["top1"] | Factory)) == ["m:f"]
+    assert not list(factories_in("m:f", str | None))
 
 
 def test_negative_zero_arrives_as_the_zero_that_its_key_says() -> None:
