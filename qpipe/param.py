@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
+import functools
 import importlib
 import re
 import sys
@@ -66,6 +66,8 @@ def is_ambiguous(hint: Any) -> bool:
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """` Did you mean 'x'?` for the allowed name nearest to `name`, or nothing."""
+    import difflib  # for a mistake alone
+
     close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
     return f" Did you mean '{close[0]}'?" if close else ""
 
@@ -140,7 +142,7 @@ def factories_in(value: Any, hint: Any) -> Iterator[str]:
         for option in arguments if names_one or not isinstance(value, str) else ():
             yield from factories_in(value, option)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        hints = get_type_hints(type(value), include_extras=True)
+        hints = _field_types(type(value))
         for field in dataclasses.fields(value):
             yield from factories_in(getattr(value, field.name), hints[field.name])
     elif isinstance(value, Mapping) and len(arguments) == 2:
@@ -272,7 +274,7 @@ def _dataclass(value: Any, hint: Any, address: str) -> Any:
     if not isinstance(value, Mapping):
         raise _refuse(value, hint, address)
     fields = {field.name: field for field in dataclasses.fields(hint) if field.init}
-    hints = get_type_hints(hint, include_extras=True)
+    hints = _field_types(hint)
     for name in value:
         if name not in fields:
             raise ConfigError(
@@ -286,6 +288,12 @@ def _dataclass(value: Any, hint: Any, address: str) -> Any:
         return hint(**{name: coerce(item, hints[name], f"{address}.{name}") for name, item in value.items()})
     except ValueError as error:
         raise ConfigError(f"{address}: {error}") from error
+
+
+@functools.cache
+def _field_types(made: type[Any]) -> Mapping[str, Any]:
+    """The types of a dataclass's fields by name; worked out once, for it takes longer than all else here."""
+    return get_type_hints(made, include_extras=True)
 
 
 def load_factory(factory: str) -> Callable[..., Any]:

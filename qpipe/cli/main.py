@@ -42,8 +42,7 @@ Many = Callable[[Sequence[Job]], int]
 
 
 def main() -> None:
-    """Entry point of the `qpipe` command."""
-    gc.disable()  # a config of 10,000 nodes is a million objects that live on: a third of the time went into them
+    """The `qpipe` command, called by `__main__`, which switched the search for cycles off."""
     status = run(sys.argv[1:])
     # where an action ran, `sweep` enabled it again: what a stage left open is then closed in Python's own order
     if not gc.isenabled():

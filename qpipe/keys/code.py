@@ -107,9 +107,11 @@ class CodeIndex:
         pending, seen = [root], {root}
         entered, opened = set[str](), set[str]()  # whose imports count, and whose lazy ones do too
         while pending:
-            chain = list(finder.chain(pending.pop()))
+            chain = finder.chain(pending.pop())
             asked = chain[-1].name if chain else ""  # the module itself, or the one that is asked for an attribute
             for module in chain:
+                if module.name in (opened if module.name == asked else entered):
+                    continue
                 top = module.name.partition(".")[0]
                 party = module.party(own)
                 if party == "library" and (top in reach.libraries or self._distributions(top, module.location())):
@@ -121,18 +123,18 @@ class CodeIndex:
                 if module.file is None or module.name == "qpipe":
                     continue
                 analysis = self._analysis(module.file)
-                imports: tuple[Import, ...] = ()
+                wanted: tuple[str, ...] = ()
                 if module.name not in entered:
                     entered.add(module.name)
-                    imports = analysis.imports
+                    wanted = finder.targets(module, analysis)
                     if not analysis.is_empty:
                         reach.modules[module.name] = analysis.digest
-                if module.name == asked and module.name not in opened:
+                if module.name == asked:
                     opened.add(module.name)
-                    imports += analysis.lazy
-                wanted = dict.fromkeys(_targets(module, imports, finder))
-                pending += [name for name in wanted if name not in seen]
-                seen |= wanted.keys()
+                    wanted += finder.targets(module, analysis, lazy=True)
+                fresh = [name for name in wanted if name not in seen]
+                pending += fresh
+                seen.update(fresh)
         return reach
 
     def _versions(self, reach: _Reach) -> dict[str, str]:
@@ -245,15 +247,29 @@ class _Finder:
     def __init__(self, search_path: Path | None) -> None:
         self.search_path = search_path
         self._found: dict[str, _Module | None] = {}
+        self._chains: dict[str, tuple[_Module, ...]] = {}
+        self._targets: dict[tuple[str, bool], tuple[str, ...]] = {}
 
-    def chain(self, name: str) -> Iterator[_Module]:
+    def chain(self, name: str) -> tuple[_Module, ...]:
         """The packages on the way to `name`, outermost first, then `name`; ends before what there is not."""
-        parts = name.split(".")
-        for count in range(1, len(parts) + 1):
-            module = self.find(".".join(parts[:count]))
-            if module is None:
-                return
-            yield module
+        known = self._chains.get(name)
+        if known is None:
+            parent = name.rpartition(".")[0]
+            known = self.chain(parent) if parent else ()
+            if len(known) == name.count("."):  # else something on the way is not there
+                module = self.find(name)
+                known = (*known, module) if module is not None else known
+            self._chains[name] = known
+        return known
+
+    def targets(self, module: _Module, analysis: Analysis, lazy: bool = False) -> tuple[str, ...]:
+        """The full names that the module's imports, or its lazy ones, may mean, each once."""
+        known = self._targets.get((module.name, lazy))
+        if known is None:
+            imports = analysis.lazy if lazy else analysis.imports
+            known = tuple(dict.fromkeys(_targets(module, imports, self)))
+            self._targets[module.name, lazy] = known
+        return known
 
     def find(self, name: str) -> _Module | None:
         """The module of that name; None where there is none."""
