@@ -76,7 +76,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
         (*MODEL, "model.simulation", "numerics.rounding", "methods.placement", "methods.rounding"),
         "work choices fingerprint judge mix sensitivity",
     ),
-    "methods.comparison": ((*MODEL, "model.simulation"), "compare check parity"),
+    "methods.comparison": ((*MODEL, "model.simulation"), "inputs compare check parity"),
     "stages": (
         (
             *("errors", "param", "stage", "numerics", "numerics.rounding"),
