@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from qpipe.errors import InputError
-from qpipe.param import load_factory
+from qpipe.param import listed, load_factory
 from qpipe.stage import NULL, Context, Factory, Range, Samples, stage
+
+Shapes = dict[str, tuple[int | str | None, ...]]
 
 if TYPE_CHECKING:
     import torch
@@ -153,26 +155,35 @@ def refuse_sources(given: Mapping[str, Any]) -> None:
         raise InputError(
             f"load_model takes either path or factory, got {'both' if path else 'none of them'}."
         )
+    if path is None and (given["inputs"] or given["shapes"]):
+        raise InputError("`inputs` and `shapes` go with `path`; a factory builds its module as it is to be.")
     if path is not None and given["reads"]:
         raise InputError("`reads` goes with `factory`; an ONNX file counts by its content anyway.")
     if path is not None and given["weights"] is not None:
         raise InputError("`weights` go with `factory`; an ONNX file holds its own.")
 
 
-def from_file(path: Path, data: Samples | None, tolerance: float | None) -> tuple[Network, str]:
-    """The model in an ONNX file, and what its check says. Errors: InputError where it computes something else."""
+def from_file(
+    path: Path, data: Samples | None, tolerance: float | None, inputs: Mapping[str, Any], shapes: Shapes
+) -> tuple[Network, list[str]]:
+    """The model in an ONNX file, and what is to be said of it. Errors: InputError where it computes something else."""
     from qpipe.methods.comparison.check import verify_import
     from qpipe.model.canon.form import canonical_network
+    from qpipe.model.canon.given import fix_inputs, fix_shapes
     from qpipe.model.files.onnx_reader import read_onnx
 
-    model = canonical_network(read_onnx(path))
-    check = verify_import(model, path, arrays=None if data is None else data.arrays)
-    return model, judged(path.name, check, tolerance)
+    source = read_onnx(path)
+    fix_shapes(source, shapes)
+    fixed = fix_inputs(source, inputs)
+    model = canonical_network(source)
+    check = verify_import(model, path, arrays=None if data is None else data.arrays, given=fixed)
+    told = [f"The inputs {listed(fixed)} are constants now; the model has {len(model.inputs)} left."] if fixed else []
+    return model, [*told, judged(path.name, check, tolerance)]
 
 
 def from_factory(
     factory: str, weights: Path | None, data: Samples | None, tolerance: float | None
-) -> tuple[Network, str]:
+) -> tuple[Network, list[str]]:
     """The model that `module:function` builds, with its parameters or `weights`, and what its check says. Errors:
     InputError where it computes something else."""
     from qpipe.methods.comparison.check import TOLERANCE, ImportCheck, first_difference
@@ -186,7 +197,8 @@ def from_factory(
     fed, wanted = on_example(module, example, model)
     error = largest_error(model, fed, wanted)
     first = first_difference(model, fed) if error > TOLERANCE else None
-    return model, judged(factory, ImportCheck(torch=error, first_difference=first, inputs=fed), tolerance)
+    check = ImportCheck(torch=error, first_difference=first, inputs=fed)
+    return model, [judged(factory, check, tolerance)]
 
 
 @stage(version=1, check=refuse_sources)
@@ -199,6 +211,8 @@ def load_model(
     weights: Path | None = None,
     encodings: Path | None = None,
     tolerance: Annotated[float, Range(gt=0)] | None = None,
+    inputs: dict[str, Any] = {},  # noqa: B006 - defaults are copied
+    shapes: Shapes = {},  # noqa: B006
     ctx: Context = NULL,
 ) -> Network:
     """The model in an ONNX file (`path`), or the one that a Python function builds (`factory`), canonical.
@@ -211,6 +225,8 @@ def load_model(
     example where the factory returns none, and the name of a single input; a file's import is checked on them.
     `encodings` is a file in AIMET's format (0.6.1, 1.0.0 or 2.0.0), whose grids take the place of the model's own.
     `tolerance` is how far the import's outputs may lie from the source's, relative; by default, what rounding explains.
+    `inputs` makes inputs of a file constants ({sr: 16000}), `shapes` fixes their dimensions ({x: [n, 3, 480, 480]}; a
+    name or null leaves one open); what follows from that is decided, such as the branch that an If takes.
     Errors: InputError for a file or a module that cannot be taken, for weights that do not fit, and for an import that
     computes something else.
     """
@@ -218,10 +234,10 @@ def load_model(
     from qpipe.model.files.encodings_reader import with_encodings_file
 
     if path is not None:
-        model, checked = from_file(path, data, tolerance)
+        model, told = from_file(path, data, tolerance, inputs, shapes)
     else:
         assert factory is not None
-        model, checked = from_factory(factory, weights, data, tolerance)
+        model, told = from_factory(factory, weights, data, tolerance)
     for note in model.metadata.get("notes", []):
         ctx.note(note)
     if encodings is not None:
@@ -232,5 +248,6 @@ def load_model(
             f"It came quantized: {kept} weights and {len(model.encodings) - kept} activations have grids. "
             "Those of the weights stay."
         )
-    ctx.note(checked)
+    for note in told:
+        ctx.note(note)
     return model

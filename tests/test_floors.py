@@ -54,7 +54,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
     "model.canon": (
         MODEL,
         (
-            "definitions floats unrolling sequences plain_forms layer_forms attention_forms bound_forms folding "
+            "definitions floats given unrolling sequences plain_forms layer_forms attention_forms bound_forms folding "
             "opsets refusals form"
         ),
     ),

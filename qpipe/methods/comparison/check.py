@@ -82,15 +82,17 @@ def verify_import(
     seed: int = 0,
     batch: int = 2,
     arrays: Mapping[str, Array] | None = None,
+    given: Mapping[str, Array] | None = None,
 ) -> ImportCheck:
     """Compare what three runs compute from the same inputs: `source` (an ONNX file or its bytes) in onnxruntime,
     `model` in onnxruntime, and `to_torch(model, quantized=False)`.
 
-    The inputs are the first of the samples `arrays`, or made up: the first on which all three run. A model in QDQ form
+    The inputs are the first of the samples `arrays`, or made up: the first on which all three run. `given` are those
+    of the source's inputs that are constants of the import. A model in QDQ form
     is compared as it is in onnxruntime; in torch, the float model that it was made from. Raises InputError where
     onnxruntime cannot open the source, for samples that do not fit, and where torch runs on nothing that the source
     runs on."""
-    tries, failed = trial_inputs(model, arrays, seed, batch), ""
+    tries, failed = ({**fed, **(given or {})} for fed in trial_inputs(model, arrays, seed, batch)), ""
     while True:
         try:
             inputs, wanted = _run_source(source, tries)
@@ -139,7 +141,8 @@ def first_difference(model: Network, inputs: Mapping[str, Array]) -> dict[str, A
     """The first node whose value in torch is off from that in onnxruntime, given the same inputs."""
     names = [str(output.name) for node in model.graph for output in node.outputs[:1]]
     session = make_session(model, quantized=False, outputs=names)
-    wanted = dict(zip(names, session.run(None, dict(inputs)), strict=True))
+    fed = {spec.name: inputs[spec.name] for spec in model.inputs}
+    wanted = dict(zip(names, session.run(None, fed), strict=True))
     found = _torch_values(model, inputs)
     for node in model.graph:
         name = str(node.outputs[0].name)
@@ -205,9 +208,10 @@ def _run_import(
     model: Network, inputs: dict[str, Array], source: str | Path | bytes
 ) -> tuple[list[Array], list[Array]]:
     """What the import computes in onnxruntime, and for a quantized model what it computes in float."""
+    fed = {spec.name: inputs[spec.name] for spec in model.inputs}
     if not model.encodings:
-        return _run_in_passing(make_session(model, quantized=False, lean=True), inputs, source), []
-    quantized, floats = (make_session(model, quantized=each).run(None, inputs) for each in (True, False))
+        return _run_in_passing(make_session(model, quantized=False, lean=True), fed, source), []
+    quantized, floats = (make_session(model, quantized=each).run(None, fed) for each in (True, False))
     return quantized, floats
 
 

@@ -40,6 +40,7 @@ SIMPLIFICATIONS: tuple[Rule, ...] = (
     unrolling.unroll_loop,
     unrolling.unroll_scan,
     plain_forms.known_shape,
+    plain_forms.known_dimension,
     plain_forms.known_size,
     plain_forms.known_reshape,
     plain_forms.merge_transposes,
