@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qpipe.model.simulation.samples import batches
+from qpipe.model.simulation.samples import batch_name, batches
 
 if TYPE_CHECKING:
     from qpipe.model.network.network import Array, Network
@@ -45,14 +45,14 @@ def trial_inputs(
 def random_inputs(
     model: Network, seed: int = 0, batch: int = 2, size: int = 8, lengths: bool = False
 ) -> dict[str, Array]:
-    """Standard normal floats, integers of 0 and 1 (valid as indices, masks and token types alike); a dynamic
-    first dimension is `batch`, any other `size`. With `lengths`, integers in a row are `size`: how much of each
+    """Standard normal floats, integers of 0 and 1 (valid as indices, masks and token types alike); the
+    dimension that counts the samples is `batch`, any other open one `size`. With `lengths`, integers in a row are `size`: how much of each
     sample there is."""
     rng = np.random.default_rng(seed)
     arrays: dict[str, Array] = {}
+    samples = batch_name(model)
     for index, spec in enumerate(model.inputs):
-        first = spec.shape[0] if spec.shape else None
-        shape = [dim if isinstance(dim, int) else batch if dim == first else size for dim in spec.shape]
+        shape = [dim if isinstance(dim, int) else batch if dim == samples else size for dim in spec.shape]
         dtype = np.dtype(spec.dtype)
         if dtype.kind == "f":
             arrays[spec.name] = rng.standard_normal(shape).astype(dtype)
