@@ -4,9 +4,9 @@ An image becomes x = (pixel * scale - mean) / std, channel by channel, in float3
 resized to size / crop and the middle of `size` cut out (`fit: crop`), or after it was resized to `size` as it
 is (`fit: stretch`).
 
-Assumes: the first axis of every array counts the samples, or `batch_axis` says which one does. An npz holds one array per model input, under the
-input's name, and `labels` where a metric needs them. Images have their class from a CSV (`filename,label`),
-or from one sub-folder per class, numbered in the order of their names.
+Assumes: the first axis of every array counts the samples, or `batch_axis` says which one does. An npz holds one array
+per model input, under the input's name, and `labels` where a metric needs them. Images have their class from a CSV
+(`filename,label`), or from one sub-folder per class, numbered in the order of their names.
 Source: own; the image preprocessing is the usual one of ImageNet classifiers.
 """
 

@@ -239,7 +239,7 @@ def test_samples_may_lie_along_another_axis_and_a_number_is_every_sample_s(tmp_p
     assert {name: array.shape for name, array in found.items()} == {"x": (2, 5), "state": (2, 2, 3), "rate": (2,)}
     np.testing.assert_array_equal(found["state"][0], state[:, 0])
     assert found["rate"].tolist() == [16000, 16000]
-    with pytest.raises(InputError, match="batch_axis: .*holds no array 'stat', only rate, state, x"):
+    with pytest.raises(InputError, match=r"batch_axis: .*holds no array 'stat', only rate, state, x"):
         load_data(path=tmp_path / "d.npz", batch_axis={"stat": 1})
-    with pytest.raises(InputError, match="'x' has the shape \\(4, 5\\), so no axis 2"):
+    with pytest.raises(InputError, match=r"'x' has the shape \(4, 5\), so no axis 2"):
         load_data(path=tmp_path / "d.npz", batch_axis={"state": 1, "x": 2})

@@ -45,9 +45,9 @@ def trial_inputs(
 def random_inputs(
     model: Network, seed: int = 0, batch: int = 2, size: int = 8, lengths: bool = False
 ) -> dict[str, Array]:
-    """Standard normal floats, integers of 0 and 1 (valid as indices, masks and token types alike); the
-    dimension that counts the samples is `batch`, any other open one `size`. With `lengths`, integers in a row are `size`: how much of each
-    sample there is."""
+    """Standard normal floats, integers of 0 and 1 (valid as indices, masks and token types alike); the dimension that
+    counts the samples is `batch`, any other open one `size`. With `lengths`, integers in a row are `size`: how much of
+    each sample there is."""
     rng = np.random.default_rng(seed)
     arrays: dict[str, Array] = {}
     samples = batch_name(model)
