@@ -170,12 +170,13 @@ def from_file(
     from qpipe.methods.comparison.check import verify_import
     from qpipe.model.canon.form import canonical_network
     from qpipe.model.canon.given import fix_inputs, fix_shapes
-    from qpipe.model.files.onnx_reader import read_onnx
+    from qpipe.model.files.onnx_reader import read_onnx, told_as_input
 
-    source = read_onnx(path)
-    fix_shapes(source, shapes)
-    fixed = fix_inputs(source, inputs)
-    model = canonical_network(source)
+    with told_as_input(path):
+        source = read_onnx(path)
+        fix_shapes(source, shapes)
+        fixed = fix_inputs(source, inputs)
+        model = canonical_network(source)
     check = verify_import(model, path, arrays=None if data is None else data.arrays, given=fixed)
     told = [f"The inputs {listed(fixed)} are constants now; the model has {len(model.inputs)} left."] if fixed else []
     return model, [*told, judged(path.name, check, tolerance)]

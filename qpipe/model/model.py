@@ -36,9 +36,10 @@ class Model(Network):
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """The model in an ONNX file (external data beside it). Raises InputError with the reason."""
-        from qpipe.model.files.onnx_reader import read_onnx
+        from qpipe.model.files.onnx_reader import read_onnx, told_as_input
 
-        return cls.from_proto(read_onnx(Path(path)))
+        with told_as_input(Path(path)):
+            return cls.from_proto(read_onnx(Path(path)))
 
     @classmethod
     def from_proto(cls, proto: onnx.ModelProto | onnx_ir.Model) -> Self:
