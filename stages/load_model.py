@@ -169,7 +169,7 @@ def from_file(
     """The model in an ONNX file, and what is to be said of it. Errors: InputError where it computes something else."""
     from qpipe.methods.comparison.check import verify_import
     from qpipe.model.canon.form import canonical_network
-    from qpipe.model.canon.given import fix_inputs, fix_shapes
+    from qpipe.model.files.given import fix_inputs, fix_shapes
     from qpipe.model.files.onnx_reader import read_onnx, told_as_input
 
     with told_as_input(path):

@@ -17,6 +17,7 @@ from qpipe.methods.placement.joined import Joined
 from qpipe.methods.placement.overrides import Overridden
 from qpipe.model.network.invariants import constant_tensor
 from qpipe.model.structure.layers import find_layers
+from qpipe.model.structure.opaque import read_values
 from qpipe.numerics.scheme import Scheme, TensorScheme, code_bounds
 
 if TYPE_CHECKING:
@@ -270,7 +271,7 @@ def counted_values(graph: ir.Graph) -> set[ir.Value]:
     others = _following(graph, set())
     counted = {value for value in graph.inputs if value.dtype is not None and value.dtype.is_integer()}
     for node in graph:
-        if node.op_type not in _MEASURES and any(value in counted for value in node.inputs):
+        if node.op_type not in _MEASURES and any(value in counted for value in read_values(node)):
             counted.update(value for value in node.outputs if value.name and value not in others)
     layers = [node for node in graph if node.op_type in _LAYERS and not node.domain]
     angles = _leading(counted, [value for node in graph if node.op_type in _ANGLES for value in node.inputs])
@@ -309,7 +310,7 @@ def _following(graph: ir.Graph, more: set[ir.Value]) -> set[ir.Value]:
         table = constant_tensor(node.inputs[0]) if node.op_type == "Gather" and node.inputs else None
         embedding = table is not None and table.size > 1
         decoded = node.op_type == "DequantizeLinear"
-        if embedding or decoded or any(value in data for value in node.inputs):
+        if embedding or decoded or any(value in data for value in read_values(node)):
             data.update(value for value in node.outputs if value.name and _is_float(value))
     return {value for value in data if _is_float(value)}
 

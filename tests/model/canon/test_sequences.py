@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qpipe.errors import InputError
 from qpipe.methods.comparison.check import verify_import
 from qpipe.model import Model
 from tests.model.nets import parsed
@@ -97,9 +96,11 @@ def test_a_known_sequence_is_the_tensors_that_it_holds(name: str) -> None:
     ],
     ids=["as many parts as samples", "whichever the batch says"],
 )
-def test_what_depends_on_the_data_is_refused(body: str) -> None:
-    with pytest.raises(InputError, match="what it holds depends on the data"):
-        Model.from_proto(parsed(f"{HEAD} {{ {body} }}"))
+def test_what_depends_on_the_data_stays_and_runs(body: str) -> None:
+    proto = parsed(f"{HEAD} {{ {body} }}")
+    model = Model.from_proto(proto)
+    assert any("Sequence" in node.op_type for node in model.graph)
+    assert verify_import(model, proto.SerializeToString()).equal
 
 
 class Gated(nn.Module):
