@@ -18,9 +18,6 @@ from qpipe.model.network.rewriting import constant
 from qpipe.model.structure.families import RANDOM
 from qpipe.model.structure.opaque import FLOAT8, TYPES, is_opaque
 
-_CODES = frozenset({ir.DataType.INT2, ir.DataType.UINT2, ir.DataType.INT4, ir.DataType.UINT4})
-"""What QDQ nodes may hold besides what torch has; reading a quantized model leaves none of them."""
-_HELD = TYPES | FLOAT8
 _TEXT = "text is not supported. Process it before the model"
 _CONTAINER = "Sequences, maps and optionals are not supported there. Give tensors of their own to the model"
 
@@ -28,7 +25,8 @@ _CONTAINER = "Sequences, maps and optionals are not supported there. Give tensor
 def refuse_unfit(model: ir.Model) -> None:
     """Raise one InputError that lists everything about the model as it comes that no import can mend."""
     version = model.opset_imports.get("", model.opset_imports.get("ai.onnx", OPSET))
-    found = list(_values(model.graph))
+    given = (value for value in model.graph.inputs if not value.is_initializer())
+    found = [clause for value in given if (clause := _bad_value("input", value)) is not None]
     for node in _nodes(model):
         reason = _unfit(node, version)
         if reason is not None:
@@ -74,13 +72,6 @@ def _name(node: ir.Node) -> str:
     return node.name or next((output.name for output in node.outputs if output.name), "")
 
 
-def _values(graph: ir.Graph) -> Iterator[str]:
-    for value in graph.inputs:
-        clause = None if value.is_initializer() else _bad_value("input", value)
-        if clause is not None:
-            yield clause
-
-
 def _bad_value(kind: str, value: ir.Value) -> str | None:
     """Why a value cannot come into the model, or go out of it: it is no tensor of numbers that numpy has."""
     reason = None
@@ -88,7 +79,7 @@ def _bad_value(kind: str, value: ir.Value) -> str | None:
         reason = f"it is no tensor. {_CONTAINER}"
     elif value.dtype == ir.DataType.STRING:
         reason = f"it holds strings; {_TEXT}"
-    elif value.dtype is not None and value.dtype not in _HELD | _CODES:
+    elif value.dtype is not None and value.dtype not in TYPES | FLOAT8:
         reason = f"it holds {value.dtype.name.lower()}, which torch cannot compute with. Give the model in float32"
     elif kind == "input" and (value.dtype is None or value.shape is None):
         reason = "its type or its number of dimensions is not said. Export the model again with them"
