@@ -163,6 +163,19 @@ def refuse_sources(given: Mapping[str, Any]) -> None:
         raise InputError("`weights` go with `factory`; an ONNX file holds its own.")
 
 
+def fitting_arrays(model: Network, data: Samples | None) -> Arrays | None:
+    """The samples, where they are the model's; a stage that needs them says what does not fit."""
+    from qpipe.model.simulation.samples import fitting
+
+    if data is None:
+        return None
+    try:
+        fitting(model, data.arrays)
+    except InputError:
+        return None
+    return dict(data.arrays)
+
+
 def from_file(
     path: Path, data: Samples | None, tolerance: float | None, inputs: Mapping[str, Any], shapes: Shapes
 ) -> tuple[Network, list[str]]:
@@ -177,7 +190,7 @@ def from_file(
         fix_shapes(source, shapes)
         fixed = fix_inputs(source, inputs)
         model = canonical_network(source)
-    check = verify_import(model, path, arrays=None if data is None else data.arrays, given=fixed)
+    check = verify_import(model, path, arrays=fitting_arrays(model, data), given=fixed)
     told = [f"The inputs {listed(fixed)} are constants now; the model has {len(model.inputs)} left."] if fixed else []
     return model, [*told, judged(path.name, check, tolerance)]
 
