@@ -38,7 +38,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
     "model.operators": (
         ("errors",),
         (
-            "registry window float8 host activation conv detection elementwise index matmul integer norm pool "
+            "registry window activation conv detection elementwise index matmul integer norm pool "
             "recurrent reduce resize shape signal unsigned table"
         ),
     ),

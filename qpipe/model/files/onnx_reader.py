@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 
 from qpipe.errors import InputError, QpipeError
-from qpipe.mapped import map_file
+from qpipe.mapped import beside, map_file
 from qpipe.model.files.soundness import refuse_broken
 from qpipe.model.network.packing import attached
 
@@ -80,10 +80,7 @@ _EXPORT = "Export the model to ONNX again."
 
 
 def _attach_external(model: ir.Model, path: Path) -> None:
-    """Map what the file refers to, now rather than at first use: each file beside it once.
-
-    A package cache keeps a model as links: hard ones, or symbolic ones into a folder where the files have other names.
-    So a file may lie beside the model as it was named, or beside what that name is a link to."""
+    """Map what the file refers to, now rather than at first use: each file beside it once."""
     mapped: dict[Path, memoryview] = {}
     for graph in model.graphs():
         for name, value in graph.initializers.items():
@@ -97,15 +94,14 @@ def _attach_external(model: ir.Model, path: Path) -> None:
 
 def _beside(path: Path, name: str, location: str) -> Path:
     """The file of a tensor's data, which has to lie in the model's folder."""
-    folders = [path.absolute().parent, path.resolve().parent]
+    if "\0" in location:
+        raise InputError(f"{path}: the data of tensor {name!r} are in no file, but in {location!r}.")
     try:
-        found = next((folder / location for folder in folders if (folder / location).exists()), folders[1] / location)
-        inside = not Path(location).is_absolute() and ".." not in Path(location).parts
-        if not inside or not any(found.resolve().is_relative_to(folder.resolve()) for folder in folders):
-            raise InputError(f"{path}: the data of tensor {name!r} lie outside its folder, in {found}.")
-    except (OSError, ValueError) as error:  # a name that no file can have
+        return beside(path, location)
+    except ValueError as error:
+        raise InputError(f"{path}: the data of tensor {name!r} lie outside its folder, in {error}.") from error
+    except OSError as error:
         raise InputError(f"{path}: the data of tensor {name!r} are in no file, but in {location!r}.") from error
-    return found
 
 
 def _mapped(path: Path, name: str, file: Path) -> memoryview:

@@ -28,10 +28,10 @@ from torch import fx
 
 from qpipe.model.network.invariants import constant_of
 from qpipe.model.network.naming import Names
-from qpipe.model.operators.host import host_constant, to_device
 from qpipe.model.operators.table import OPERATORS
 from qpipe.model.qdq.bias import BIAS_MAX, BIAS_MIN, QuantizedBias, effective_encodings, quantized_biases
 from qpipe.model.simulation.constants import (
+    host_constant,
     host_values,
     keywords,
     literal,
@@ -39,6 +39,7 @@ from qpipe.model.simulation.constants import (
     statistics,
     stays,
     tensor_of,
+    to_device,
 )
 from qpipe.model.simulation.opaque import RuntimePart
 from qpipe.model.structure.families import MOVING, WIDE_UNSIGNED

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from qpipe.model import Model
-from qpipe.model.operators.host import host_constant
-from qpipe.model.simulation.constants import host_values
+from qpipe.model.simulation.constants import host_constant, host_values
 from qpipe.model.simulation.module import sanitize, value_nodes
 from qpipe.model.simulation.stream import Stream
 from qpipe.numerics.fake_quantize import FakeQuantize
