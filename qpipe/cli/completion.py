@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 
 from qpipe.cli.manual import COMMANDS, OPTIONS
+from qpipe.cli.words import HYDRA_VALUED
 
 _HELP = "--help"
-HYDRA_VALUED = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p")
-"""Hydra's options that take a value."""
 
 
 def complete(environment: MutableMapping[str, str]) -> tuple[list[str], bool]:
@@ -74,7 +73,7 @@ def _offer(command: str, subjects: Sequence[str]) -> Callable[[list[str]], Itera
         return nodes
     if command == "verify" and not count:
         return lambda overrides: ["all", *nodes(overrides)]
-    if (command == "diff" and count < 2) or (command == "report" and not count):
+    if (command == "diff" and count < 2) or (command in ("report", "rerun") and not count):
         return lambda _: _runs()
     if command == "stages" and not count:
         from qpipe.language.catalog import catalog

@@ -62,10 +62,10 @@ class Screen(Terminal):
             print("\n".join(sweep_table(records)))
 
 
-def run(jobs: Sequence[Job]) -> int:
-    """Carry the pipelines out, show how it goes, leave a record of each."""
+def run(jobs: Sequence[Job], command: Sequence[str] = ()) -> int:
+    """Carry the pipelines out, show how it goes, leave a record of each, which says `command` before the overrides."""
     with open_store(jobs[0].spec) as store, Screen(store) as screen:
-        return run_jobs(jobs, store, screen, ["qpipe", *jobs[0].overrides])
+        return run_jobs(jobs, store, screen, ["qpipe", *command, *jobs[0].overrides])
 
 
 def plan(jobs: Sequence[Job]) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, get_type_hints
 
@@ -17,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qpipe.errors import ConfigError, InputError
 from qpipe.language.catalog import MISSING, RESERVED, catalog
+from qpipe.language.interpolation import wrong_interpolation
 from qpipe.param import coerce, listed, nearest, of_its_type, parse_size
 from qpipe.stage import REQUIRED, Stage
 
@@ -186,11 +186,11 @@ def _prefilled(name: str, config: DictConfig) -> dict[str, Any]:
 def _filled(config: DictConfig) -> DictConfig:
     """As `_plain`, but still a config: what it resolves to has the address of a mistake in it."""
     missing: dict[str, Any] = {}
-    stages = config.get("stages")
-    for node, body in stages.items() if isinstance(stages, DictConfig) else ():
-        name = body.get("uses") if isinstance(body, DictConfig) else None
-        if name in catalog():
-            prefilled = catalog()[str(name)].config
+    stages = (OmegaConf.to_container(config, resolve=False) or {}).get("stages")  # type: ignore[union-attr]
+    for node, body in stages.items() if isinstance(stages, dict) else ():
+        name = body.get("uses") if isinstance(body, dict) else None
+        if isinstance(name, str) and name in catalog():
+            prefilled = catalog()[name].config
             missing[str(node)] = {key: value for key, value in prefilled.items() if key not in body}
     if not any(missing.values()):
         return config
@@ -205,13 +205,7 @@ def _resolve(config: DictConfig) -> dict[str, Any]:
     try:
         plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
     except OmegaConfBaseException as error:
-        address = getattr(error, "full_key", None) or "config"
-        missing = re.search(r"Missing mandatory value: (\S+)", str(error))
-        if missing:
-            raise ConfigError(
-                f"{missing[1]}: missing. Set {missing[1]}=… (it is needed by {address})."
-            ) from error
-        raise ConfigError(f"{address}: {str(error).splitlines()[0]}.") from error
+        raise ConfigError(wrong_interpolation(error)) from error
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
 
@@ -238,7 +232,17 @@ def _remote(cache: Mapping[str, Any]) -> RemoteOptions | None:
         raise ConfigError(f"cache.{error}") from error
 
 
-def _node(name: str, body: Any) -> NodeSpec | FirstWithin:
+class NameIsNoText(ConfigError):
+    """A node's `name` is a number or a boolean, which YAML made of it."""
+
+    def __init__(self, name: object) -> None:
+        super().__init__(f"stages: a node's name is text, got {name!r}. Put it in quotes, or take another.")
+        self.name = name
+
+
+def _node(name: object, body: Any) -> NodeSpec | FirstWithin:
+    if not isinstance(name, str):
+        raise NameIsNoText(name)
     address = f"stages.{name}"
     if not name.isidentifier():
         raise ConfigError(f"{address}: a node's name is letters, digits and '_', got {name!r}.")

@@ -37,6 +37,8 @@ class RunInfo:
     finished: float = 0.0
     stopped: str = ""
     """What ended it before its time: "interrupted" by the person, "budget_spent", or nothing."""
+    git: Mapping[str, Any] | None = None
+    """`Checkout.found` of the working directory."""
 
 
 def build_record(
@@ -57,6 +59,7 @@ def build_record(
         "finished": datetime.fromtimestamp(info.finished, UTC).isoformat(),
         "status": _status(verdicts, goal, info),
         "run_dir": str(info.folder),
+        **({"git": dict(info.git)} if info.git else {}),
         "environment": {
             "python": platform.python_version(),
             "platform": platform.platform(),

@@ -22,6 +22,7 @@ from qpipe.plan.estimate import misses
 from qpipe.plan.keyring import Keyring
 from qpipe.plan.verdicts import Outcome
 from qpipe.plan.walk import Walk
+from qpipe.run.checkout import Checkout
 from qpipe.run.executor import View, execute, exit_code, forget, open_pool
 from qpipe.run.record import RunInfo, build_record, json_text, write_config, write_files, write_record
 from qpipe.writing import write_whole
@@ -71,9 +72,9 @@ def run_jobs(jobs: Sequence[Job], store: Store, watch: Watch, command: Sequence[
     A blob that turns out damaged when it is read is moved aside by the store, all others of this run are looked at,
     and all is planned anew: what made them runs again. CacheError where a blob comes back damaged again and again.
     """
-    info = RunInfo(command, jobs[0].folder, time.time())
+    info, checkout = RunInfo(command, jobs[0].folder, time.time()), Checkout(Path.cwd())
     with store.using():  # whatever it finds or makes stays until it ends
-        status = _run_healing(jobs, store, watch, info)
+        status = _run_healing(jobs, store, watch, info, checkout)
     _keep_within(store, jobs[0].spec.cache_max_bytes, watch)
     return status
 
@@ -94,7 +95,7 @@ def _keep_within(store: Store, max_bytes: int | None, watch: Watch) -> None:
         )
 
 
-def _run_healing(jobs: Sequence[Job], store: Store, watch: Watch, info: RunInfo) -> int:
+def _run_healing(jobs: Sequence[Job], store: Store, watch: Watch, info: RunInfo, checkout: Checkout) -> int:
     budget_s = jobs[0].spec.run.budget_s
     deadline = None if budget_s is None else time.monotonic() + budget_s
     told = False
@@ -108,7 +109,7 @@ def _run_healing(jobs: Sequence[Job], store: Store, watch: Watch, info: RunInfo)
             if not told:
                 watch.planned_jobs(list(zip(jobs, walks, strict=True)))
                 told = True
-            return _carry_out(jobs, walks, store, watch, info, deadline)
+            return _carry_out(jobs, walks, store, watch, info, checkout, deadline)
         except DamagedError as error:
             watch.message(f"The cache is damaged: {error} What made it runs again.")
             damaged[error.digest] += 1
@@ -129,6 +130,7 @@ def _carry_out(
     store: Store,
     watch: Watch,
     info: RunInfo,
+    checkout: Checkout,
     deadline: float | None,
 ) -> int:
     if (refused := refusal(walks, jobs[0].spec.run)) is not None:
@@ -136,9 +138,10 @@ def _carry_out(
         return NOT_CACHED
     stopped = ""
     if any(walk.running for walk in walks):
+        checkout.ask()
         stopped = _run(jobs, walks, store, watch, deadline)
     _tell(store.settle(), watch)
-    status = _conclude(jobs, walks, store, watch, dataclasses.replace(info, stopped=stopped))
+    status = _conclude(jobs, walks, store, watch, dataclasses.replace(info, stopped=stopped, git=checkout.found()))
     _tell(store.settle(), watch)  # what the records were the first to read
     return status
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -12,8 +11,9 @@ import pytest
 
 from qpipe.cli.cache_commands import COMMANDS as CACHE_COMMANDS
 from qpipe.cli.completion import complete
-from qpipe.cli.main import _register, take_options
+from qpipe.cli.main import _register
 from qpipe.cli.manual import COMMANDS, OPTIONS, usage
+from qpipe.cli.words import take_options
 from qpipe.errors import ConfigError
 from tests.toy import Toy
 
@@ -100,12 +100,20 @@ def test_options_are_taken_from_anywhere_on_the_line() -> None:
         take_options(["d", "--against", "--json"], known)
 
 
-def test_hydras_own_help_names_every_command() -> None:
+def test_the_first_help_fits_a_screen_and_names_every_command_and_group(tmp_path: Path) -> None:
+    (tmp_path / "conf" / "pipeline").mkdir(parents=True)
+    (tmp_path / "conf" / "pipeline" / "of_ones_own.yaml").write_text("")
     done = subprocess.run(
-        [sys.executable, "-m", "qpipe", "--help"],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"NO_COLOR": "1"},
-    )
+        [sys.executable, "-m", "qpipe", "--config-dir", "conf", "--help"],
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    lines = done.stdout.splitlines()
     assert done.returncode == 0
-    assert all(re.search(rf"^ +{name} ", done.stdout, re.M) for name in COMMANDS)
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 80
+    assert all(re.search(rf"^ +{name}\b", done.stdout, re.M) for name in COMMANDS)
+    shipped = Path(__file__).parents[2] / "conf"
+    for group in ("model", "data", "scheme", "target", "pipeline", "experiment"):
+        assert re.search(rf"^  {group} ", done.stdout, re.M)
+        assert all(path.stem in done.stdout for path in (shipped / group).glob("*.yaml"))
+    assert "of_ones_own" in done.stdout
