@@ -142,8 +142,8 @@ def overview(groups: Mapping[str, Sequence[str]]) -> str:
     lines = []
     for group in _LISTED:
         options, left = ", ".join(groups.get(group, ())), f"  {group:<12}"
-        indents = {"initial_indent": left, "subsequent_indent": len(left) * " "}
-        lines += textwrap.wrap(options, _COLUMNS, max_lines=2, placeholder=" …", **indents)
+        wrapped = textwrap.wrap(options, _COLUMNS - len(left), max_lines=2, placeholder=" …")
+        lines += textwrap.indent("\n".join(wrapped), len(left) * " ").replace(len(left) * " ", left, 1).splitlines()
     return _OVERVIEW.format(groups="\n".join(lines))
 
 
