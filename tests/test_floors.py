@@ -94,7 +94,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
         ("errors", "keys", "artifacts", "cache"),
         "objects remote lease uploads signing promises tier",
     ),
-    "language": (("errors", "keys", "param", "stage", "cache.shared"), "catalog interpolation spec graph"),
+    "language": (("errors", "keys", "param", "stage", "cache.shared"), "catalog interpolation spec graph labels"),
     "plan": (ENGINE[:-1], "verdicts history keyring decision walk estimate"),
     "run": (ENGINE, "machine checkout context isolation performing workers executor record stores sweep"),
     "explain": ((*ENGINE, "run"), "past_runs causes runs_apart artifacts verification"),

@@ -98,14 +98,14 @@ class RunSpec:
 
 @dataclasses.dataclass(frozen=True)
 class PipelineSpec:
-    """The whole declaration. `ladder` lists the Scores nodes of the closing table, in order; `baselines` those of them
-    that are only there to compare with."""
+    """The whole declaration. `ladder` lists the Scores nodes of the closing table, in order, with their labels
+    (`qpipe.language.labels`); `baselines` those of them that are only there to compare with."""
 
     nodes: Mapping[str, NodeSpec | FirstWithin]
     goal: GoalSpec
     run: RunSpec
     targets: tuple[str, ...] = ()
-    ladder: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    ladder: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     baselines: tuple[str, ...] = ()
     allow_discouraged: bool = False
     cache_dir: str | None = None
@@ -134,7 +134,7 @@ def read_spec(config: DictConfig) -> PipelineSpec:
         ),
         run=coerce(plain.get("run") or {}, RunSpec, "run"),
         targets=coerce(plain.get("targets") or (), tuple[str, ...], "targets"),
-        ladder=coerce(plain.get("ladder") or {}, dict[str, str], "ladder"),
+        ladder=coerce(plain.get("ladder") or {}, dict[str, str | None], "ladder"),
         baselines=coerce(plain.get("baselines") or (), tuple[str, ...], "baselines"),
         allow_discouraged=coerce(plain.get("allow_discouraged", False), bool, "allow_discouraged"),
         cache_dir=(plain.get("cache") or {}).get("dir"),

@@ -17,6 +17,7 @@ from typing import Any
 
 from qpipe.artifacts.artifact import load
 from qpipe.cache.store import Store
+from qpipe.language import labels
 from qpipe.language.graph import Source
 from qpipe.language.spec import FirstWithin
 from qpipe.plan.verdicts import OF_STAGE, Outcome, artifact_json
@@ -180,6 +181,8 @@ def _goal(walk: Walk) -> dict[str, Any]:
         "allowed_drop": goal.max_drop,
         "reached": reached,
         "met": met,
+        "reference": str(goal.reference) if goal.reference else None,
+        "scores": str(goal.scores) if goal.scores else None,
     }
 
 
@@ -201,11 +204,10 @@ def _ladder(walk: Walk, verdicts: Mapping[str, Outcome]) -> list[dict[str, Any]]
     chosen = walk.outcomes.get(best.node) if best else None
     winner = chosen.chosen[1].node if chosen and chosen.chosen else best.node if best else None
     steps = []
-    for name, label in spec.ladder.items():
-        source = walk.graph.resolved_refs.get(name)
-        if source is None or source.node != name or name not in verdicts:
+    for name, label in labels.steps(walk.graph).items():
+        if name not in verdicts:  # disabled
             continue
-        values = walk.scores(source) or {}
+        values = _own_scores(walk, name, verdicts[name])
         score, metric = values.get("score"), values.get("metric", spec.goal.metric)
         comparable = score is not None and goal["float"] is not None
         provenance = (verdicts[name].result or {}).get("provenance", {})

@@ -17,6 +17,7 @@ from qpipe.cache.cleanup import collect
 from qpipe.cache.store import Store
 from qpipe.errors import CacheError, ConfigError, DamagedError, InputError
 from qpipe.language.graph import build_graph
+from qpipe.language.labels import check_labels
 from qpipe.language.spec import PipelineSpec, RunSpec
 from qpipe.plan.estimate import misses
 from qpipe.plan.keyring import Keyring
@@ -58,6 +59,7 @@ def plan_jobs(jobs: Sequence[Job], store: Store) -> list[Walk]:
     walks = []
     for job in jobs:
         try:
+            check_labels(job.spec)
             walk = Walk(build_graph(job.spec), keyring, store, job.label)
             walk.advance()
         except ConfigError as error:
