@@ -61,8 +61,8 @@ usage: qpipe why NODE [--against RUN] [OVERRIDE …]
 Say why NODE runs: which ingredient of its key changed, old and new value, and for an input what changed in the node
 that made it, up to the roots. Then all that the key is made of.
 
-  --against RUN    compare with that run instead of the node's last result: a run folder, a record.json, a name below
-                   outputs/, `last`, or `last~1` for the one before it
+  --against RUN    compare with that run instead of the nearest earlier result: a run folder, a record.json, a name
+                   below outputs/, `last`, or `last~1` for the one before it
 """,
     "diff": """\
 usage: qpipe diff RUN RUN [--json]

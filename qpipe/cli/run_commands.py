@@ -8,14 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qpipe.cache.store import Store
 from qpipe.errors import ConfigError
 from qpipe.explain.past_runs import LAST, find_record, read_record
 from qpipe.language.catalog import catalog, plain
 from qpipe.language.spec import FirstWithin
 from qpipe.param import describe
 from qpipe.plan.estimate import Estimate, estimate
-from qpipe.plan.history import expected_s, rebuild
+from qpipe.plan.history import rebuild
 from qpipe.plan.verdicts import Outcome
 from qpipe.plan.walk import Walk
 from qpipe.report.terminal.plain import PlainDisplay
@@ -31,19 +30,15 @@ from qpipe.stage import REQUIRED
 class Screen(Terminal):
     """A Terminal that is shown plans and records of jobs."""
 
-    def __init__(self, store: Store) -> None:
-        super().__init__()
-        self._store = store
-
     def __enter__(self) -> Screen:
         return self
 
     def planned_jobs(self, plans: Sequence[tuple[Job, Walk]]) -> None:
-        shown = [row for _, walk in plans for row in rows(walk, self._store)]
+        shown = [row for _, walk in plans for row in rows(walk)]
         wall_s = None
         if any(row.verdict in ("run", "wait") for row in shown):
             workers = worker_count(plans[0][0].spec.run)
-            wall_s = estimate([walk for _, walk in plans], self._store, workers).wall_s
+            wall_s = estimate([walk for _, walk in plans], workers).wall_s
         self.planned(shown, wall_s)
         budget_s = plans[0][0].spec.run.budget_s
         if wall_s is not None and budget_s is not None and wall_s > budget_s:
@@ -64,7 +59,7 @@ class Screen(Terminal):
 
 def run(jobs: Sequence[Job], command: Sequence[str] = ()) -> int:
     """Carry the pipelines out, show how it goes, leave a record of each, which says `command` before the overrides."""
-    with open_store(jobs[0].spec) as store, Screen(store) as screen:
+    with open_store(jobs[0].spec) as store, Screen() as screen:
         return run_jobs(jobs, store, screen, ["qpipe", *command, *jobs[0].overrides])
 
 
@@ -74,9 +69,9 @@ def plan(jobs: Sequence[Job]) -> int:
     with open_store(jobs[0].spec) as store:
         rebuild(store)
         walks = plan_jobs(jobs, store)
-        costs = estimate(walks, store, worker_count(options))
+        costs = estimate(walks, worker_count(options))
         screen = Terminal(sys.stdout, live=False)
-        screen.planned([row for walk in walks for row in rows(walk, store)], costs.wall_s)
+        screen.planned([row for walk in walks for row in rows(walk)], costs.wall_s)
         for line in cost_lines(costs, worker_count(options)):
             screen.message(line)
         return 0 if (refused := refusal(walks, options)) is None else _refused(screen, refused)
@@ -105,18 +100,18 @@ def cost_lines(costs: Estimate, workers: int) -> list[str]:
     return [f"  {line}" for line in lines]
 
 
-def rows(walk: Walk, store: Store) -> list[Row]:
+def rows(walk: Walk) -> list[Row]:
     """The plan's lines for one walk, in the order of the config."""
-    return [_row(walk, name, outcome, store) for name, outcome in walk.verdicts().items()]
+    return [_row(walk, name, outcome) for name, outcome in walk.verdicts().items()]
 
 
-def _row(walk: Walk, name: str, outcome: Outcome, store: Store) -> Row:
+def _row(walk: Walk, name: str, outcome: Outcome) -> Row:
     node = walk.graph.node(name)
     if isinstance(node, FirstWithin):
         return Row(walk.label + name, "first_within", outcome.state, outcome.reasons)
     expected = None
     if outcome.state in ("run", "wait"):
-        expected = expected_s(store, node.stage.name, name)
+        expected = walk.expected_s(name)
     return Row(walk.label + name, node.stage.name, outcome.state, outcome.reasons, expected)
 
 
@@ -128,7 +123,7 @@ def graph(jobs: Sequence[Job], file: str | None) -> int:
         walk = plan_jobs(jobs[:1], store)[0]
         nodes = {
             row.node: {"stage": row.stage, "verdict": row.verdict, "label": row.node}
-            for row in rows(walk, store)
+            for row in rows(walk)
         }
     edges = [(source, target, port) for source, target, port in walk.graph.edges()]
     if file is None:

@@ -30,6 +30,11 @@ class Keyring:
         self._parts: dict[str, Mapping[str, str | None]] = {}
         self._listings: dict[str, str] = {}
 
+    @property
+    def folder(self) -> str:
+        """The working directory, where the person's modules and files are looked for."""
+        return str(self._search_path)
+
     def ingredients(self, node: NodeSpec, inputs: Mapping[str, tuple[Artifact, ...]]) -> dict[str, Any]:
         """All that the result of `node` depends on, as JSON; its digest is the action key."""
         return {

@@ -16,10 +16,11 @@ from qpipe.artifacts.artifact import Artifact, load
 from qpipe.artifacts.kinds import Scores
 from qpipe.cache.store import Store
 from qpipe.keys.hashing import digest
-from qpipe.language.graph import Graph, Source
+from qpipe.language.graph import Graph, Source, outputs_of
 from qpipe.language.spec import FirstWithin, NodeSpec
 from qpipe.param import listed
 from qpipe.plan.decision import decide
+from qpipe.plan.history import expected_s
 from qpipe.plan.keyring import Keyring
 from qpipe.plan.verdicts import Action, Outcome, State, hit
 
@@ -130,6 +131,33 @@ class Walk:
         """`Keyring.listings` of the keyring that made them."""
         return self._keyring.listings(ingredients)
 
+    def expected_s(self, name: str) -> float | None:
+        """Seconds that a node will take, by what ran before; None where nothing like it did."""
+        node = self.graph.node(name)
+        if isinstance(node, FirstWithin):  # it only chooses
+            return 0.0
+        found = {
+            port: [self._size(source) for source in sources] for port, sources in self.graph.inputs[name].items()
+        }
+        sizes = {port: sum(each) for port, each in found.items() if all(each)}
+        return expected_s(self._store, node.stage.name, name, sizes, self._keyring.folder)
+
+    @property
+    def folder(self) -> str:
+        """The working directory in which it is carried out."""
+        return self._keyring.folder
+
+    def _size(self, source: Source) -> int:
+        """Bytes of an output: its own, or, before it is made, those of what it is made of; 0 where neither is known."""
+        while (outcome := self.outcomes.get(source.node)) is None or not outcome.good:
+            kind = outputs_of(self.graph.node(source.node))[source.output]
+            inputs = (each for sources in self.graph.inputs[source.node].values() for each in sources)
+            same = (each for each in inputs if outputs_of(self.graph.node(each.node))[each.output] == kind)
+            if (before := next(same, None)) is None:
+                return 0
+            source = before
+        return outcome.outputs[source.output].size_bytes
+
     def scores(self, source: Source) -> dict[str, Any] | None:
         """The values of a Scores output, once it is there."""
         outcome = self.outcomes.get(source.node)
@@ -153,6 +181,9 @@ class Walk:
         return {
             "node": action.node,
             "makers": makers,
+            "sizes": {
+                port: sum(artifact.size_bytes for artifact in found) for port, found in action.inputs.items()
+            },
             "listings": self._keyring.listings(action.ingredients),
         }
 
