@@ -132,16 +132,17 @@ def find(
 
 
 def judge(
-    model: Network, data: Samples, metric: str, limit: int | None, name: str, batch_size: int, ctx: Context
-) -> Judge:
+    model: Network, data: Samples, metric: str, outputs: tuple[str, ...], limit: int | None, name: str,
+    batch_size: int, ctx: Context,
+) -> Judge:  # fmt: skip
     """Scores of `model` by `metric` on at most `limit` of the samples; its sub-results are called `name`."""
     from qpipe.methods.mixing.judge import Judge
 
     function = None if metric in get_args(Metric) else load_factory(metric)
     arrays, labels = thinned(data.arrays, limit), None if data.labels is None else thin(data.labels, limit)
     return Judge(
-        model, arrays, labels, metric, ctx.memo, name=name, function=function, batch_size=batch_size,
-        device=ctx.device,
+        model, arrays, labels, metric, ctx.memo, name=name, function=function, outputs=outputs,
+        batch_size=batch_size, device=ctx.device,
     )  # fmt: skip
 
 
@@ -155,7 +156,7 @@ def shortfall(metric: str, max_drop: float | None, budget: float | None, reached
     version=1,
     config={
         "calibration": "calibration", "evaluation": "evaluation", "scheme": "${scheme}", "target": "${target}",
-        "metric": "${goal.metric}", "max_drop": "${goal.max_drop}", "seed": "${seed}",
+        "metric": "${goal.metric}", "outputs": "${goal.outputs}", "max_drop": "${goal.max_drop}", "seed": "${seed}",
     },
     check=refuse,
     not_after={
@@ -174,6 +175,7 @@ def amp(
     candidates: tuple[str, ...] | None = None,
     method: Literal["sqnr_db", "evaluation", "gram"] = "sqnr_db",
     metric: Metric | Factory = "top1",
+    outputs: tuple[str, ...] = (),
     max_drop: Annotated[float, Range(ge=0)] | None = 0.01,
     budget: Annotated[float, Range(gt=0)] | None = None,
     cost: Literal["bitops", "size"] = "bitops",
@@ -202,9 +204,9 @@ def amp(
     model = model.with_facts(biases=target.bias)
     used = scheme if choice is None else with_observers(scheme, choice.values)
     schemes = {name: candidate_scheme(name, used) for name in candidates or admitted(scheme, target)}
-    whole = judge(model, evaluation, metric, None, "mix", batch_size, ctx)
+    whole = judge(model, evaluation, metric, outputs, None, "mix", batch_size, ctx)
     by, few = (metric, evaluation) if method == "evaluation" else ("sqnr_db", calibration)
-    single = judge(model, few, by, limit, "alone", batch_size, ctx)
+    single = judge(model, few, by, outputs, limit, "alone", batch_size, ctx)
     choices, observers = find(model, calibration.arrays, schemes, target, batch_size, ctx)
     if not choices.groups:
         ctx.note(f"All candidates ({', '.join(schemes)}) come to the same grids in this model.")

@@ -180,10 +180,10 @@ def checked(before: Network, after: Network, arrays: Mapping[str, NDArray[Any]] 
 
     Errors: StageError where that is more than float32 rounding can be.
     """
-    from qpipe.methods.comparison.compare import outputs_error
+    from qpipe.methods.comparison.compare import OWN, outputs_error, own_error
 
     error = outputs_error(before, after, arrays)
-    if error > LARGEST_ERROR:
+    if error > LARGEST_ERROR and error > OWN * own_error(before, arrays):
         raise StageError(
             f"cle changed the model's outputs by {error:.1e} (relative); that is not float rounding."
         )

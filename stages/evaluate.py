@@ -6,7 +6,8 @@
     module:function     a function of your own: (outputs, labels) -> number, higher is better
 
 Assumes: labels for top1 and top5, `float_model` for sqnr_db, cosine and mse. With several outputs, top1 and top5 look
-at the first, the others take the mean over all, and a function of your own gets a dict by output name.
+at the first of floats, the others take the mean over those of floats and say which is the worst, and a function of your
+own gets a dict by output name. `outputs` names those that count instead.
 Source: own.
 """
 
@@ -35,28 +36,36 @@ def spread(data: Samples, limit: int | None) -> Samples:
     return data if limit is None else Samples(thinned(data.arrays, limit), labels)
 
 
-@stage(version=1, config={"data": "evaluation", "metric": "${goal.metric}"})
+@stage(version=1, config={"data": "evaluation", "metric": "${goal.metric}", "outputs": "${goal.outputs}"})
 def evaluate(
     model: Network,
     data: Samples,
     float_model: Network | None = None,
     *,
     metric: Metric | Factory = "top1",
+    outputs: tuple[str, ...] = (),
     backend: Literal["simulation", "onnxruntime"] = "simulation",
     quantized: bool = True,
     batch_size: Annotated[int, Range(ge=1)] = 64,
     limit: Annotated[int, Range(ge=1)] | None = None,
     ctx: Context = NULL,
 ) -> Scores:
-    """`score` (higher is better), `metric`, and `n`, the number of samples.
+    """`score` (higher is better), `metric`, and `n`, the number of samples; of several outputs also the `worst`.
 
-    `limit` takes that many samples, evenly spread. `backend` simulation runs the torch module with
-    fake-quantize, onnxruntime the QDQ graph as it is deployed. `quantized: false` scores the float weights.
-    Errors: InputError for labels or a float model that are missing, and data that do not fit; StageError
-    where a metric of the user's fails.
+    `outputs` names the outputs that count; by default all of floats. `limit` takes that many samples, evenly spread.
+    `backend` simulation runs the torch module with fake-quantize, onnxruntime the QDQ graph as it is deployed.
+    `quantized: false` scores the float weights. Errors: InputError for labels or a float model that are missing, and
+    data that do not fit; StageError where a metric of the user's fails.
     """
     from qpipe.model.simulation.run import run
-    from qpipe.numerics.metrics import LABELLED, refuse_missing, score_by_function, score_outputs
+    from qpipe.numerics.metrics import (
+        LABELLED,
+        counting,
+        refuse_missing,
+        score_by_function,
+        score_outputs,
+        scores_by_output,
+    )
 
     data = spread(data, limit)
     own = metric not in get_args(Metric)
@@ -71,11 +80,14 @@ def evaluate(
     reference = outputs_of(float_model, False) if compared and float_model is not None else None
     if not own:
         refuse_missing(metric, data.labels, reference)
-    outputs = outputs_of(model, quantized)
-    score = (
-        score_by_function(load_factory(metric), metric, outputs, data.labels)
-        if own
-        else score_outputs(metric, outputs, data.labels, reference)
-    )
-    said = {"metric": metric, "n": len(data), "backend": backend, "quantized": quantized}
+    found = outputs_of(model, quantized)
+    said: dict[str, Any] = {"metric": metric, "n": len(data), "backend": backend, "quantized": quantized}
+    if own:
+        given = counting(found, outputs) if outputs else found
+        return Scores({"score": score_by_function(load_factory(metric), metric, given, data.labels), **said})
+    score = score_outputs(metric, found, data.labels, reference, outputs)
+    if reference is not None and len(each := scores_by_output(metric, found, reference, outputs)) > 1:
+        worst = min(each, key=lambda name: each[name])
+        ctx.note(f"{metric} of the worst output, '{worst}': {each[worst]:.6g}; the mean of {len(each)}: {score:.6g}.")
+        said |= {"worst": each[worst], "worst_output": worst}
     return Scores({"score": score, **said})

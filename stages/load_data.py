@@ -4,9 +4,9 @@ An image becomes x = (pixel * scale - mean) / std, channel by channel, in float3
 resized to size / crop and the middle of `size` cut out (`fit: crop`), or after it was resized to `size` as it
 is (`fit: stretch`).
 
-Assumes: the first axis of every array counts the samples. An npz holds one array per model input, under the
-input's name, and `labels` where a metric needs them. Images have their class from a CSV (`filename,label`),
-or from one sub-folder per class, numbered in the order of their names.
+Assumes: the first axis of every array counts the samples, or `batch_axis` says which one does. An npz holds one array
+per model input, under the input's name, and `labels` where a metric needs them. Images have their class from a CSV
+(`filename,label`), or from one sub-folder per class, numbered in the order of their names.
 Source: own; the image preprocessing is the usual one of ImageNet classifiers.
 """
 
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     Arrays = dict[str, NDArray[Any]]
 
 
-def read_npz(path: Path, limit: int | None) -> Arrays:
-    """{name: array} of an npz file, at most `limit` samples. Errors: InputError for another file, or pickled data."""
+def read_npz(path: Path) -> Arrays:
+    """{name: array} of an npz file. Errors: InputError for another file, or pickled data."""
     import zipfile
 
     import numpy as np
@@ -43,22 +43,22 @@ def read_npz(path: Path, limit: int | None) -> Arrays:
             arrays = {name: archive[name] for name in archive.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} cannot be read as npz without pickle: {error}") from error
-    return thinned(arrays, limit)
+    return arrays
 
 
-def from_factory(factory: str, split: str, limit: int | None) -> Arrays:
+def from_factory(factory: str, split: str, limit: int | None, axes: Mapping[str, int]) -> Arrays:
     """{name: array} of what `module:function` returns for `split`: a mapping of arrays, or an iterable of them."""
     import numpy as np
 
     returned = load_factory(factory)(split=split)
     if isinstance(returned, Mapping):
-        return thinned({str(name): _array(value) for name, value in returned.items()}, limit)
+        return sample_first(factory, {str(name): _array(value) for name, value in returned.items()}, axes)
     if not isinstance(returned, Iterable):
         raise InputError(
             f"{factory} returned {type(returned).__name__}; it has to return a mapping of arrays by input "
             "name, or an iterable of such mappings."
         )
-    batches = list(_batches(factory, returned, limit))
+    batches = list(_batches(factory, returned, limit, axes))
     if not batches:
         raise InputError(f"{factory} yields no batch for split '{split}'.")
     joined: Arrays = {}
@@ -70,7 +70,9 @@ def from_factory(factory: str, split: str, limit: int | None) -> Arrays:
     return joined
 
 
-def _batches(factory: str, batches: Iterable[Any], limit: int | None) -> Iterator[Arrays]:
+def _batches(
+    factory: str, batches: Iterable[Any], limit: int | None, axes: Mapping[str, int]
+) -> Iterator[Arrays]:
     """Batches as {name: array} until `limit` samples are there; all must carry the names of the first."""
     names: list[str] | None = None
     taken = 0
@@ -80,13 +82,13 @@ def _batches(factory: str, batches: Iterable[Any], limit: int | None) -> Iterato
                 f"{factory} yields {type(batch).__name__} as batch {index}; each batch has to be a mapping "
                 "of arrays by input name (and `labels`)."
             )
-        arrays = {str(name): _array(value) for name, value in batch.items()}
+        arrays = sample_first(factory, {str(name): _array(value) for name, value in batch.items()}, axes)
         names = names or sorted(arrays)
         if sorted(arrays) != names:
             raise InputError(f"{factory}: batch {index} holds {sorted(arrays)}, the first one {names}.")
         if any(array.ndim == 0 for array in arrays.values()):
             raise InputError(
-                f"{factory}: batch {index} holds a single number; the first axis counts the samples."
+                f"{factory}: batch {index} holds single numbers alone; the first axis counts the samples."
             )
         yield arrays
         taken += min((len(array) for array in arrays.values()), default=0)
@@ -100,6 +102,23 @@ def _array(value: Any) -> NDArray[Any]:
     return np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
 
 
+def sample_first(source: str, arrays: Mapping[str, NDArray[Any]], axes: Mapping[str, int]) -> Arrays:
+    """The arrays with the samples along their first axis: along which one they lie in some, `axes` say, and a single
+    number is every sample's. Errors: InputError for an axis or a name that is not there."""
+    import numpy as np
+
+    for name, axis in axes.items():
+        if name not in arrays:
+            raise InputError(f"batch_axis: {source} holds no array '{name}', only {', '.join(sorted(arrays))}.")
+        if not -arrays[name].ndim <= axis < arrays[name].ndim:
+            raise InputError(f"batch_axis: array '{name}' has the shape {arrays[name].shape}, so no axis {axis}.")
+    moved = {name: np.moveaxis(array, axes.get(name, 0), 0) if array.ndim else array for name, array in arrays.items()}
+    count = max((len(array) for array in moved.values() if array.ndim), default=None)
+    if count is None:
+        return moved
+    return {name: array if array.ndim else np.full(count, array) for name, array in moved.items()}
+
+
 def check_arrays(source: str, arrays: Mapping[str, NDArray[Any]]) -> None:
     """Errors: InputError, one line naming the array: none at all, empty, no sample axis, other lengths, NaN, inf."""
     import numpy as np
@@ -111,14 +130,13 @@ def check_arrays(source: str, arrays: Mapping[str, NDArray[Any]]) -> None:
         if array.dtype.kind not in "fiub":
             raise InputError(f"{source}: array '{name}' has dtype {array.dtype}; it has to hold numbers.")
         if array.ndim == 0:
-            raise InputError(
-                f"{source}: array '{name}' is a single number; its first axis has to count the samples."
-            )
+            raise InputError(f"{source}: array '{name}' is a single number, and there are no samples beside it.")
         if array.size == 0:
             raise InputError(f"{source}: array '{name}' is empty, shape {array.shape}.")
         if len(array) != len(arrays[first]):
             raise InputError(
-                f"{source}: array '{name}' has {len(array)} samples, '{first}' has {len(arrays[first])}."
+                f"{source}: array '{name}' has {len(array)} samples, '{first}' has {len(arrays[first])}. If they lie "
+                f"along another axis than the first, say data.batch_axis={{{name}: AXIS}}."
             )
         if array.dtype.kind == "f" and (bad := _first_not_finite(array)) is not None:
             found = "NaN" if np.isnan(array[bad]).any() else "inf"
@@ -189,6 +207,7 @@ def load_data(
     mean: tuple[float, ...] = (0.0,),
     std: tuple[float, ...] = (1.0,),
     layout: Literal["NCHW", "NHWC"] = "NCHW",
+    batch_axis: dict[str, int] = {},  # noqa: B006 - defaults are copied
     ctx: Context = NULL,
 ) -> Samples:
     """Samples from one source: `path` (npz), `images` (a folder, with `labels`) or `factory` (with `split`).
@@ -196,18 +215,21 @@ def load_data(
     `reads` names the files and folders that the factory opens by itself, so that their content counts.
     `limit` keeps that many samples, evenly spread (of a factory's batches: the first ones). `input_name` names the
     model input that images go to; `size`, `fit`, `crop`, `mode`, `scale`, `mean`, `std` and `layout` say how they are
-    prepared. Errors: InputError, one line, for a source that cannot be read or arrays that cannot serve.
+    prepared. `batch_axis` says along which axis the samples lie in an array that does not begin with them ({state: 1}).
+    A single number is the same for all samples. Errors: InputError, one line, for a source that cannot be read or
+    arrays that cannot serve.
     """
     source = source_of(locals())
     if path is not None:
-        arrays = read_npz(path, limit)
+        arrays = sample_first(source, read_npz(path), batch_axis)
     elif factory is not None:
-        arrays = from_factory(factory, split, limit)
+        arrays = from_factory(factory, split, limit, batch_axis)
     elif images is not None:
         arrays = from_images(
             images, labels, limit, input_name, ctx,
             size=size, fit=fit, ratio=crop, mode=mode, scale=scale, mean=mean, std=std, layout=layout,
         )  # fmt: skip
+    arrays = thinned(arrays, limit)
     check_arrays(source, arrays)
     targets = arrays.pop("labels", None)
     return Samples(arrays, targets)

@@ -54,7 +54,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
     "model.canon": (
         MODEL,
         (
-            "definitions floats unrolling sequences plain_forms layer_forms attention_forms bound_forms folding "
+            "definitions floats given unrolling sequences plain_forms layer_forms attention_forms bound_forms folding "
             "opsets refusals form"
         ),
     ),
@@ -76,7 +76,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
         (*MODEL, "model.simulation", "numerics.rounding", "methods.placement", "methods.rounding"),
         "work choices fingerprint judge mix sensitivity",
     ),
-    "methods.comparison": ((*MODEL, "model.simulation"), "compare check parity"),
+    "methods.comparison": ((*MODEL, "model.simulation"), "inputs compare check parity"),
     "stages": (
         (
             *("errors", "param", "stage", "numerics", "numerics.rounding"),

@@ -9,7 +9,7 @@ mse          mean (y - r)^2; the one function here where lower is better: `METRI
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -110,15 +110,36 @@ LABELLED = frozenset({"top1", "top5"})
 
 
 def score_outputs(
-    metric: str, outputs: Mapping[str, Array], labels: Array | None, reference: Mapping[str, Array] | None
+    metric: str,
+    outputs: Mapping[str, Array],
+    labels: Array | None,
+    reference: Mapping[str, Array] | None,
+    only: Sequence[str] = (),
 ) -> float:
-    """The metric of a model's outputs by name: of the first one against the labels, or the mean over all against the
-    reference's. Raises InputError where what the metric needs is missing or does not fit."""
+    """The metric of a model's outputs by name: of the first that counts against the labels, or the mean of
+    `scores_by_output`. Raises InputError where what the metric needs is missing or does not fit."""
     refuse_missing(metric, labels, reference)
     if labels is not None and metric in LABELLED:
-        return METRICS[metric](next(iter(outputs.values())), labels)
-    scores = [METRICS[metric](outputs[name], values) for name, values in (reference or {}).items()]
+        return METRICS[metric](next(iter(counting(outputs, only).values())), labels)
+    scores = scores_by_output(metric, outputs, reference or {}, only).values()
     return sum(scores) / len(scores)
+
+
+def scores_by_output(
+    metric: str, outputs: Mapping[str, Array], reference: Mapping[str, Array], only: Sequence[str] = ()
+) -> dict[str, float]:
+    """The metric of each output that counts against the reference's."""
+    return {name: METRICS[metric](outputs[name], values) for name, values in counting(reference, only).items()}
+
+
+def counting(outputs: Mapping[str, Array], only: Sequence[str] = ()) -> dict[str, Array]:
+    """The outputs that a score is made of: those named, else those of floats, else all. Integers, such as indices and
+    masks that pass through, say little of a model whose numbers moved. Raises InputError for a name that is none."""
+    unknown = [name for name in only if name not in outputs]
+    if unknown:
+        raise InputError(f"goal.outputs: no output '{unknown[0]}'. Outputs: {', '.join(outputs)}.")
+    floats = [name for name, array in outputs.items() if np.asarray(array).dtype.kind == "f"]
+    return {name: outputs[name] for name in only or floats or outputs}
 
 
 def refuse_missing(metric: str, labels: Array | None, reference: Mapping[str, Array] | None) -> None:

@@ -133,7 +133,8 @@ def error_of_import(proto: onnx.ModelProto, model: Model | None = None) -> float
     """The largest relative error of the imported model in onnxruntime against its source there."""
     import onnxruntime
 
-    from qpipe.methods.comparison.compare import random_inputs, relative_error
+    from qpipe.methods.comparison.compare import relative_error
+    from qpipe.methods.comparison.inputs import random_inputs
 
     model = model if model is not None else Model.from_proto(proto)
     inputs = random_inputs(model)

@@ -157,3 +157,26 @@ def test_data_that_do_not_fit_are_refused(model, target):
 def test_a_target_that_quantizes_nothing_is_refused(model, data, target):
     with pytest.raises(InputError, match="The target 'none' quantizes nothing in this model"):
         calibrate(model, data, scheme=SCHEME, target=replace(target, name="none", nodes=Nodes((".*",))))
+
+
+def test_a_model_that_takes_an_image_of_bytes_is_quantized(network, target):
+    """uint8 -> Cast -> Conv, beside a float input, as deployed."""
+    from qpipe.methods.comparison.compare import outputs_error
+    from qpipe.model.simulation.run import run
+
+    model = network(
+        """n (uint8[N,3,8,8] image, float[N,4] other) => (float[N,4] y) {
+            f = Cast<to=1>(image)  s = Mul(f, c)  t = Conv(s, w)  r = Relu(t)  g = GlobalAveragePool(r)
+            a = Flatten(g)  b = MatMul(other, v)  y = Add(a, b) }""",
+        {"w": (4, 3, 3, 3), "v": (4, 4), "c": np.array(1 / 255, np.float32)},
+    )
+    rng = np.random.default_rng(0)
+    arrays = {
+        "image": rng.integers(0, 256, (32, 3, 8, 8)).astype(np.uint8),
+        "other": rng.normal(size=(32, 4)).astype(np.float32),
+    }
+    quantized = calibrate(model, Samples(arrays), scheme=SCHEME, target=target)
+    assert {"w", "v", "s"} <= set(quantized.encodings)
+    wanted, found = (run(each, arrays, backend="onnxruntime")["y"] for each in (model, quantized))
+    assert 20 * np.log10(np.linalg.norm(wanted) / np.linalg.norm(found - wanted)) > 25
+    assert outputs_error(model, quantized, arrays) < 1e-6  # the float model inside is the same

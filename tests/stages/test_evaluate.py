@@ -172,3 +172,33 @@ def test_the_simulation_scores_as_the_deployed_model_does(classifier, data, targ
     ]
     assert scores[0] == pytest.approx(scores[1], abs=0.2)  # a step of the grid here and there
     assert 15 < scores[0] < 60
+
+
+@pytest.fixture
+def detector(network):
+    """Boxes, scores, and the input's ids, which pass through."""
+    return network(
+        """n (float[N,8] x, int64[N] ids) => (float[N,4] boxes, float[N,2] scores, int64[N] same) {
+            boxes = MatMul(x, w)  scores = MatMul(x, v)  same = Identity(ids) }""",
+        {"w": (8, 4), "v": (8, 2)},
+    )
+
+
+def test_integer_outputs_do_not_count_and_the_worst_is_told(detector, notes, run):
+    data = Samples({"x": RNG.normal(size=(16, 8)).astype(np.float32), "ids": np.arange(16)})
+    coarse = detector.with_encodings({"v": Encoding(3, True, True, np.float32(0.7), np.int32(0))})
+    boxes = evaluate(coarse, data, detector, metric="sqnr_db", outputs=["boxes"]).values
+    scores = evaluate(coarse, data, detector, metric="sqnr_db", outputs=["scores"]).values
+    assert boxes["score"] > 100 > scores["score"]
+    both = evaluate(coarse, data, detector, metric="sqnr_db", ctx=notes).values
+    assert both["score"] == pytest.approx((boxes["score"] + scores["score"]) / 2)
+    assert (both["worst"], both["worst_output"]) == (scores["score"], "scores")
+    assert notes.notes[-1].startswith("sqnr_db of the worst output, 'scores': ")
+    with pytest.raises(InputError, match=r"goal\.outputs: no output 'box'. Outputs: boxes, scores, same\."):
+        evaluate(coarse, data, detector, metric="sqnr_db", outputs=["box"])
+
+
+def test_labels_are_compared_with_the_output_that_is_named(detector):
+    data = Samples({"x": RNG.normal(size=(16, 8)).astype(np.float32), "ids": np.arange(16)}, np.zeros(16, np.int64))
+    named = [evaluate(detector, data, outputs=[name]).values["score"] for name in ("boxes", "scores")]
+    assert evaluate(detector, data).values["score"] == named[0] != named[1]

@@ -228,3 +228,18 @@ def test_exactly_one_source_is_taken(tmp_path):
         load_data(path=tmp_path, images=tmp_path)
     with pytest.raises(InputError, match="`labels` goes with `images`"):
         load_data(path=tmp_path, labels=tmp_path)
+
+
+def test_samples_may_lie_along_another_axis_and_a_number_is_every_sample_s(tmp_path):
+    state = np.arange(24.0).reshape(2, 4, 3)
+    np.savez(tmp_path / "d.npz", x=np.ones((4, 5)), state=state, rate=np.int64(16000))
+    with pytest.raises(InputError, match=r"'state' has 2 samples.*say data.batch_axis=\{state: AXIS\}"):
+        load_data(path=tmp_path / "d.npz")
+    found = load_data(path=tmp_path / "d.npz", batch_axis={"state": 1}, limit=2).arrays
+    assert {name: array.shape for name, array in found.items()} == {"x": (2, 5), "state": (2, 2, 3), "rate": (2,)}
+    np.testing.assert_array_equal(found["state"][0], state[:, 0])
+    assert found["rate"].tolist() == [16000, 16000]
+    with pytest.raises(InputError, match=r"batch_axis: .*holds no array 'stat', only rate, state, x"):
+        load_data(path=tmp_path / "d.npz", batch_axis={"stat": 1})
+    with pytest.raises(InputError, match=r"'x' has the shape \(4, 5\), so no axis 2"):
+        load_data(path=tmp_path / "d.npz", batch_axis={"state": 1, "x": 2})

@@ -229,3 +229,23 @@ def test_an_encodings_file_gives_a_float_model_its_grids(tmp_path, notes):
     (tmp_path / "encodings.json").write_text('{"version": "2.0.0", "encodings": [{"name": "z"}]}')
     with pytest.raises(InputError, match="names that the model has not: 'z'"):
         load_model(path=tmp_path / "net.onnx", encodings=tmp_path / "encodings.json")
+
+
+def test_the_import_of_a_file_is_checked_on_samples_and_to_a_tolerance(tmp_path, notes):
+    onnx_file(tmp_path / "net.onnx")
+    data = Samples({"x": np.random.default_rng(0).normal(size=(3, 3, 8, 8)).astype(np.float32)})
+    load_model(data, path=tmp_path / "net.onnx", ctx=notes)
+    assert notes.notes[-1].startswith("The import computes what its source does, to ")
+    with pytest.raises(InputError, match=r"computes something else than its source.*`tolerance` of load_model"):
+        load_model(data, path=tmp_path / "net.onnx", tolerance=1e-12)
+
+
+def test_a_file_that_runs_on_nothing_made_up_is_taken_and_the_note_says_so(tmp_path, notes):
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 17]> n (float[N,3] x, int64[M] i) => (float[M,3] y) '
+        "{ far = Constant<value_ints=[50000]>()  near = Sub(i, far)  y = Gather(x, near) }"
+    )
+    onnx.save(model, tmp_path / "net.onnx")
+    load_model(path=tmp_path / "net.onnx", ctx=notes)
+    assert "could not be held against its source" in notes.notes[-1]
+    assert "samples on the port `data`" in notes.notes[-1]

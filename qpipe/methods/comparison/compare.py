@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qpipe.model.simulation.samples import batches
+from qpipe.errors import InputError
+from qpipe.methods.comparison.inputs import trial_inputs
 
 if TYPE_CHECKING:
     from qpipe.model.network.network import Array, Network
+    from qpipe.model.runtime.options import Mode
+
+OWN = 4.0
+"""How many times its own error a model may lie from another that computes the same, in another order."""
 
 
 def outputs_error(
@@ -18,39 +23,47 @@ def outputs_error(
 ) -> float:
     """max |y - y'| / max |y| over the outputs of the float models, in onnxruntime.
 
-    On the first `size` samples of `arrays`, or on random inputs. Raises InputError for samples that do not fit.
+    On the first `size` samples of `arrays`, or on inputs made up. Raises InputError for samples that do not fit, and
+    where `before` runs on nothing that was made up.
     """
-    if arrays is None:
-        fed = random_inputs(before)
-    else:
-        batch = next(batches(before, arrays, size))
-        fed = dict(zip([spec.name for spec in before.inputs], batch.arrays, strict=True))
-    pairs = zip(*(_outputs(model, fed) for model in (before, after)), strict=True)
-    return max((relative_error(expected, found) for expected, found in pairs), default=0.0)
-
-
-def _outputs(model: Network, fed: Mapping[str, Array]) -> list[Array]:
     from qpipe.model.runtime.session import make_session
 
-    found: list[Array] = make_session(model, quantized=False, lean=True).run(None, dict(fed))
-    return found
+    fed, expected = _run(before, "reference", arrays, size)
+    found: list[Array] = make_session(after, quantized=False, lean=True).run(None, fed)
+    return largest_error(expected, found)
 
 
-def random_inputs(model: Network, seed: int = 0, batch: int = 2) -> dict[str, Array]:
-    """Standard normal floats, integers of 0 and 1 (valid as indices, masks and token types alike); a dynamic
-    first dimension is `batch`, any other 8."""
-    rng = np.random.default_rng(seed)
-    arrays: dict[str, Array] = {}
-    for index, spec in enumerate(model.inputs):
-        first = spec.shape[0] if spec.shape else None
-        shape = [size if isinstance(size, int) else batch if size == first else 8 for size in spec.shape]
-        dtype = np.dtype(spec.dtype)
-        if dtype.kind == "f":
-            arrays[spec.name] = rng.standard_normal(shape).astype(dtype)
-        else:
-            ones = np.ones(shape) if index else rng.integers(0, 2, shape)
-            arrays[spec.name] = ones.astype(dtype)
-    return arrays
+def own_error(model: Network, arrays: Mapping[str, Array] | None = None, size: int = 32) -> float:
+    """How far the float model's outputs lie apart without onnxruntime's optimizations and with all of them: what no
+    rewriting can be held to. On the same inputs as `outputs_error`, which raises the same."""
+    return largest_error(*(_run(model, mode, arrays, size)[1] for mode in ("plain", "deploy")))
+
+
+def _run(
+    model: Network, mode: Mode, arrays: Mapping[str, Array] | None, size: int
+) -> tuple[dict[str, Array], list[Array]]:
+    """The first inputs that the model runs on, and its outputs."""
+    from qpipe.model.runtime.session import make_session
+
+    session, reason = make_session(model, mode, quantized=False, lean=True), ""
+    for fed in trial_inputs(model, arrays, batch=2 if arrays is None else size):
+        try:
+            return fed, session.run(None, fed)
+        except Exception as error:  # onnxruntime's errors have no common type
+            reason = first_line(error)
+    what = "the samples" if arrays is not None else "any input made up for it. Wire samples on the port `data`"
+    raise InputError(f"onnxruntime does not run the model on {what} ({reason}).")
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in a line: onnxruntime's are whole pages."""
+    said = str(error).strip().splitlines()
+    return said[0] if said else type(error).__name__
+
+
+def largest_error(wanted: Sequence[Array], found: Sequence[Array]) -> float:
+    """The largest `relative_error` of the outputs."""
+    return max(map(relative_error, wanted, found), default=0.0)
 
 
 def relative_error(wanted: Array, found: Array) -> float:

@@ -6,7 +6,7 @@ same again, in another run, under another budget, gets it without a forward pass
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from qpipe.methods.mixing.fingerprint import float_fingerprint, grids_fingerprint
 from qpipe.model.simulation.run import run
-from qpipe.numerics.metrics import LABELLED, refuse_missing, score_by_function, score_outputs
+from qpipe.numerics.metrics import LABELLED, counting, refuse_missing, score_by_function, score_outputs
 
 if TYPE_CHECKING:
     from qpipe.model.network.network import Network
@@ -37,15 +37,17 @@ class Judge:
         *,
         name: str = "score",
         function: Callable[..., Any] | None = None,
+        outputs: Sequence[str] = (),
         batch_size: int = 32,
         device: str = "cpu",
     ) -> None:
-        """`name` is that of the sub-results. Raises InputError where the metric's labels are missing."""
+        """`name` is that of the sub-results; `outputs` are those that count, by default all of floats. Raises
+        InputError where the metric's labels are missing."""
         if function is None and metric in LABELLED:
             refuse_missing(metric, labels, None)
         self.metric, self._name = metric, name
         self._model, self._arrays, self._labels = model, dict(arrays), labels
-        self._memo, self._function = memo, function
+        self._memo, self._function, self._outputs = memo, function, tuple(outputs)
         self._batch_size, self._device = batch_size, device
 
     def score(self, encodings: Mapping[str, Encoding]) -> float:
@@ -54,13 +56,14 @@ class Judge:
         key = [self._content, grids_fingerprint(encodings), self._batch_size]
         if self._function is not None:  # the outputs, since a function may change under its name
             outputs = self._memo(f"outputs of {self._name}", lambda *_: self._run(model, True), *key)
-            return score_by_function(self._function, self.metric, outputs, self._labels)
+            given = counting(outputs, self._outputs) if self._outputs else outputs
+            return score_by_function(self._function, self.metric, given, self._labels)
 
         def scored(*_: Any) -> float:
             reference = None if self.metric in LABELLED else self._reference
-            return score_outputs(self.metric, self._run(model, True), self._labels, reference)
+            return score_outputs(self.metric, self._run(model, True), self._labels, reference, self._outputs)
 
-        return float(self._memo(self._name, scored, *key, self.metric))
+        return float(self._memo(self._name, scored, *key, self.metric, *self._outputs))
 
     def float_score(self) -> float:
         """The score of the float model."""

@@ -257,10 +257,52 @@ def _unit_grid(scheme: TensorScheme) -> Encoding:
 
 
 def data_values(graph: ir.Graph) -> set[ir.Value]:
-    """The float values that follow from a float input or from an embedding; not masks, not positions.
+    """The float values that follow from a float input, from an embedding, or from integers that a layer reads as
+    numbers (an image of bytes, counts); not masks, not positions.
 
     Codes that stayed codes are none, nor is the scale that goes with them; what they stand for is."""
-    data = {value for value in graph.inputs if _is_float(value)}
+    return _following(graph, counted_values(graph))
+
+
+def counted_values(graph: ir.Graph) -> set[ir.Value]:
+    """The float values that follow from integer inputs alone and that lead to what a layer reads: what is cast, one-hot
+    or computed from them. What becomes an angle is a position, and what only meets data later a mask: not these."""
+    others = _following(graph, set())
+    counted = {value for value in graph.inputs if value.dtype is not None and value.dtype.is_integer()}
+    for node in graph:
+        if node.op_type not in _MEASURES and any(value in counted for value in node.inputs):
+            counted.update(value for value in node.outputs if value.name and value not in others)
+    layers = [node for node in graph if node.op_type in _LAYERS and not node.domain]
+    angles = _leading(counted, [value for node in graph if node.op_type in _ANGLES for value in node.inputs])
+    read = _leading(counted, [value for node in layers for value in node.inputs], _ANGLES)
+    return {value for value in read - angles if _is_float(value)}
+
+
+_LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+_ANGLES = frozenset({"Sin", "Cos"})
+_MEASURES = frozenset({"Shape", "Size"})
+
+
+def _leading(
+    within: set[ir.Value], ends: Iterable[ir.Value | None], stops: frozenset[str] = frozenset()
+) -> set[ir.Value]:
+    """The values of `within` that lead to `ends`, these included, by way of no operator of `stops`."""
+    found: set[ir.Value] = set()
+    pending = list(ends)
+    while pending:
+        value = pending.pop()
+        if value is None or value in found or value not in within:
+            continue
+        found.add(value)
+        producer = value.producer()
+        if producer is not None and producer.op_type not in stops:
+            pending += producer.inputs
+    return found
+
+
+def _following(graph: ir.Graph, more: set[ir.Value]) -> set[ir.Value]:
+    """The float values that follow from float inputs, from `more` and from embeddings."""
+    data = {v for v in graph.inputs if v.dtype is not None and v.dtype.is_floating_point()} | more
     for node in graph:
         if node.op_type == "DynamicQuantizeLinear":
             continue
@@ -269,7 +311,7 @@ def data_values(graph: ir.Graph) -> set[ir.Value]:
         decoded = node.op_type == "DequantizeLinear"
         if embedding or decoded or any(value in data for value in node.inputs):
             data.update(value for value in node.outputs if value.name and _is_float(value))
-    return data
+    return {value for value in data if _is_float(value)}
 
 
 def _is_float(value: ir.Value) -> bool:

@@ -23,6 +23,7 @@ LARGEST_BYTES = 64 << 20
 """A constant that would be larger than this stays computed (a mask expanded to the batch, say)."""
 _SLOTS = {"Conv": ("", "weight", "bias"), "ConvTranspose": ("", "weight", "bias"), "MatMul": ("", "weight")}
 _SLOTS["Gemm"] = _SLOTS["Conv"]
+_SLOTS |= dict.fromkeys(("RNN", "GRU", "LSTM"), ("", "weight", "recurrence", "bias"))
 """What the inputs of the operators with weights are called."""
 
 

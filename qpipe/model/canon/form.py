@@ -26,7 +26,7 @@ from qpipe.model.network.invariants import lift_constants, remove_dead_nodes, re
 from qpipe.model.network.naming import assign_names
 from qpipe.model.network.network import Network
 from qpipe.model.network.rewriting import Rule, apply
-from qpipe.model.network.shapes import infer_shapes
+from qpipe.model.network.shapes import believe_graph, infer_shapes
 from qpipe.model.qdq.nodes import scale_sources, standard_nodes
 from qpipe.model.qdq.operator_form import write_out
 from qpipe.model.qdq.reader import left_on_codes, read_activations, skip_clips
@@ -40,6 +40,7 @@ SIMPLIFICATIONS: tuple[Rule, ...] = (
     unrolling.unroll_loop,
     unrolling.unroll_scan,
     plain_forms.known_shape,
+    plain_forms.known_dimension,
     plain_forms.known_size,
     plain_forms.known_reshape,
     plain_forms.merge_transposes,
@@ -75,7 +76,7 @@ def canonicalize(
 
     `parameters` are the initializers that folding leaves alone; by default all of floats that are no scalar.
     Raises InputError for what cannot be taken, all of it listed."""
-    model, notes = _in_one_dialect(model)
+    model, notes, declared = _in_one_dialect(model)
     graph, grids = model.graph, Grids()
     # Defaults that a caller may override; before IR version 4 all initializers had to be inputs.
     common.RemoveInitializersFromInputsPass()(model)
@@ -100,20 +101,24 @@ def canonicalize(
     remove_dead_nodes(model)
     restore(model)
     infer_shapes(model)
+    for value in model.graph.outputs:
+        if value.shape is None:  # what nobody finds is as the file says
+            value.shape = declared.get(str(value.name))
     check_supported(model)
     return model, [*notes, *grids.notes, *left_on_codes(graph)], grids
 
 
-def _in_one_dialect(model: ir.Model) -> tuple[ir.Model, list[str]]:
-    """`model` without functions, in the canonical opset and in float32, its QDQ nodes ONNX's own, and sentences about
-    what that changed. Raises InputError for what cannot be."""
+def _in_one_dialect(model: ir.Model) -> tuple[ir.Model, list[str], dict[str, ir.Shape]]:
+    """`model` without functions, in the canonical opset and in float32, its QDQ nodes ONNX's own, sentences about
+    what that changed, and the shapes that its outputs are said to have. Raises InputError for what cannot be."""
     if model.functions:
         model = common.InlinePass()(model).model
         model.functions.clear()
     refuse_unfit(model)
+    declared = believe_graph(model)
     model = to_canonical_opset(model)
     standard_nodes(model)
-    return model, to_float32(model)
+    return model, to_float32(model), declared
 
 
 def simplify(model: ir.Model, parameters: Collection[str]) -> None:

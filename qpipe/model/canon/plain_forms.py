@@ -97,6 +97,43 @@ def known_shape(graph: ir.Graph, node: ir.Node) -> bool:
     return True
 
 
+def known_dimension(graph: ir.Graph, node: ir.Node) -> bool:
+    """Dimensions picked from the shape of a value that are numbers are a constant, whatever the others are."""
+    source = node.inputs[0] if node.inputs and not node.domain else None
+    shape = source.producer() if source is not None else None
+    if shape is None or shape.op_type != "Shape" or shape.domain or node.outputs[0].is_graph_output():
+        return False
+    value = shape.inputs[0]
+    if value is None or value.shape is None:
+        return False
+    begin, end = shape.attributes.get_int("start", 0), shape.attributes.get_int("end", len(value.shape))
+    dims = list(value.shape)[begin:end]
+    places = _picked(node, len(dims))
+    if places is None or not all(isinstance(dims[place], int) for place in places.ravel()):
+        return False
+    sizes = np.array([dims[place] for place in places.ravel()], dtype=np.int64).reshape(places.shape)
+    node.outputs[0].replace_all_uses_with(add_constant(graph, str(node.outputs[0].name), sizes))
+    graph.remove(node, safe=True)
+    return True
+
+
+def _picked(node: ir.Node, count: int) -> np.ndarray[Any, np.dtype[np.int64]] | None:
+    """The places that a Gather or a Slice takes out of a row of `count` numbers."""
+    places = np.arange(count)
+    if node.op_type == "Gather":
+        indices = constant(node, 1)
+        outside = indices is None or ((indices >= count) | (indices < -count)).any()
+        return None if outside else np.asarray(places[indices])
+    if node.op_type != "Slice":
+        return None
+    starts, ends, steps = constant(node, 1), constant(node, 2), constant(node, 4)
+    if starts is None or ends is None or (len(node.inputs) > 4 and node.inputs[4] is not None and steps is None):
+        return None
+    step = 1 if steps is None else int(steps.ravel()[0])
+    start, end = int(starts.ravel()[0]), int(ends.ravel()[0])
+    return places[start : None if step < 0 and end < -count else end : step]
+
+
 def known_size(graph: ir.Graph, node: ir.Node) -> bool:
     """Size of a value whose dimensions are numbers is a constant."""
     source = node.inputs[0] if node.inputs else None

@@ -47,10 +47,13 @@ _WAYS_OUT = {
     _CONTAINERS: "sequences, maps and optionals are not supported. Give tensors of their own to the model",
     frozenset({"ImageDecoder"}): "image files are not supported. Decode them before the model",
 }
+_DECIDED = (
+    "What follows from an input or from its sizes is decided by model.inputs={NAME: VALUE} and model.shapes={NAME: […]}"
+)
 _UNDECIDED = {
-    "If": "which branch is taken depends on the data. Export the model with that decided",
-    "Loop": "how often it runs depends on the data. Export the model with fixed sizes, or the loop unrolled",
-    "Scan": "how often it runs depends on the data. Export the model with fixed sizes, or the loop unrolled",
+    "If": f"which branch is taken depends on the data. {_DECIDED}",
+    "Loop": f"how often it runs depends on the data. {_DECIDED}",
+    "Scan": f"how often it runs depends on the data. {_DECIDED}",
 }
 
 

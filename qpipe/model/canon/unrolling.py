@@ -13,6 +13,7 @@ from qpipe.model.network.invariants import constant_of
 from qpipe.model.network.naming import fresh_name
 from qpipe.model.network.rewriting import add_constant, constant
 
+_BODIES = frozenset({"then_branch", "else_branch", "body"})
 LARGEST = 20_000
 """A loop that would become more nodes than this stays a loop, and is refused."""
 
@@ -167,6 +168,10 @@ def _hand_over(graph: ir.Graph, node: ir.Node, values: Sequence[ir.Value | None]
                 graph.outputs[index] = kept.outputs[0]
         output.replace_all_uses_with(value)
     graph.remove(node, safe=True)
+    for name in _BODIES & node.attributes.keys():  # what they read is read no more: it may be needed by nothing else
+        for inner in node.attributes[name].as_graph().all_nodes():
+            for place in range(len(inner.inputs)):
+                inner.replace_input_with(place, None)
 
 
 def choose_between(graph: ir.Graph, node: ir.Node) -> bool:

@@ -59,7 +59,7 @@ def _wiring(graph: onnx.GraphProto, outer: frozenset[str]) -> Iterator[str]:
 
 def _cycle(graph: onnx.GraphProto, known: frozenset[str]) -> Iterator[str]:
     """What is left once every node is taken away whose inputs are there."""
-    produced = {name for node in graph.node for name in node.output}
+    produced = {name for node in graph.node for name in node.output if name}  # "" stands for what is left out
     waiting = {
         index: {name for name in node.input if name in produced and name not in known}
         for index, node in enumerate(graph.node)

@@ -29,6 +29,47 @@ def infer_shapes(model: ir.Model) -> None:
             _merge(known[info.name], info.type)
 
 
+def believe_graph(model: ir.Model) -> dict[str, ir.Shape]:
+    """Let what the graph computes decide over the shapes that the file declares, in place. A declared size inside stays
+    where inference finds none. Those of outputs, which people write by hand, go: they are returned, by name, for what
+    nobody finds. A negative size, which some exporters write for an open dimension, is none."""
+    for value in model.graph.inputs:
+        value.shape = _opened(value.shape)
+    outputs = {str(value.name): _opened(value.shape) for value in model.graph.outputs if value.producer()}
+    declared: dict[ir.Value, ir.Shape] = {}
+    for value in (value for node in model.graph for value in node.outputs):
+        shape = value.shape = None if value.is_graph_output() else _opened(value.shape)
+        if shape is not None and any(isinstance(dim, int) for dim in shape):
+            declared[value] = shape
+            value.shape = ir.Shape([None if isinstance(dim, int) else dim.value for dim in shape])
+    infer_shapes(model)
+    for value, shape in declared.items():
+        found = value.shape
+        if found is None or len(found) == len(shape):
+            dims = zip(found or [ir.SymbolicDim(None)] * len(shape), shape, strict=True)
+            value.shape = ir.Shape([_better(dim, _declared(said)) for dim, said in dims])
+    for value in model.graph.outputs:  # the names of dimensions are the file's where the sizes are
+        said = outputs.get(str(value.name))
+        if said is not None and value.shape is not None and len(said) == len(value.shape):
+            value.shape = ir.Shape([_named(dim, name) for dim, name in zip(value.shape, said, strict=True)])
+    return {name: shape for name, shape in outputs.items() if shape is not None}
+
+
+def _named(dim: int | ir.SymbolicDim, said: int | ir.SymbolicDim) -> int | str | None:
+    return dim if isinstance(dim, int) else (said.value if isinstance(said, ir.SymbolicDim) else dim.value)
+
+
+def _opened(shape: ir.Shape | None) -> ir.Shape | None:
+    if shape is None or not any(isinstance(dim, int) and dim < 0 for dim in shape):
+        return shape
+    dims = (dim if isinstance(dim, int) else dim.value for dim in shape)
+    return ir.Shape([None if isinstance(dim, int) and dim < 0 else dim for dim in dims])
+
+
+def _declared(dim: int | ir.SymbolicDim) -> int | str | None:
+    return dim if isinstance(dim, int) else dim.value
+
+
 def _merge(value: ir.Value, found: onnx.TypeProto) -> None:
     if value.type is None:
         value.type = ir.serde.deserialize_type_proto_for_type(found)

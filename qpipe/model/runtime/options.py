@@ -15,13 +15,16 @@ def set_lean(options: onnxruntime.SessionOptions) -> None:
     options.enable_cpu_mem_arena = False
 
 
-def session_options(
-    mode: Literal["reference", "deploy"] = "reference", threads: int | None = None
-) -> onnxruntime.SessionOptions:
+Mode = Literal["plain", "reference", "deploy"]
+"""How much onnxruntime rewrites a graph: not at all, by its basic optimizations, by all of them."""
+
+
+def session_options(mode: Mode = "reference", threads: int | None = None) -> onnxruntime.SessionOptions:
     """The options that every session of qpipe starts from."""
     options = onnxruntime.SessionOptions()
     level = onnxruntime.GraphOptimizationLevel
-    options.graph_optimization_level = level.ORT_ENABLE_ALL if mode == "deploy" else level.ORT_ENABLE_BASIC
+    levels = {"plain": level.ORT_DISABLE_ALL, "reference": level.ORT_ENABLE_BASIC, "deploy": level.ORT_ENABLE_ALL}
+    options.graph_optimization_level = levels[mode]
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.use_deterministic_compute = True

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
@@ -27,7 +27,7 @@ from qpipe.mapped import place_of
 from qpipe.model.network.packing import graph_proto, tensor_bytes
 from qpipe.model.qdq.writer import qdq_model
 from qpipe.model.runtime.external_data import set_place, write_data
-from qpipe.model.runtime.options import open_session, session_options, set_lean
+from qpipe.model.runtime.options import Mode, open_session, session_options, set_lean
 
 if TYPE_CHECKING:
     from qpipe.model.network.network import Network
@@ -38,13 +38,13 @@ LARGE_BYTES = 1 << 28
 
 def make_session(
     model: Network,
-    mode: Literal["reference", "deploy"] = "reference",
+    mode: Mode = "reference",
     quantized: bool = True,
     outputs: Sequence[str] | None = None,
     threads: int | None = None,
     lean: bool | None = None,
 ) -> onnxruntime.InferenceSession:
-    """A session on the CPU. `reference` has basic optimizations, `deploy` all of them; `quantized` runs the
+    """A session on the CPU. `plain` has no optimizations, `reference` basic ones, `deploy` all; `quantized` runs the
     QDQ form where the model has encodings; `outputs` names the values to return instead of the graph's.
 
     `lean` is for a single run: no weight is packed for speed; None: for a float model that is large."""

@@ -10,7 +10,7 @@ import numpy as np
 from qpipe.errors import InputError
 from qpipe.model.runtime.session import make_session
 from qpipe.model.simulation.module import to_torch
-from qpipe.model.simulation.samples import Array, batches, sample_count
+from qpipe.model.simulation.samples import Array, batch_axes, batches, by_sample, sample_count
 
 if TYPE_CHECKING:
     from qpipe.model.network.network import Network
@@ -40,17 +40,26 @@ def run(
         else _onnxruntime(model, quantized, threads)
     )
     total = sample_count(model, arrays)
+    axes = batch_axes(model)
+    size = 1 if None in axes.outputs else batch_size
     names = [spec.name for spec in model.outputs]
     parts: dict[str, list[Array]] = {name: [] for name in names}
     done = 0
-    for batch in batches(model, arrays, batch_size):
-        fed = len(batch.arrays[0])
-        for name, output in zip(names, infer(batch.arrays), strict=True):
-            if output.ndim == 0 or len(output) != fed:
+    for batch in batches(model, arrays, size):
+        fed = axes.size or batch.count
+        for name, axis, output in zip(names, axes.outputs, infer(batch.arrays), strict=True):
+            found = by_sample(output, axis, fed)
+            if found is None and axes.size is None:  # nothing says which dimension is theirs: one by one
+                return run(
+                    model, arrays, batch_size=1, quantized=quantized, backend=backend,
+                    device=device, threads=threads, progress=progress,
+                )  # fmt: skip
+            if found is None:
                 raise InputError(
-                    f"The model's output '{name}' has shape {output.shape} for a batch of {fed} samples."
+                    f"The model's output '{name}' has shape {output.shape} for a batch of {fed} samples, and does not "
+                    "tell them apart. Export the model with a batch of 1, or leave that output out."
                 )
-            parts[name].append(output[: batch.count])
+            parts[name].append(found[: batch.count])
         done += batch.count
         if progress:
             progress(done, total)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qpipe.methods.comparison.compare import outputs_error, random_inputs, relative_error
+from qpipe.methods.comparison.compare import outputs_error, relative_error
+from qpipe.methods.comparison.inputs import random_inputs
 from qpipe.model import Model
 from tests.model.nets import normal, parsed
 

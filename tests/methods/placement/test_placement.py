@@ -218,3 +218,42 @@ def test_excluded_names_stay_in_float() -> None:
     assert list(without.activations) == ["r", "y"]
     assert list(without.weights) == ["v"]
     assert list(place(model, replace(ONNXRUNTIME, nodes=Nodes(("v",))), scheme()).weights) == ["w"]
+
+
+def test_what_a_layer_reads_of_integers_is_data() -> None:
+    """An image of bytes beside a float input; one-hot classes into a MatMul."""
+    found = placed(
+        """net (uint8[N,3,8,8] image, float[N,3,8,8] other, int64[N] kind) => (float[N,4,6,6] y, float[N,4,6,6] z,
+                                                                               float[N,4] k) {
+        f = Cast<to=1>(image)  s = Mul(f, c)  y = Conv(s, w)  z = Conv(other, v)
+        h = OneHot(kind, depth, values)  k = MatMul(h, m) }""",
+        w=normal(4, 3, 3, 3), v=normal(4, 3, 3, 3), m=normal(5, 4), c=np.float32(1 / 255), depth=np.array(5),
+        values=np.array([0, 1], np.float32),
+    )  # fmt: skip
+    assert set(found.weights) == {"w", "v", "m"}
+    assert {"s", "y", "other", "z", "h", "k"} <= set(found.activations)
+    assert not {"image", "kind"} & set(found.activations)
+
+
+def test_angles_of_positions_and_masks_are_no_data() -> None:
+    found = placed(
+        """net (float[N,T,8] x, int64[N,T] position, int64[N,T] mask) => (float[N,T,4] y) {
+        p = Cast<to=1>(position)  q = Unsqueeze(p, two)  angle = MatMul(q, frequencies)  sine = Sin(angle)
+        m = Cast<to=1>(mask)  n = Unsqueeze(m, two)
+        a = Mul(x, sine)  b = Mul(a, n)  y = MatMul(b, w) }""",
+        frequencies=normal(1, 8), w=normal(8, 4), two=np.array([2]),
+    )  # fmt: skip
+    assert set(found.weights) == {"w"}
+    assert {"p", "q", "angle", "m", "n"} & set(found.activations) == set()
+    assert {"x", "b", "y"} <= set(found.activations)
+
+
+def test_sines_of_a_time_that_a_layer_reads_are_data() -> None:
+    found = placed(
+        """net (int64[N] time) => (float[N,4] y) {
+        t = Cast<to=1>(time)  u = Unsqueeze(t, one)  angle = Mul(u, f)  s = Sin(angle)  y = MatMul(s, w) }""",
+        f=normal(1, 8), w=normal(8, 4), one=np.array([1]),
+    )  # fmt: skip
+    assert set(found.weights) == {"w"}
+    assert {"s", "y"} <= set(found.activations)
+    assert not {"t", "u", "angle"} & set(found.activations)

@@ -8,9 +8,12 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 
+from qpipe.methods.comparison.check import verify_import
+from qpipe.model import Model
 from qpipe.model.canon.floats import to_float32
-from tests.model.nets import parsed
+from tests.model.nets import normal, parsed
 
 
 def converted(text: str, **tensors: Any) -> tuple[ir.Model, list[str]]:
@@ -21,22 +24,63 @@ def converted(text: str, **tensors: Any) -> tuple[ir.Model, list[str]]:
 TYPES = {"float16": np.float16, "double": np.float64, "bfloat16": ml_dtypes.bfloat16}
 
 
+def casts(model: ir.Model) -> list[tuple[str, str, int]]:
+    return [
+        (str(node.inputs[0].name), str(node.outputs[0].name), node.attributes["to"].as_int())
+        for node in model.graph
+        if node.op_type == "Cast" and node.inputs[0] is not None
+    ]
+
+
 @pytest.mark.parametrize("name", TYPES)
-def test_every_tensor_and_type_is_float32_and_the_note_says_what_it_was(name: str) -> None:
+def test_every_tensor_inside_is_float32_and_the_note_says_what_it_was(name: str) -> None:
     w = np.array([0.5, -2.0]).astype(TYPES[name])
     text = f"m ({name}[2] x) => ({name}[2] y) {{ y = Add(x, w) }}"
     model, notes = converted(text, w=w)
-    values = [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]
-    assert {value.dtype for value in values} == {ir.DataType.FLOAT}
+    (add,) = (node for node in model.graph if node.op_type == "Add")
+    assert {value.dtype for value in [*add.inputs, *add.outputs] if value is not None} == {ir.DataType.FLOAT}
     np.testing.assert_array_equal(model.graph.initializers["w"].const_value.numpy(), [0.5, -2])
     assert notes == [f"The model computed in {name}; it was converted to float32."]
+
+
+@pytest.mark.parametrize("name", ["float16", "double"])
+def test_inputs_and_outputs_keep_their_type(name: str) -> None:
+    text = f"m ({name}[N,4] x, {name}[N,3] s) => ({name}[N,3] y, {name}[N,3] same, {name}[N,3] z) {{ "
+    text += "a = MatMul(x, w)  y = Add(a, s)  same = Identity(s)  z = Relu(y) }"
+    proto = parsed(text, w=normal(4, 3).astype(TYPES[name]))
+    model = Model.from_proto(proto)
+    dtype = np.dtype(TYPES[name])
+    assert {spec.dtype for spec in (*model.inputs, *model.outputs)} == {dtype.name}
+    assert [spec.name for spec in (*model.inputs, *model.outputs)] == ["x", "s", "y", "same", "z"]
+    inputs = {"x": normal(5, 4).astype(dtype), "s": normal(5, 3).astype(dtype)}
+    assert {array.dtype for array in model.session().run(None, inputs)} == {dtype}
+    simulated = model.to_torch()(*map(torch.tensor, inputs.values()))
+    assert {tensor.dtype.itemsize for tensor in simulated} == {dtype.itemsize}
+    assert verify_import(model, proto.SerializeToString()).equal
+
+
+def test_inputs_and_outputs_of_bfloat16_become_float32() -> None:
+    model, _ = converted("m (bfloat16[2] x) => (bfloat16[2] y) { y = Relu(x) }")
+    assert {value.dtype for value in [*model.graph.inputs, *model.graph.outputs]} == {ir.DataType.FLOAT}
+
+
+def test_a_deep_model_in_float16_is_taken() -> None:
+    """Its source rounds what it hands on to 11 bits, the import does not."""
+    lines = " ".join(f"h{i + 1} = MatMul(t{i}, w{i})  t{i + 1} = Tanh(h{i + 1})" for i in range(16))
+    tensors = {f"w{i}": (normal(32, 32, seed=i) / 4).astype(np.float16) for i in range(16)}
+    proto = parsed(f"m (float16[N,32] x) => (float16[N,32] y) {{ t0 = Relu(x) {lines} y = Identity(t16) }}", **tensors)
+    assert verify_import(Model.from_proto(proto), proto.SerializeToString()).equal
 
 
 def test_several_types_are_named_in_one_note() -> None:
     text = "m (float16[2] x) => (double[2] y) { y = Cast<to=11>(x) }"
     model, notes = converted(text)
     assert notes == ["The model computed in double and float16; it was converted to float32."]
-    assert model.graph[0].attributes["to"].as_int() == ir.DataType.FLOAT
+    assert casts(model) == [
+        ("x", "x_float32", ir.DataType.FLOAT),
+        ("x_float32", "y_float32", ir.DataType.FLOAT),
+        ("y_float32", "y", ir.DataType.DOUBLE),
+    ]
 
 
 def test_the_least_of_doubles_stays_finite_and_infinities_stay_infinite() -> None:

@@ -80,7 +80,7 @@ def test_a_known_sequence_is_the_tensors_that_it_holds(name: str) -> None:
     assert ops is None or found == ops
     assert not any("Sequence" in op for op in found)
     assert model.outputs[0].name == "y"
-    assert verify_import(model, proto.SerializeToString())["equal"]
+    assert verify_import(model, proto.SerializeToString()).equal
 
 
 @pytest.mark.parametrize(

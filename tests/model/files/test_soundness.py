@@ -48,3 +48,11 @@ def test_order_optional_inputs_and_outer_values_are_no_defects() -> None:
         w=normal(),
     )
     assert broken(proto) == []
+
+
+def test_what_is_left_out_on_both_sides_is_no_cycle() -> None:
+    """A recurrent node without a first state and without the output for the last one: both are called ""."""
+    text = "net (float[T,N,4] x) => (float[T,D,N,3] y) { y, , c = LSTM<hidden_size=3>(x, w, r, , , , c0) }"
+    proto = parsed(text, w=normal(1, 12, 4), r=normal(1, 12, 3), c0=normal(1, 2, 3))
+    assert broken(proto) == []
+    Model.from_proto(proto)

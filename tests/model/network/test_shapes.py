@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import onnx
 import onnx_ir as ir
 
+from qpipe.methods.comparison.check import verify_import
+from qpipe.model import Model
 from qpipe.model.network.shapes import complete, infer_shapes
 from tests.model.nets import normal, parsed
 
@@ -50,3 +54,32 @@ def test_a_graph_is_complete_once_every_value_has_a_type_and_a_shape() -> None:
     assert complete(model)
     model.graph[0].outputs[0].type = None
     assert not complete(model)
+
+
+def test_what_the_graph_computes_beats_what_the_file_declares() -> None:
+    """A recognizer of captchas declares two dimensions for an output of three: the Reshape before it was taken out."""
+    text = """m (float[N,4,6] x) => (float[N,24] y) {
+        s = Shape<end=1>(x)  t = Concat<axis=0>(s, one, rest)  y = Reshape(x, t) }"""
+    proto = parsed(text, one=np.array([1]), rest=np.array([24]))
+    proto.graph.value_info.append(onnx.helper.make_tensor_value_info("t", onnx.TensorProto.INT64, [9]))
+    model = Model.from_proto(proto)
+    assert model.session().run(None, {"x": normal(2, 4, 6)})[0].shape == (2, 1, 24)
+    assert verify_import(model, proto.SerializeToString()).equal
+
+
+def test_a_declared_size_inside_stays_where_inference_finds_none() -> None:
+    proto = parsed("m (float[N,4] x, int64[2] s) => (float[p,q] y) { a = Reshape(x, s)  y = Relu(a) }")
+    proto.graph.value_info.append(onnx.helper.make_tensor_value_info("a", onnx.TensorProto.FLOAT, ["rows", 8]))
+    assert [tuple(spec.shape) for spec in Model.from_proto(proto).outputs] == [("p", 8)]
+
+
+def test_a_size_of_minus_one_is_open() -> None:
+    proto = parsed("m (float[7,3,5] x) => (float[7,3,5] y) { a = Relu(x)  y = Neg(a) }")
+    proto.graph.value_info.append(onnx.helper.make_tensor_value_info("a", onnx.TensorProto.FLOAT, [-1, 3, -1]))
+    for value in (proto.graph.input[0], proto.graph.output[0]):
+        for axis in (0, 2):
+            value.type.tensor_type.shape.dim[axis].dim_value = -1
+    model = Model.from_proto(proto)
+    assert model.inputs[0].shape == ("batch", 3, "x_dim2")
+    assert verify_import(model, model.to_qdq().SerializeToString()).equal
+    assert model.session().run(None, {"x": normal(2, 3, 4)})[0].shape == (2, 3, 4)

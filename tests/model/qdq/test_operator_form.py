@@ -69,7 +69,7 @@ def test_static_files_become_float_graphs_with_encodings(
     np.testing.assert_array_equal(model.session("deploy").run(None, x)[0], wanted)
     # No code flips here: what is left are float32 sums behind the last quantized layer.
     np.testing.assert_allclose(simulated(model, x), wanted, rtol=1e-5, atol=1e-6)
-    assert verify_import(model, path, batch=4)["equal"]
+    assert verify_import(model, path, batch=4).equal
 
 
 def test_weights_are_called_as_in_the_qdq_form(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_dynamic_files_are_computed_on_integers(net: Nets, kind: QuantType, tmp_
     # Integer sums are exact, and no code flips here: float32 sums remain.
     np.testing.assert_allclose(simulated(model, x), wanted, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(model.session("deploy").run(None, x)[0], wanted, rtol=1e-5, atol=1e-6)
-    assert verify_import(model, path, batch=4)["equal"]
+    assert verify_import(model, path, batch=4).equal
 
 
 def blockwise(rows: int, **options: Any) -> onnx.ModelProto:

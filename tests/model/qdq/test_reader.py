@@ -167,7 +167,7 @@ def check_file(path: Path, x: dict[str, Any]) -> Model:
         source = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         for a, b in zip(source.run(None, x), model.session(mode).run(None, x), strict=True):  # type: ignore[arg-type]
             np.testing.assert_array_equal(a, b)
-    assert verify_import(model, path, batch=2)["equal"]
+    assert verify_import(model, path, batch=2).equal
     return model
 
 

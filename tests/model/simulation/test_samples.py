@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from qpipe.errors import InputError
 from qpipe.model import Model
-from qpipe.model.simulation.samples import batches, fitting, fixed_batch_size, sample_count
+from qpipe.model.simulation.run import run
+from qpipe.model.simulation.samples import batch_axes, batches, by_sample, fitting, sample_count
 from tests.model.nets import parsed
 
 OPEN = Model.from_proto(parsed("m (float[N,2] x, int64[N] i) => (float[N,2] y) { c = Cast<to=1>(i)  y = Relu(x) }"))
@@ -42,11 +45,67 @@ def test_arrays_of_several_lengths_end_with_the_shortest() -> None:
 
 
 def test_the_size_of_a_batch_is_fixed_where_the_graph_says_a_number() -> None:
-    assert fixed_batch_size(OPEN) is None
-    assert fixed_batch_size(FIXED) == 4
+    assert batch_axes(OPEN).size is None
+    assert batch_axes(FIXED).size == 4
     two = Model.from_proto(parsed("m (float[4,2] x, float[3,2] z) => (float[4,2] y) { a = Relu(z)  y = Relu(x) }"))
-    with pytest.raises(InputError, match=r"different fixed batch sizes: \[3, 4\]"):
-        fixed_batch_size(two)
+    with pytest.raises(InputError, match=r"different fixed batch sizes: \[3, 4\].*model\.inputs="):
+        batch_axes(two)
+
+
+STATE = Model.from_proto(
+    parsed(
+        "m (float[n,5] x, float[2,n,3] h, int64 rate) => (float[5,n] y, float[2,n,3] next, float[2,n,3] scaled) "
+        "{ y = Transpose(x)  next = Relu(h)  r = Cast<to=1>(rate)  scaled = Mul(h, r) }"
+    )
+)
+
+
+def test_samples_lie_along_the_dimension_that_is_named_as_theirs() -> None:
+    axes = batch_axes(STATE)
+    assert (axes.size, axes.inputs, axes.outputs) == (None, (0, 1, None), (1, 1, 1))
+    h = np.arange(7 * 2 * 3, dtype=np.float32).reshape(7, 2, 3)
+    data = {"x": np.ones((7, 5), np.float32), "h": h, "rate": np.full(7, 16000)}
+    found = list(batches(STATE, data, 4))
+    assert [[array.shape for array in batch.arrays] for batch in found] == [
+        [(4, 5), (2, 4, 3), ()],
+        [(3, 5), (2, 3, 3), ()],
+    ]
+    np.testing.assert_array_equal(found[1].arrays[1][1, 2], h[6, 1])
+
+
+@pytest.mark.parametrize("backend", ["simulation", "onnxruntime"])
+def test_outputs_come_back_by_sample_whatever_axis_they_lie_along(backend: Any) -> None:
+    rng = np.random.default_rng(0)
+    data = {
+        "x": rng.normal(size=(7, 5)).astype(np.float32),
+        "h": rng.normal(size=(7, 2, 3)).astype(np.float32),
+        "rate": np.array([1, 1, 2, 2, 2, 3, 3]),  # the samples differ in it, so they go through one by one
+    }
+    found = run(STATE, data, batch_size=4, backend=backend)
+    np.testing.assert_allclose(found["y"], data["x"])
+    np.testing.assert_allclose(found["next"], np.maximum(data["h"], 0))
+    np.testing.assert_allclose(found["scaled"], data["h"] * data["rate"][:, None, None])
+
+
+def test_an_output_that_does_not_tell_samples_apart_has_them_one_by_one() -> None:
+    model = Model.from_proto(parsed("m (float[n,5] x) => (float y) { y = ReduceMax<keepdims=0>(x) }"))
+    x = np.arange(15, dtype=np.float32).reshape(3, 5)
+    assert run(model, {"x": x}, batch_size=2)["y"].tolist() == [4, 9, 14]
+    fixed = Model.from_proto(parsed("m (float[3,5] x) => (float y) { y = ReduceMax<keepdims=0>(x) }"))
+    with pytest.raises(InputError, match="takes 3 samples at once, and its output 'y' does not tell them apart"):
+        run(fixed, {"x": x})
+
+
+def test_a_fixed_batch_is_found_on_another_axis_too() -> None:
+    text = "m (float[1,5] x, float[2,1,3] h) => (float[2,1,3] y) { a = ReduceMax<keepdims=0>(x)  y = Add(h, a) }"
+    axes = batch_axes(Model.from_proto(parsed(text)))
+    assert (axes.size, axes.inputs, axes.outputs) == (1, (0, 1), (1,))
+
+
+def test_a_name_like_batch_goes_before_the_first_dimension() -> None:
+    text = "m (float[time,batch,5] x) => (float[time,batch,5] y) { y = Relu(x) }"
+    assert batch_axes(Model.from_proto(parsed(text))).inputs == (1,)
+    assert by_sample(np.zeros((6, 2, 5)), 1, 2).shape == (2, 6, 5)
 
 
 def test_numbers_become_the_type_that_the_input_has() -> None:
