@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, get_type_hints
 
@@ -55,21 +56,23 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class FirstWithin:
-    """The lazy form: the first candidate whose score is within `max_drop` of the reference's, else the best one."""
+    """The lazy form: the first candidate whose score is within `max_drop` of the reference's, else the best one. Where
+    `max_drop` is None there is no goal, and the best of all is taken."""
 
     name: str
     candidates: tuple[Candidate, ...]
     reference: Ref
-    max_drop: float
+    max_drop: float | None
     enabled: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
 class GoalSpec:
-    """What the run is for: `scores` is a node whose score may lie at most `max_drop` below that of `reference`."""
+    """What the run is for: `scores` is a node whose score may lie at most `max_drop` below that of `reference`; None is
+    no goal."""
 
     metric: str
-    max_drop: float
+    max_drop: float | None
     reference: Ref | None = None
     scores: Ref | None = None
 
@@ -128,7 +131,7 @@ def read_spec(config: DictConfig) -> PipelineSpec:
         nodes=nodes,
         goal=GoalSpec(
             metric=str(goal.get("metric")),
-            max_drop=coerce(goal.get("max_drop"), float, "goal.max_drop"),
+            max_drop=_drop(goal.get("max_drop"), "goal.max_drop"),
             reference=_optional_ref(goal.get("reference"), "goal.reference"),
             scores=_optional_ref(goal.get("scores"), "goal.scores"),
         ),
@@ -338,7 +341,7 @@ def _first_within(name: str, body: Mapping[str, Any]) -> FirstWithin:
                 f"{address}: 'first_within' takes no '{key}'.{nearest(key, _FORM_KEYS)} It takes: {listed(_FORM_KEYS)}."
             )
     for key in ("candidates", "reference", "max_drop"):
-        if body.get(key) in (None, MISSING):
+        if body.get(key, MISSING) == MISSING or (body[key] is None and key != "max_drop"):
             raise ConfigError(
                 f"{address}.{key}: missing. 'first_within' needs candidates, reference and max_drop."
             )
@@ -349,9 +352,16 @@ def _first_within(name: str, body: Mapping[str, Any]) -> FirstWithin:
         name=name,
         candidates=tuple(_candidate(item, f"{address}.candidates[{i}]") for i, item in enumerate(candidates)),
         reference=_ref(body["reference"], f"{address}.reference"),
-        max_drop=coerce(body["max_drop"], float, f"{address}.max_drop"),
+        max_drop=_drop(body["max_drop"], f"{address}.max_drop"),
         enabled=coerce(body.get("enabled", True), bool, f"{address}.enabled"),
     )
+
+
+def _drop(value: Any, address: str) -> float | None:
+    found: float | None = coerce(value, float | None, address)
+    if found is not None and math.isnan(found):
+        raise ConfigError(f"{address}: expected a number, got nan. Give how much may be lost, or null for no goal.")
+    return found
 
 
 def _candidate(item: Any, address: str) -> Candidate:

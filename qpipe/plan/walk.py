@@ -8,6 +8,7 @@ A `Walk` goes through one graph as far as the cache carries it: every node whose
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -67,6 +68,13 @@ class Walk:
                 else:
                     self._settle(name, verdict)
         return actions
+
+    def refuse_missing(self) -> None:
+        """Refuse functions that are not there, of all nodes that may run. Errors: ConfigError."""
+        for name in self.graph.inputs:
+            node = self.graph.node(name)
+            if isinstance(node, NodeSpec) and name not in self.outcomes:
+                self._keyring.refuse_missing(node)
 
     def _keys_of_ready(self) -> list[str]:
         """The keys of the nodes that are decided next."""
@@ -249,7 +257,8 @@ class Walk:
         asked, found = self._asked[node.name], self._judged.setdefault(node.name, {})
         if asked not in found and (scores := self.scores(wires[f"candidates[{asked}].scores"][0])):
             found[asked] = scores["score"]
-        met = asked in found and found[asked] >= reference["score"] - node.max_drop
+        wanted = math.inf if node.max_drop is None else reference["score"] - node.max_drop
+        met = asked in found and found[asked] >= wanted
         if not met and asked + 1 < len(node.candidates):
             self._asked[node.name] = asked + 1
             self._ask(node.name, wires[f"candidates[{asked + 1}].scores"])
@@ -273,10 +282,15 @@ class Walk:
         reason = (
             f"{model.node} is within the goal"
             if met
-            else f"none is within the goal; {model.node} is the best"
+            else f"{self._unmet(name)}; {model.node} is the best"
         )
         state: State = "ran" if self._outcome(scores).state == "ran" else "hit"
         self._settle(name, Outcome(state, outputs, reasons=(reason,), chosen=(model, scores)))
+
+    def _unmet(self, name: str) -> str:
+        node = self.graph.node(name)
+        free = isinstance(node, FirstWithin) and node.max_drop is None
+        return "there is no goal" if free else "none is within the goal"
 
     def _ask(self, name: str, sources: Iterable[Source]) -> None:
         self._demand(source.node for source in sources)

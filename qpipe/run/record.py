@@ -174,7 +174,8 @@ def _goal(walk: Walk) -> dict[str, Any]:
     goal, refs = walk.graph.spec.goal, walk.graph.resolved_refs
     reference = _score_of(walk, refs.get(str(goal.reference)))
     reached = _score_of(walk, refs.get(str(goal.scores)))
-    met = None if reference is None or reached is None else reached >= reference - goal.max_drop
+    judged = reference is not None and reached is not None and goal.max_drop is not None
+    met = reached >= reference - goal.max_drop if judged else None  # type: ignore[operator]  # none of them is None
     return {
         "metric": goal.metric,
         "float": reference,

@@ -62,6 +62,7 @@ def plan_jobs(jobs: Sequence[Job], store: Store) -> list[Walk]:
             check_labels(job.spec)
             walk = Walk(build_graph(job.spec), keyring, store, job.label)
             walk.advance()
+            walk.refuse_missing()
         except ConfigError as error:
             raise ConfigError(f"{job.label}{error}") from error
         walks.append(walk)
