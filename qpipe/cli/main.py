@@ -13,6 +13,7 @@ from __future__ import annotations
 import gc
 import os
 import secrets
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -49,6 +50,8 @@ Many = Callable[[Sequence[Job]], int]
 
 def main() -> None:
     """The `qpipe` command, called by `__main__`, which switched the search for cycles off."""
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a service that ends us wants the record
     status = run(sys.argv[1:])
     # where an action ran, `sweep` enabled it again: what a stage left open is then closed in Python's own order
     if not gc.isenabled():
@@ -220,10 +223,13 @@ def _compose(many: Many, command: str, rest: list[str]) -> int:
             raise
         raise ConfigError(one_line(error, rest)) from error  # ValueError: a number of thousands of digits
     except OSError as error:
-        if begun or error.filename is None:  # a pipe that nobody reads has no name
+        if begun or isinstance(error, BrokenPipeError):
             raise
+        if command in LEAVING:
+            _take_away(error)
+        at = f"'{error.filename}': " if error.filename is not None else ""
         raise QpipeError(
-            f"the folder of the run cannot be made ('{error.filename}': {error.strerror}). Choose another one with "
+            f"the folder of the run cannot be made ({at}{error.strerror or error}). Choose another one with "
             "hydra.run.dir=…, or hydra.sweep.dir=… with -m."
         ) from error
     return max(status, default=0)
@@ -246,6 +252,19 @@ def _leaving_nothing(command: str) -> Iterator[list[str]]:
         ]
 
 
+def _take_away(error: OSError) -> None:
+    """Remove what Hydra began to write when `error` ended it, where it is ours to remove."""
+    from traceback import walk_tb
+
+    places = {"run_job": "output_dir", "sweep": "sweep_dir"}  # Hydra's functions, and where each says what it writes to
+    for frame, _ in walk_tb(error.__traceback__):
+        folder = frame.f_locals.get(places.get(frame.f_code.co_name, ""))
+        if isinstance(folder, str | Path) and not (Path(folder) / RECORD).exists():
+            if frame.f_code.co_name == "sweep":
+                (Path(folder) / "multirun.yaml").unlink(missing_ok=True)
+            remove_folder(Path(folder))
+
+
 def _carry_out(many: Many, build: Callable[[], Sequence[Job]], left: Sequence[Path]) -> int:
     """Build the jobs and run the command; a folder of `left` in which no record came to lie is not left behind."""
     try:
@@ -255,6 +274,9 @@ def _carry_out(many: Many, build: Callable[[], Sequence[Job]], left: Sequence[Pa
     except QpipeError as error:
         say(f"qpipe: {error}")
         status = error.exit_code
+    except OSError as error:
+        say(f"qpipe: {error.filename or 'the system'}: {error.strerror or error}.")
+        status = QpipeError.exit_code
     for folder in left:
         if not (folder / RECORD).exists():
             remove_folder(folder)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qpipe.errors import ConfigError
+from qpipe.errors import ConfigError, QpipeError
 from qpipe.explain.past_runs import LAST, find_record, read_record
 from qpipe.language.catalog import catalog, plain
 from qpipe.language.spec import FirstWithin
@@ -49,12 +49,18 @@ class Screen(Terminal):
 
     def ended_jobs(self, records: Sequence[tuple[Job, dict[str, Any]]]) -> None:
         self.close()
+        refused: QpipeError | None = None
         for job, record in records:
-            _write_report(record, job.folder)
+            try:
+                _write_report(record, job.folder)
+            except QpipeError as error:  # a disk that is full: what is known is shown all the same
+                refused = refused or error
         if len(records) == 1:
             self.show(records[0][1], sys.stdout)
         else:
             print("\n".join(sweep_table(records)))
+        if refused is not None:
+            raise refused
 
 
 def run(jobs: Sequence[Job], command: Sequence[str] = ()) -> int:
@@ -182,7 +188,10 @@ def sweep_table(records: Sequence[tuple[Job, Mapping[str, Any]]]) -> list[str]:
         goal, totals = record["goal"], record["totals"]
         drop = None if goal["reached"] is None or goal["float"] is None else goal["float"] - goal["reached"]
         verdict = {True: "met", False: "missed", None: "-"}[goal["met"]]
-        figures = [f"{value:.4f}" if value is not None else "-" for value in (goal["reached"], drop)]
+        score = goal["reached"]
+        if goal["scores"] is None:  # of no goal: the last that was scored
+            score = next((step["score"] for step in reversed(record["ladder"]) if step["score"] is not None), None)
+        figures = [f"{value:.4f}" if value is not None else "-" for value in (score, drop)]
         found.append(
             (
                 str(i),

@@ -10,6 +10,7 @@ import json
 import math
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +27,7 @@ from qpipe.writing import write_whole
 
 SCHEMA = 2
 RECORD = "record.json"
+CONFIG = "config.yaml"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,16 +250,31 @@ def _totals(verdicts: Mapping[str, Outcome]) -> dict[str, Any]:
 
 
 def write_files(walk: Walk, store: Store, folder: Path) -> dict[str, list[str]]:
-    """Put the Files that the targets made below `folder`/NODE; {node: paths}."""
+    """Put the Files that the targets made below `folder`/NODE; {node: paths}. All of them or none."""
     written: dict[str, list[str]] = {}
-    for name in walk.graph.targets:
-        outcome = walk.outcomes.get(name)
-        for artifact in outcome.outputs.values() if outcome else ():
-            if artifact.kind == "Files":
-                files = load(artifact, store)
-                files.write(folder / name)
-                written[name] = [str(folder / name / relative) for relative in files.contents]
+    try:
+        for name in walk.graph.targets:
+            outcome = walk.outcomes.get(name)
+            for artifact in outcome.outputs.values() if outcome else ():
+                if artifact.kind == "Files":
+                    files = load(artifact, store)
+                    written[name] = [str(folder / name / relative) for relative in files.contents]
+                    files.write(folder / name)
+    except BaseException:
+        take_back(folder, written)
+        raise
     return written
+
+
+def take_back(folder: Path, files: Mapping[str, Sequence[str]]) -> None:
+    """Remove what a run wrote to its folder, and the folders that are empty then."""
+    paths = [Path(path) for paths in files.values() for path in paths]
+    for path in (*paths, folder / RECORD, folder / CONFIG):
+        with suppress(OSError):
+            path.unlink()
+    for place in sorted({place for path in paths for place in path.parents if folder in place.parents}, reverse=True):
+        with suppress(OSError):
+            place.rmdir()
 
 
 def write_record(record: Mapping[str, Any], folder: Path) -> None:
@@ -274,7 +291,7 @@ def write_config(resolved: Mapping[str, Any], folder: Path) -> None:
 
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # the one in C is ten times as fast
     text = yaml.dump(dict(resolved), Dumper=dumper, sort_keys=False, allow_unicode=True)
-    write_whole(folder / "config.yaml", text)
+    write_whole(folder / CONFIG, text)
 
 
 def json_text(value: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from qpipe.cache.cleanup import collect
 from qpipe.cache.store import Store
-from qpipe.errors import CacheError, ConfigError, DamagedError, InputError
+from qpipe.errors import CacheError, ConfigError, DamagedError, InputError, QpipeError
 from qpipe.language.graph import build_graph
 from qpipe.language.labels import check_labels
 from qpipe.language.spec import PipelineSpec, RunSpec
@@ -25,7 +25,15 @@ from qpipe.plan.verdicts import Outcome
 from qpipe.plan.walk import Walk
 from qpipe.run.checkout import Checkout
 from qpipe.run.executor import View, execute, exit_code, forget, open_pool
-from qpipe.run.record import RunInfo, build_record, json_text, write_config, write_files, write_record
+from qpipe.run.record import (
+    RunInfo,
+    build_record,
+    json_text,
+    take_back,
+    write_config,
+    write_files,
+    write_record,
+)
 from qpipe.writing import write_whole
 
 GOAL_MISSED = 3
@@ -211,21 +219,51 @@ def _conclude(jobs: Sequence[Job], walks: Sequence[Walk], store: Store, watch: W
     status = INTERRUPTED if info.stopped == "interrupted" else exit_code(walks)
     if status == InputError.exit_code and len(jobs) == 1:
         return status
-    records = []
+    kept = []
     for job, walk in zip(jobs, walks, strict=True):
         own = dataclasses.replace(info, folder=job.folder, finished=time.time())
-        record = build_record(walk, store, own, write_files(walk, store, job.folder))
-        write_record(record, job.folder)
-        write_config(job.spec.resolved, job.folder)
-        records.append((job, record))
-    if len(jobs) > 1:
-        write_sweep(records, walks, jobs[0].folder.parent)
-    watch.ended_jobs(records)
+        try:
+            kept.append((job, walk, _leave(job, walk, store, own)))
+        except (QpipeError, OSError) as error:  # a disk that is full: the other trials have theirs all the same
+            watch.message(f"{job.label}{_refused(error)} {_NO_RECORD}")
+            status = status or QpipeError.exit_code
+    records = [(job, record) for job, _, record in kept]
+    if len(jobs) > 1 and kept:
+        try:
+            write_sweep(records, [walk for _, walk, _ in kept], jobs[0].folder.parent)
+        except QpipeError as error:
+            watch.message(str(error))
+            status = status or QpipeError.exit_code
+    if kept:
+        watch.ended_jobs(records)
     if status == 0 and info.stopped:
         return BUDGET_SPENT
     if status == 0 and any(record["goal"]["met"] is False for _, record in records):
         return GOAL_MISSED
     return status
+
+
+_NO_RECORD = "No record of the run was left; what it made is in the cache, and the same command writes it."
+
+
+def _leave(job: Job, walk: Walk, store: Store, info: RunInfo) -> dict[str, Any]:
+    """Write what the run leaves, and give its record; all of it is there or nothing."""
+    files: dict[str, list[str]] = {}
+    try:
+        files = write_files(walk, store, job.folder)
+        record = build_record(walk, store, info, files)
+        write_record(record, job.folder)
+        write_config(job.spec.resolved, job.folder)
+    except BaseException:
+        take_back(job.folder, files)
+        raise
+    return record
+
+
+def _refused(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f"'{error.filename}' cannot be written: {error.strerror or error}. Make room, or choose another folder."
+    return str(error)
 
 
 def write_sweep(

@@ -329,19 +329,23 @@ def test_a_mistake_ends_with_2_one_line_and_nothing_left_behind(toy: Toy, words:
     assert toy.calls() == []
 
 
-def test_ctrl_c_ends_with_130_and_the_next_run_goes_on(toy: Toy) -> None:
+@pytest.mark.parametrize(
+    ("number", "workers"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGTERM, 0)], ids=str
+)
+def test_ctrl_c_or_a_sigterm_ends_with_130_and_the_next_run_goes_on(
+    toy: Toy, number: signal.Signals, workers: int
+) -> None:
     toy.pipeline({"a": {"uses": "toy_number"}, "b": {"uses": "toy_add", "scores": "a", "seconds": 30}})
-    process = subprocess.Popen(
-        toy.command(), env=toy.environment, cwd=toy.folder, stderr=subprocess.PIPE, text=True
-    )
+    command = toy.command("run", f"run.workers={workers}")
+    process = subprocess.Popen(command, env=toy.environment, cwd=toy.folder, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while len(list((toy.folder / "cache").glob("actions/*/*.json"))) < 3:
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert "Interrupted." in stderr
+    assert "Interrupted. What was finished is in the cache; the same command goes on from there." in stderr
     assert "Traceback" not in stderr
     assert toy.record()["status"] == "interrupted"
 
