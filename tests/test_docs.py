@@ -207,6 +207,16 @@ def test_the_pipeline_of_the_page_on_goals_plans(tmp_path: Path) -> None:
     assert " score_float " in done.stdout
 
 
+def test_what_a_gate_refuses_is_said_on_standard_error(toy: Toy) -> None:
+    """The recipe sends the plan to /dev/null."""
+    toy.pipeline(CHAIN)
+    for command, said in (("plan", "run.max_misses=2"), ("run", "run.max_misses=2"), ("plan", "run.expect=cached")):
+        done = toy.run(command, said)
+        assert done.returncode == NOT_CACHED
+        assert done.stderr.splitlines()[-1].startswith(f"{said}: 3 nodes would run")
+        assert "would run, " not in done.stdout
+
+
 def test_the_statuses_are_those_of_the_page() -> None:
     text = (ROOT / "docs" / "ci.md").read_text()
     assert re.search(rf"`run.expect=cached`.*\| {NOT_CACHED} \|", text)

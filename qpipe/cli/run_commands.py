@@ -80,11 +80,9 @@ def plan(jobs: Sequence[Job]) -> int:
         screen.planned([row for walk in walks for row in rows(walk)], costs.wall_s)
         for line in cost_lines(costs, worker_count(options)):
             screen.message(line)
-        return 0 if (refused := refusal(walks, options)) is None else _refused(screen, refused)
-
-
-def _refused(screen: Terminal, message: str) -> int:
-    screen.message(message)
+        if (refused := refusal(walks, options)) is None:
+            return 0
+    print(refused, file=sys.stderr)  # where refusals go: the plan itself may be on its way to /dev/null
     return NOT_CACHED
 
 

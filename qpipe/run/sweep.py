@@ -225,7 +225,7 @@ def _conclude(jobs: Sequence[Job], walks: Sequence[Walk], store: Store, watch: W
         try:
             kept.append((job, walk, _leave(job, walk, store, own)))
         except (QpipeError, OSError) as error:  # a disk that is full: the other trials have theirs all the same
-            watch.message(f"{job.label}{_refused(error)} {_NO_RECORD}")
+            watch.message(f"qpipe: {job.label}{_refused(error)} {_NO_RECORD}")
             status = status or QpipeError.exit_code
     records = [(job, record) for job, _, record in kept]
     if len(jobs) > 1 and kept:
