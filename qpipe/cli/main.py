@@ -28,7 +28,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from qpipe.cli.completion import complete
 from qpipe.cli.compose import quick_hydra
 from qpipe.cli.config_files import config_folders, groups, not_read, odd_name, shown, without_header
 from qpipe.cli.manual import OPTIONS, overview, usage
@@ -67,12 +66,16 @@ def run(arguments: Sequence[str]) -> int:
     if command in arguments[:1] and {"--help", "-h"} & set(rest):
         print(usage(command), end="")
         return 0
+    typing = False
     try:
         if command == "run" and {"--help", "-h"} & set(rest):
             print(overview(groups(config_folders(rest))), end="")
             return 0
         _register()
-        if {"-sc", "--shell-completion"} & set(arguments):
+        if typing := bool({"-sc", "--shell-completion"} & set(arguments) and "COMP_LINE" in os.environ):
+            from qpipe.cli.completion import complete, config_options
+
+            rest = [*rest, *config_options(os.environ)]
             found, hydra_too = complete(os.environ)
             print("".join(f"{word}\n" for word in found), end="")
             if not hydra_too:
@@ -82,7 +85,8 @@ def run(arguments: Sequence[str]) -> int:
             return many
         return _compose(many, command, rest)
     except QpipeError as error:
-        say(f"qpipe: {error}")
+        if not typing:  # else TAB has nothing to offer, and the command itself will say why
+            say(f"qpipe: {error}")
         return error.exit_code
     except KeyboardInterrupt:
         say("qpipe: interrupted")
