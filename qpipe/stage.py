@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -176,6 +177,17 @@ class Stage:
     def summary(self) -> str:
         """The first paragraph of the docstring, in one line."""
         return " ".join((inspect.getdoc(self.function) or "").partition("\n\n")[0].split())
+
+    def meaning(self, name: str) -> str:
+        """What the docstring says of a port or a param: the clauses that name it, those of the first paragraph where no
+        other does; "" where none does."""
+        first, _, rest = (inspect.getdoc(self.function) or "").partition("\n\n")
+        for text in (rest, first):
+            said = " ".join(text.split()).partition("Errors:")[0].strip()
+            clauses = re.split(r"(?<=[.;])\s+(?=[^\s\d])", said)
+            if named := [each.rstrip(".;") for each in clauses if re.search(rf"`{name}\b[^`]*`", each)]:
+                return "; ".join(named).replace("`", "")
+        return ""
 
     def unpack(self, returned: Any) -> dict[str, Any]:
         """The function's return value as {output name: value}."""

@@ -90,10 +90,12 @@ def evaluate(
 ) -> Scores:
     """`score` (higher is better), `metric`, and `n`, the number of samples; of several outputs also the `worst`.
 
-    `outputs` names the outputs that count; by default all of floats. `limit` takes that many samples, evenly spread.
-    `backend` simulation runs the torch module with fake-quantize, onnxruntime the QDQ graph as it is deployed.
-    `quantized: false` scores the float weights. Errors: InputError for labels or a float model that are missing, and
-    data that do not fit; StageError where a metric of the user's fails.
+    `metric` is top1, top5, sqnr_db, cosine, mse or a function of your own, module:function; higher is better.
+    `outputs` names the outputs that count; by default all of floats. `batch_size` samples are run at a time.
+    `limit` takes that many samples, evenly spread. `backend` simulation runs the torch module with fake-quantize,
+    onnxruntime the QDQ graph as it is deployed. `quantized: false` scores the float weights. Errors: InputError for
+    labels or a float model that are missing, and data that do not fit; StageError where a metric of the user's
+    fails.
     """
     from qpipe.model.simulation.run import run
     from qpipe.numerics.metrics import (

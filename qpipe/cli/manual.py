@@ -90,7 +90,7 @@ Print the pipeline with its verdicts, or draw it to FILE.
     "stages": """\
 usage: qpipe stages [NAME]
 
-List the stages, or show one with its ports and params.
+List the stages, or show one with its ports and params, their types and defaults, and what each means.
 """,
     "report": """\
 usage: qpipe report [RUN]

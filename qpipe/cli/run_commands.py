@@ -18,7 +18,7 @@ from qpipe.plan.history import rebuild
 from qpipe.plan.verdicts import Outcome
 from qpipe.plan.walk import Walk
 from qpipe.report.terminal.plain import PlainDisplay
-from qpipe.report.terminal.table import table
+from qpipe.report.terminal.table import table, wrap
 from qpipe.report.terminal.terminal import Row, Terminal
 from qpipe.report.text import duration, plural
 from qpipe.run.executor import worker_count
@@ -142,7 +142,7 @@ def graph(jobs: Sequence[Job], file: str | None) -> int:
 
 
 def show_stages(arguments: Sequence[str]) -> str:
-    """The list of stages, or one with its ports and params."""
+    """The list of stages, or one with its ports and params: types, defaults, and what each means."""
     if not arguments:
         lines = table([(name, stage.summary) for name, stage in catalog().items()], 110, flexible=1)
         return "\n".join(line for block in lines for line in block)
@@ -155,8 +155,12 @@ def show_stages(arguments: Sequence[str]) -> str:
         default = "required" if param.default is REQUIRED else json.dumps(plain(param.default))
         found.append(("param", param.name, describe(param.hint), str(stage.config.get(param.name, default))))
     found += [("output", name, kind, "") for name, kind in stage.outputs.items()]
-    lines = table(found, 110, flexible=2)
-    return "\n".join([f"{stage.name}: {stage.summary}", "", *(line for block in lines for line in block)])
+    shown = [f"{stage.name}: {stage.summary}", ""]
+    for row, cells in zip(found, table(found, 110, flexible=2), strict=True):
+        shown += cells
+        if row[0] != "output":
+            shown += [f"{8 * ' '}{line}" for line in wrap(stage.meaning(row[1]), 102) if line]
+    return "\n".join(shown)
 
 
 def show_report(arguments: Sequence[str]) -> str:
