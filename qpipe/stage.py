@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -31,6 +32,7 @@ __all__ = [
     "Encodings",
     "Factory",
     "Files",
+    "Maker",
     "Param",
     "Port",
     "Range",
@@ -44,6 +46,17 @@ __all__ = [
 REQUIRED = inspect.Parameter.empty
 Function = TypeVar("Function", bound=Callable[..., Any])
 Check = Callable[[Mapping[str, Any]], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Maker:
+    """What is wired to a port, before anything runs: a node's stage, and its params."""
+
+    stage: str
+    params: Mapping[str, Any]
+
+
+WiredCheck = Callable[[Mapping[str, Any], Mapping[str, "tuple[Maker, ...]"]], None]
 
 
 class Context:
@@ -135,6 +148,7 @@ class Stage:
     always: bool
     takes_context: bool
     check: Check | None = None
+    wired: WiredCheck | None = None
     not_after: Mapping[str, str] = dataclasses.field(default_factory=dict)
     not_before: Mapping[str, str] = dataclasses.field(default_factory=dict)
     address: str = ""
@@ -164,6 +178,17 @@ class Stage:
         """The first paragraph of the docstring, in one line."""
         return " ".join((inspect.getdoc(self.function) or "").partition("\n\n")[0].split())
 
+    def meaning(self, name: str) -> str:
+        """What the docstring says of a port or a param: the clauses that name it, those of the first paragraph where no
+        other does; "" where none does."""
+        first, _, rest = (inspect.getdoc(self.function) or "").partition("\n\n")
+        for text in (rest, first):
+            said = " ".join(text.split()).partition("Errors:")[0].strip()
+            clauses = re.split(r"(?<=[.;])\s+(?=[^\s\d])", said)
+            if named := [each.rstrip(".;") for each in clauses if re.search(rf"`{name}\b[^`]*`", each)]:
+                return "; ".join(named).replace("`", "")
+        return ""
+
     def unpack(self, returned: Any) -> dict[str, Any]:
         """The function's return value as {output name: value}."""
         if len(self.outputs) == 1:
@@ -181,6 +206,7 @@ def stage(
     config: Mapping[str, Any] | None = None,
     always: bool = False,
     check: Check | None = None,
+    wired: WiredCheck | None = None,
     not_after: Mapping[str, str] | None = None,
     not_before: Mapping[str, str] | None = None,
 ) -> _Decorator:
@@ -190,7 +216,8 @@ def stage(
     interpolation a param usually takes (`{"scheme": "${scheme}"}`). `always` is for sources that read the
     outside world: they run every time, and what depends on them still hits when they bring back the same bytes.
     `check` is given {param: value} before anything runs and raises ValueError or InputError, a sentence, for values
-    that do not go together. `not_after` and `not_before` name stages, built-in or of any plug-in, that the model should
+    that do not go together; `wired` also {port: its Makers}, and refuses what cannot go well with what is wired there.
+    `not_after` and `not_before` name stages, built-in or of any plug-in, that the model should
     not come from or go on to, and say why; such an order is refused unless `allow_discouraged` is set. No key holds
     them.
     """
@@ -198,7 +225,7 @@ def stage(
     def decorate(function: Function) -> Function:
         described = describe_function(function, version, config or {}, always)
         function.__stage__ = dataclasses.replace(  # type: ignore[attr-defined]
-            described, check=check, not_after=dict(not_after or {}), not_before=dict(not_before or {})
+            described, check=check, wired=wired, not_after=dict(not_after or {}), not_before=dict(not_before or {})
         )
         return function
 

@@ -109,10 +109,12 @@ def adaround(
 ) -> Network:
     """The model with tuned weights, frozen on their grids; `metadata["adaround"]` reports each layer.
 
+    `solver` gram solves on second moments of the inputs, gradient follows the paper; `seed` draws what is random.
     Both solvers: `asymmetric` false tunes on the float model's inputs; `limit` takes that many samples,
-    evenly spread. gram: `beam` candidates per row; `scale_search` lets the scales move; `bias_correction`;
-    `positions` places per sample that count. gradient: `iterations` (null: 10000, 15000 below 8 bits),
-    `batch_size`, `learning_rate`, `reg_param`, `beta_range`, `warm_start` as in the paper; `early_stop` ends
+    evenly spread. gram: `beam` candidates per row; `scale_search` lets the scales move; `bias_correction` lets biases
+    take up the mean error; `positions` places per sample that count. gradient: `iterations` steps (null: 10000, 15000
+    below 8 bits) of `batch_size` rows with `learning_rate`; `reg_param` weighs the rounding term, whose exponent goes
+    through `beta_range` after a share of `warm_start` steps, as in the paper; `early_stop` ends
     after so many checks without a gain (0: never). Errors: InputError for options that the solver does not
     read, a model in which nothing can be tuned, and data that do not fit.
     """

@@ -187,13 +187,15 @@ def amp(
 ) -> Mixed:
     """`model` with the grids of the chosen mix, and `scores`: what was tried, what it scored and what it costs.
 
+    `scheme` and `target` say what is quantized, and how; `metric` what is kept, of `outputs`, where several count.
     `candidates` are bitwidths like w4a8, w4 (weights alone) or float, all else is the scheme's; null: the scheme's
     own, w4a8, w8a8 and w8a16, those that the target takes. `choice` brings the observers of quantscheme_select.
     `method` measures each group by the sqnr of the outputs on `limit` samples of the calibration, by `metric` on
     `limit` of the evaluation, or estimates it from second moments (gram). `max_drop` may be lost of `metric`
-    against float, on all of the evaluation; null: as good as `budget` allows. `budget` is a share of the
-    costliest candidate's `cost`. `conversion_slack` is the share of the chosen cost that fewer conversions may
-    add. Where no mix keeps max_drop, the best one comes out, with a note.
+    against float, on all of the evaluation; null: as good as `budget` allows. `budget` is a share of the costliest
+    candidate's `cost`. `batch_size` samples are run at a time; `seed` draws what is random. `conversion_slack` is
+    the share of the chosen cost that fewer conversions may add. Where no mix keeps max_drop, the best one comes
+    out, with a note.
     Errors: InputError for candidates that the target forbids, for data that do not fit or are none, and for a
     budget below the cheapest mix.
     """

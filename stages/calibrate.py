@@ -55,6 +55,7 @@ def calibrate(
 ) -> Network:
     """The model with an encoding for every weight and activation that `target` quantizes.
 
+    `scheme` gives bitwidths, grids and observers. `batch_size` samples are run at a time.
     `choice`, from `quantscheme_select`, replaces the scheme's observers; `weight_granularity` replaces the
     scheme's. `limit` takes that many samples, evenly spread; None all. Errors: InputError for data that do
     not fit the model or hold nan, naming the tensor, and for a model in which the target quantizes nothing.

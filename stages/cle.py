@@ -243,11 +243,13 @@ def cle(
 ) -> Network:
     """The model with its channels' ranges equalized across layers; it computes the same, which is measured.
 
-    At most `iterations` passes over all rows of layers, fewer once no scale moves by more than `tolerance`
-    (of its logarithm); 1 is one pass. `data` say how far activations reach, and serve `replace_if_unused` and
-    the measurement (random inputs without); `norms` lets normalizations take part. The scales' extent, the
-    largest error and each layer left as it was, with the reason, are in `metadata["cle"]`. Errors: InputError
-    for a quantized model or missing data; StageError where the outputs moved by more than 1e-3.
+    At most `iterations` passes over all rows of layers, fewer once no scale moves by more than `tolerance` (of its
+    logarithm); 1 is one pass. `headroom` is how much further than those that count a channel may reach, `max_scale`
+    how far its scale may lie from the average. `relu6`, replace_if_unused, puts Relu in the place of a bound that
+    no sample reaches; exact keeps what is computed. `data` say how far activations reach, and serve
+    `replace_if_unused` and the measurement (random inputs without); `norms` lets normalizations take part. The
+    scales' extent, the largest error and each layer left as it was, with the reason, are in `metadata["cle"]`.
+    Errors: InputError for a quantized model or missing data; StageError where the outputs moved by more than 1e-3.
     """
     from qpipe.methods.preconditions import float_weights
 

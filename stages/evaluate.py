@@ -15,13 +15,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from qpipe.numerics.metric_names import Metric
+from qpipe.errors import InputError
+from qpipe.numerics.metric_names import Comparison, Metric
 from qpipe.numerics.thinning import thin, thinned
 from qpipe.param import load_factory
-from qpipe.stage import NULL, Context, Factory, Range, Samples, Scores, stage
+from qpipe.stage import NULL, Context, Factory, Maker, Range, Samples, Scores, stage
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -36,7 +38,43 @@ def spread(data: Samples, limit: int | None) -> Samples:
     return data if limit is None else Samples(thinned(data.arrays, limit), labels)
 
 
-@stage(version=1, config={"data": "evaluation", "metric": "${goal.metric}", "outputs": "${goal.outputs}"})
+def refuse_what_lacks(params: Mapping[str, Any], makers: Mapping[str, tuple[Maker, ...]]) -> None:
+    """Raise InputError where the metric wants labels or a float model that are surely not there: what is seen before
+    any data are loaded."""
+    metric = params["metric"]
+    if metric in get_args(Comparison) and not makers.get("float_model"):
+        raise InputError(f"The metric '{metric}' compares with the float model: wire `float_model` to it.")
+    for data in makers.get("data", ()):
+        source = data.params.get("path") or data.params.get("images")
+        if metric in ("top1", "top5") and data.stage == "load_data" and source and without_labels(data.params):
+            raise InputError(
+                f"The metric '{metric}' needs labels, and {source} has none. Give them (in an npz as 'labels', of "
+                "images as sub-folders or a CSV), or take a metric without: goal.metric=sqnr_db, cosine, mse."
+            )
+
+
+def without_labels(params: Mapping[str, Any]) -> bool:
+    """Whether an npz file, or a folder of images, surely gives no labels; False where that cannot be seen."""
+    import zipfile
+
+    path: Path | None = params.get("path")
+    images: Path | None = params.get("images")
+    try:
+        if path is not None:
+            with zipfile.ZipFile(path) as file:
+                return "labels.npy" not in file.namelist()
+        if images is None or not images.is_dir() or params.get("labels") is not None:
+            return False
+        return not any(entry.is_dir() for entry in images.iterdir())
+    except (OSError, zipfile.BadZipFile):
+        return False  # whoever loads it says what is wrong
+
+
+@stage(
+    version=1,
+    config={"data": "evaluation", "metric": "${goal.metric}", "outputs": "${goal.outputs}"},
+    wired=refuse_what_lacks,
+)
 def evaluate(
     model: Network,
     data: Samples,
@@ -52,10 +90,12 @@ def evaluate(
 ) -> Scores:
     """`score` (higher is better), `metric`, and `n`, the number of samples; of several outputs also the `worst`.
 
-    `outputs` names the outputs that count; by default all of floats. `limit` takes that many samples, evenly spread.
-    `backend` simulation runs the torch module with fake-quantize, onnxruntime the QDQ graph as it is deployed.
-    `quantized: false` scores the float weights. Errors: InputError for labels or a float model that are missing, and
-    data that do not fit; StageError where a metric of the user's fails.
+    `metric` is top1, top5, sqnr_db, cosine, mse or a function of your own, module:function; higher is better.
+    `outputs` names the outputs that count; by default all of floats. `batch_size` samples are run at a time.
+    `limit` takes that many samples, evenly spread. `backend` simulation runs the torch module with fake-quantize,
+    onnxruntime the QDQ graph as it is deployed. `quantized: false` scores the float weights. Errors: InputError for
+    labels or a float model that are missing, and data that do not fit; StageError where a metric of the user's
+    fails.
     """
     from qpipe.model.simulation.run import run
     from qpipe.numerics.metrics import (

@@ -41,6 +41,7 @@ def export(
 ) -> Files:
     """model.onnx in QDQ form, encodings.json and weights.safetensors; model.onnx alone for a float model.
 
+    `encodings_format` is the version of AIMET's format that encodings.json is written in.
     Errors: RuntimeError where onnxruntime does not load what was written.
     """
     import tempfile

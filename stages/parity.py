@@ -84,8 +84,8 @@ def parity(
 ) -> Scores:
     """`score`, the share of values within one grid step, `agree`, and all counts by unit and by tensor.
 
-    `limit` samples, evenly spread, are compared. Units that do not agree are noted, and where differences
-    come from. Errors: InputError for a model without encodings, or data that do not fit.
+    `limit` samples, evenly spread, are compared, `batch_size` at a time. Units that do not agree are noted, and
+    where differences come from. Errors: InputError for a model without encodings, or data that do not fit.
     """
     from qpipe.methods.comparison.parity import parity as compare
 

@@ -103,7 +103,8 @@ def prepare(
     """The model as later stages want it; what it computes is the same, which is measured unless `verify` is false.
 
     A weight that several layers share stays one, unless `tied_weights` is copy: then each layer can be tuned
-    by itself, at the cost of size. The error is noted and kept in `metadata["prepare"]`. Errors: InputError
+    by itself, at the cost of size. The error is noted and kept in `metadata["prepare"]`; `tolerance` is how far
+    the outputs may move, relative. Errors: InputError
     for a quantized model and for samples that do not fit its inputs; StageError where the outputs moved by
     more than `tolerance`, and more than the model differs from itself with optimizations off and on.
     """

@@ -166,6 +166,9 @@ def quantscheme_select(
 ) -> Scores:
     """The winning `weight_observer` and `activation_observer`, their percentiles, and the `table` of scores.
 
+    `scheme` and `target` say what is quantized, and how; `weight_granularity` replaces the scheme's.
+    `weight_observers` and `activation_observers` are tried, those by percentile with each of `percentiles`.
+    `metric` compares the outputs with the float model's, run with `batch_size` samples at a time.
     `score` is that of both winners together. `limit` takes that many samples of the calibration and of the
     evaluation, evenly spread. Errors: InputError for data that do not fit the model.
     """

@@ -41,7 +41,8 @@ def job(folder: Path, stages: Mapping[str, Any], name: str = "run", **rest: Any)
     """A job of these nodes, its cache in `folder`/cache, its record in `folder`/`name`."""
     run = {"workers": 0, "threads": 1} | rest.pop("run", {})
     cache = {"dir": str(folder / "cache")} | rest.pop("cache", {})
-    body = {"stages": stages, "goal": {"metric": "toy", "max_drop": 0.5}, "run": run, "cache": cache, **rest}
+    goal = rest.pop("goal", {"metric": "toy", "max_drop": 0.5})
+    body = {"stages": stages, "goal": goal, "run": run, "cache": cache, **rest}
     return Job(read_spec(OmegaConf.create(body)), folder / name)
 
 

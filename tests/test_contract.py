@@ -34,6 +34,14 @@ def test_its_function_is_the_last_in_the_file_and_documented(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", STAGES)
+def test_its_docstring_says_what_each_param_means(name: str) -> None:
+    """`qpipe stages NAME` shows it."""
+    stage = catalog()[name]
+    for param in stage.params:
+        assert len(stage.meaning(param).replace(param, "").split()) >= 2, param
+
+
+@pytest.mark.parametrize("name", STAGES)
 def test_its_defaults_are_of_the_types_that_it_declares(name: str) -> None:
     stage = catalog()[name]
     for param in stage.params.values():

@@ -194,6 +194,29 @@ def test_what_a_page_names_is_there(page: Path) -> None:
         assert not anchor or anchor in [heading.lower().replace(" ", "-") for heading in headings]
 
 
+def test_the_pipeline_of_the_page_on_goals_plans(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "pipelines.md").read_text(), re.DOTALL)
+    file = tmp_path / "conf" / "pipeline" / "judged.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text(block)
+    done = subprocess.run(
+        [sys.executable, "-m", "qpipe", "plan", "--config-dir", "conf", "pipeline=judged"],
+        cwd=tmp_path, env=os.environ | {"QPIPE_CACHE_DIR": str(tmp_path / "cache")}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert " score_float " in done.stdout
+
+
+def test_what_a_gate_refuses_is_said_on_standard_error(toy: Toy) -> None:
+    """The recipe sends the plan to /dev/null."""
+    toy.pipeline(CHAIN)
+    for command, said in (("plan", "run.max_misses=2"), ("run", "run.max_misses=2"), ("plan", "run.expect=cached")):
+        done = toy.run(command, said)
+        assert done.returncode == NOT_CACHED
+        assert done.stderr.splitlines()[-1].startswith(f"{said}: 3 nodes would run")
+        assert "would run, " not in done.stdout
+
+
 def test_the_statuses_are_those_of_the_page() -> None:
     text = (ROOT / "docs" / "ci.md").read_text()
     assert re.search(rf"`run.expect=cached`.*\| {NOT_CACHED} \|", text)

@@ -94,9 +94,9 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
         ("errors", "keys", "artifacts", "cache"),
         "objects remote lease uploads signing promises tier",
     ),
-    "language": (("errors", "keys", "param", "stage", "cache.shared"), "catalog spec graph"),
+    "language": (("errors", "keys", "param", "stage", "cache.shared"), "catalog interpolation spec graph labels"),
     "plan": (ENGINE[:-1], "verdicts history keyring decision walk estimate"),
-    "run": (ENGINE, "machine context isolation performing workers executor record stores sweep"),
+    "run": (ENGINE, "machine checkout context isolation performing workers executor record stores sweep"),
     "explain": ((*ENGINE, "run"), "past_runs causes runs_apart artifacts verification"),
     "report": ((), "text facts"),
     "report.terminal": (("report",), "table activity closing plain live terminal"),
@@ -106,7 +106,10 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
     "hydra_plugins": ((), "launcher"),
     "cli": (
         (*ENGINE, "run", "explain", "report", "report.terminal", "report.drawing", "report.page", "hydra_plugins"),
-        "requirements compose manual mistakes run_commands explain_commands cache_commands completion main",
+        (
+            "requirements compose manual words config_files mistakes rerun run_commands explain_commands "
+            "cache_commands completion main"
+        ),
     ),
 }
 """Room -> the rooms it may import from, and its files, each of which may import those before it. The rooms stand in

@@ -36,7 +36,6 @@ def test_the_wheel_holds_code_configs_and_the_built_in_model(wheel: Path) -> Non
         "qpipe/stages/adaround.py",
         "qpipe/conf/config.yaml",
         "qpipe/conf/pipeline/ptq.yaml",
-        "qpipe/conf/hydra/help/qpipe.yaml",
         "qpipe/demo/mobilenet.onnx",
         "qpipe/py.typed",
         "hydra_plugins/qpipe/launcher.py",

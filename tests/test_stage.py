@@ -115,3 +115,18 @@ def test_a_param_that_is_text_or_a_path_is_refused() -> None:
 
     with pytest.raises(TypeError, match="'source' takes text and paths"):
         stage(version=1)(either)
+
+
+def test_the_meaning_of_a_param_is_the_clauses_that_name_it() -> None:
+    def mend(model: Model, *, limit: int = 1, mode: str = "a", rest: int = 0) -> Model:
+        """The model, mended with `limit`.
+
+        `limit` samples count, evenly spread; `mode: b` takes 0.5 of them. Both
+        need `limit`. Errors: InputError for a `rest` that is wrong.
+        """
+        return model
+
+    described = describe_function(mend, 1, {}, False)
+    assert described.meaning("limit") == "limit samples count, evenly spread; Both need limit"
+    assert described.meaning("mode") == "mode: b takes 0.5 of them"
+    assert described.meaning("rest") == ""

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from qpipe.errors import ConfigError, InputError
@@ -28,17 +29,18 @@ from qpipe.run.record import json_text
 from qpipe.run.stores import open_store
 from qpipe.run.sweep import Job, plan_jobs
 
+NEAREST = "its nearest earlier result"
 NAMED_ROOTS = 6
 LISTED_CHANGES = 60
 
 
 def why(jobs: Sequence[Job], name: str, against: str | None = None) -> int:
-    """Say what the verdict of one node is made of: what changed in its key since its last result, or since the run
-    `against`, up to the roots, and the key's ingredients."""
+    """Say what the verdict of one node is made of: what changed in its key since its nearest earlier result, or since
+    the run `against`, up to the roots, and the key's ingredients."""
     with open_store(jobs[0].spec) as store:
         rebuild(store)
-        then: Side = Results(store)
-        since = "its last result"
+        then: Side = Results(store, str(Path.cwd()))
+        since = NEAREST
         if against is not None:
             path = find_record(against, "why")
             then, since = Recorded(read_record(path, "why")), str(path.parent)
@@ -80,7 +82,7 @@ def _because(outcome: Outcome, steps: Sequence[Step], since: str) -> Iterator[st
         yield from outcome.reasons
     if first.then is None:
         gone = "no earlier result is in the cache: nothing to compare with"
-        yield gone if since == "its last result" else f"not in {since}"
+        yield gone if since == NEAREST else f"not in {since}"
         return
     yield f"compared with {since}{when}:"
     for line in told[:NAMED_ROOTS]:

@@ -1,6 +1,7 @@
 """The edge: the command line, Hydra, and what a person sees.
 
-    qpipe [run|plan|why NODE|diff RUN RUN|verify NODE|graph [FILE]|stages [NAME]|report [RUN]|cache …] [overrides] [-m]
+    qpipe [run|plan|rerun RUN|why NODE|diff RUN RUN|verify NODE|graph [FILE]|stages [NAME]|report [RUN]|cache …]
+          [overrides] [-m]
 
 Exit status: 0 all done; 1 a node failed; 2 the config or an input is wrong; 3 the goal was not met; 4
 `run.expect=cached` (or `run.max_misses`) and something (or more) had to run; 5 `run.budget_s` was spent before all was
@@ -12,8 +13,9 @@ from __future__ import annotations
 import gc
 import os
 import secrets
+import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -24,17 +26,21 @@ from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from qpipe.cli.completion import complete
 from qpipe.cli.compose import quick_hydra
-from qpipe.cli.manual import COMMANDS, OPTIONS, usage
+from qpipe.cli.config_files import config_folders, groups, not_read, odd_name, shown, without_header
+from qpipe.cli.manual import OPTIONS, overview, usage
 from qpipe.cli.mistakes import one_line
+from qpipe.cli.words import arranged, is_subject, split_command, take_options
 from qpipe.errors import ConfigError, QpipeError
 from qpipe.language.catalog import catalog, schema
 from qpipe.run.record import RECORD
 from qpipe.run.sweep import INTERRUPTED, Job
 
 UNREAD = 141  # as of a process that SIGPIPE ended
+LEAVING = ("run", "rerun")
+"""The commands that leave a folder."""
 PACKAGE = Path(__file__).parents[1]
 
 Many = Callable[[Sequence[Job]], int]
@@ -43,6 +49,8 @@ Many = Callable[[Sequence[Job]], int]
 
 def main() -> None:
     """The `qpipe` command, called by `__main__`, which switched the search for cycles off."""
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a service that ends us wants the record
     status = run(sys.argv[1:])
     # where an action ran, `sweep` enabled it again: what a stage left open is then closed in Python's own order
     if not gc.isenabled():
@@ -58,9 +66,16 @@ def run(arguments: Sequence[str]) -> int:
     if command in arguments[:1] and {"--help", "-h"} & set(rest):
         print(usage(command), end="")
         return 0
+    typing = False
     try:
+        if command == "run" and {"--help", "-h"} & set(rest):
+            print(overview(groups(config_folders(rest))), end="")
+            return 0
         _register()
-        if {"-sc", "--shell-completion"} & set(arguments):
+        if typing := bool({"-sc", "--shell-completion"} & set(arguments) and "COMP_LINE" in os.environ):
+            from qpipe.cli.completion import complete, config_options
+
+            rest = [*rest, *config_options(os.environ)]
             found, hydra_too = complete(os.environ)
             print("".join(f"{word}\n" for word in found), end="")
             if not hydra_too:
@@ -70,7 +85,8 @@ def run(arguments: Sequence[str]) -> int:
             return many
         return _compose(many, command, rest)
     except QpipeError as error:
-        say(f"qpipe: {error}")
+        if not typing:  # else TAB has nothing to offer, and the command itself will say why
+            say(f"qpipe: {error}")
         return error.exit_code
     except KeyboardInterrupt:
         say("qpipe: interrupted")
@@ -88,13 +104,6 @@ def _unread() -> int:
 def say(line: str) -> None:
     """One line to the person, on standard error."""
     print(line, file=sys.stderr)
-
-
-def split_command(arguments: Sequence[str]) -> tuple[str, list[str]]:
-    """(command, the other arguments); without a command it is `run`."""
-    if arguments and arguments[0] in COMMANDS:
-        return arguments[0], list(arguments[1:])
-    return "run", list(arguments)
 
 
 def _command(name: str, rest: list[str]) -> tuple[Many | int, list[str]]:
@@ -116,19 +125,30 @@ def _command(name: str, rest: list[str]) -> tuple[Many | int, list[str]]:
     if name in ("stages", "report"):
         print({"stages": commands.show_stages, "report": commands.show_report}[name](rest))
         return 0, []
+    if name == "rerun":
+        return _rerun(rest)
     if name == "graph":
         file = None
-        if _is_subject(rest):
+        if is_subject(rest):
             file, *rest = rest
         return lambda jobs: commands.graph(jobs, file), rest
     return {"run": commands.run, "plan": commands.plan}[name], rest
+
+
+def _rerun(rest: list[str]) -> tuple[Many, list[str]]:
+    from qpipe.cli.rerun import recorded
+    from qpipe.cli.run_commands import run
+
+    if not is_subject(rest):
+        raise ConfigError("rerun: names no run. Say `qpipe rerun RUN`: a run folder, or `last`.")
+    return lambda jobs: run(jobs, ("rerun", rest[0])), recorded(rest[0], rest[1:])
 
 
 def _why(rest: list[str]) -> tuple[Many, list[str]]:
     from qpipe.cli.explain_commands import why
 
     options, rest = take_options(rest, OPTIONS["why"])
-    if not _is_subject(rest):
+    if not is_subject(rest):
         raise ConfigError("why: names nothing. Say `qpipe why NODE`.")
     return lambda jobs: why(jobs, rest[0], options.get("--against")), rest[1:]
 
@@ -137,37 +157,12 @@ def _verify(rest: list[str]) -> tuple[Many, list[str]]:
     from qpipe.cli.explain_commands import verify_nodes
 
     options, rest = take_options(rest, OPTIONS["verify"])
-    if not _is_subject(rest):
+    if not is_subject(rest):
         raise ConfigError("verify: names nothing. Say `qpipe verify NODE` or `qpipe verify all`.")
     repeat = options.get("--repeat", "2")
     if not repeat.isdecimal() or not int(repeat):
         raise ConfigError(f"--repeat: how often to compute each node, at least 1, got {repeat!r}.")
     return lambda jobs: verify_nodes(jobs, rest[0], int(repeat)), rest[1:]
-
-
-def _is_subject(words: Sequence[str]) -> bool:
-    """Whether the first word is the name of a thing, rather than an override or an option."""
-    return bool(words) and "=" not in words[0] and words[0][:1] not in ("-", "+", "~")
-
-
-def take_options(words: Sequence[str], known: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
-    """The options among `words`, `--name VALUE` or `--name=VALUE`, and the other words. `known` is {option: what its
-    value is called}, "" for an option that takes none. Errors: ConfigError for a value that is missing."""
-    found: dict[str, str] = {}
-    rest: list[str] = []
-    pending = list(reversed(words))
-    while pending:
-        word = pending.pop()
-        name, equals, value = word.partition("=")
-        if name not in known or (equals and not known[name]):
-            rest.append(word)
-        elif not known[name] or equals:
-            found[name] = value
-        elif pending and not pending[-1].startswith("--"):
-            found[name] = pending.pop()
-        else:
-            raise ConfigError(f"{name}: has no value. Say `{name} {known[name]}`.")
-    return found, rest
 
 
 def _register() -> None:
@@ -197,24 +192,26 @@ def _register() -> None:
 
 def _compose(many: Many, command: str, rest: list[str]) -> int:
     """Let Hydra compose the config and hand the jobs to `many`; mistakes that Hydra finds become one line."""
+    rest = arranged(rest)
     status: list[int] = []
     begun: list[str] = []
 
     def task(config: DictConfig) -> None:
         begun.append(command)
         folder = Path(HydraConfig.get().runtime.output_dir)
-        overrides = tuple(HydraConfig.get().overrides.task)
-        left = [folder] if command == "run" else []
-        status.append(_carry_out(many, lambda: [make_job(config, folder, overrides)], left))
+        overrides = tuple(OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False))  # type: ignore[arg-type]
+        left = [folder] if command in LEAVING else []
+        os.chdir(HydraConfig.get().runtime.cwd)  # with hydra.job.chdir: a relative path means what it meant before
+        status.append(_carry_out(many, lambda: [make_job(config, folder, overrides, arguments=rest)], left))
 
     def sweep(configs: Sequence[tuple[DictConfig, Path, tuple[str, ...]]]) -> None:
         begun.append(command)
         label = "#{} " if len(configs) > 1 else ""
 
         def build() -> list[Job]:
-            return [make_job(*config, label.format(i)) for i, config in enumerate(configs)]
+            return [make_job(*config, label.format(i), rest) for i, config in enumerate(configs)]
 
-        left = [folder for _, folder, _ in configs] if command == "run" else []
+        left = [folder for _, folder, _ in configs] if command in LEAVING else []
         status.append(_carry_out(many, build, left))
 
     task.qpipe_sweep = sweep  # type: ignore[attr-defined]  # the launcher finds it here
@@ -224,16 +221,19 @@ def _compose(many: Many, command: str, rest: list[str]) -> int:
             sys.argv = [sys.argv[0], *rest, *quiet]
             hydra.main(version_base="1.3", config_path="pkg://qpipe.conf", config_name="config")(task)()
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(one_line(error)) from error
-    except ValueError as error:
+        raise ConfigError(one_line(error, rest)) from error
+    except (ValueError, YAMLError, RecursionError) as error:
         if begun:
             raise
-        raise ConfigError(one_line(error)) from error  # a number of thousands of digits
+        raise ConfigError(one_line(error, rest)) from error  # ValueError: a number of thousands of digits
     except OSError as error:
-        if begun or error.filename is None:  # a pipe that nobody reads has no name
+        if begun or isinstance(error, BrokenPipeError):
             raise
+        if command in LEAVING:
+            _take_away(error)
+        at = f"'{error.filename}': " if error.filename is not None else ""
         raise QpipeError(
-            f"the folder of the run cannot be made ('{error.filename}': {error.strerror}). Choose another one with "
+            f"the folder of the run cannot be made ({at}{error.strerror or error}). Choose another one with "
             "hydra.run.dir=…, or hydra.sweep.dir=… with -m."
         ) from error
     return max(status, default=0)
@@ -242,7 +242,7 @@ def _compose(many: Many, command: str, rest: list[str]) -> int:
 @contextmanager
 def _leaving_nothing(command: str) -> Iterator[list[str]]:
     """The overrides with which Hydra leaves no file: only a run has a folder, and a sweep writes multirun.yaml."""
-    if command == "run":
+    if command in LEAVING:
         yield []
         return
     from tempfile import TemporaryDirectory
@@ -256,8 +256,21 @@ def _leaving_nothing(command: str) -> Iterator[list[str]]:
         ]
 
 
-def _carry_out(many: Many, build: Callable[[], Sequence[Job]], folders: Sequence[Path]) -> int:
-    """Build the jobs and run the command; a folder in which no record came to lie is not left behind."""
+def _take_away(error: OSError) -> None:
+    """Remove what Hydra began to write when `error` ended it, where it is ours to remove."""
+    from traceback import walk_tb
+
+    places = {"run_job": "output_dir", "sweep": "sweep_dir"}  # Hydra's functions, and where each says what it writes to
+    for frame, _ in walk_tb(error.__traceback__):
+        folder = frame.f_locals.get(places.get(frame.f_code.co_name, ""))
+        if isinstance(folder, str | Path) and not (Path(folder) / RECORD).exists():
+            if frame.f_code.co_name == "sweep":
+                (Path(folder) / "multirun.yaml").unlink(missing_ok=True)
+            remove_folder(Path(folder))
+
+
+def _carry_out(many: Many, build: Callable[[], Sequence[Job]], left: Sequence[Path]) -> int:
+    """Build the jobs and run the command; a folder of `left` in which no record came to lie is not left behind."""
     try:
         status = many(build())
     except BrokenPipeError:
@@ -265,7 +278,10 @@ def _carry_out(many: Many, build: Callable[[], Sequence[Job]], folders: Sequence
     except QpipeError as error:
         say(f"qpipe: {error}")
         status = error.exit_code
-    for folder in folders:
+    except OSError as error:
+        say(f"qpipe: {error.filename or 'the system'}: {error.strerror or error}.")
+        status = QpipeError.exit_code
+    for folder in left:
         if not (folder / RECORD).exists():
             remove_folder(folder)
     return status
@@ -296,8 +312,29 @@ def remove_folder(folder: Path) -> None:
             place.rmdir()
 
 
-def make_job(config: DictConfig, folder: Path, overrides: tuple[str, ...], label: str = "") -> Job:
-    """The job of one composed config. Errors: ConfigError."""
-    from qpipe.language.spec import read_spec
+def make_job(
+    config: DictConfig, folder: Path, overrides: tuple[str, ...], label: str = "", arguments: Sequence[str] = ()
+) -> Job:
+    """The job of one composed config; `arguments` are those of the command line. Errors: ConfigError."""
+    from qpipe.language.spec import NameIsNoText, read_spec
 
-    return Job(read_spec(config), folder, overrides, label)
+    folders = config_folders(arguments)
+    if folders and (refused := not_read(HydraConfig.get().runtime.choices, arguments)):
+        raise ConfigError(refused)
+    try:
+        if folders and (found := without_header(config, folders)):
+            raise ConfigError(
+                f"{shown(found[0])}: all that it says lies below '{found[1]}', where nothing reads it. "
+                f"Put `# @package _global_` into its first line."
+            )
+        return Job(read_spec(config), folder, overrides, label)
+    except NameIsNoText as error:
+        place, word = odd_name(error.name, folders)
+        said = f"{place or 'stages'}: a node is called {word}, which YAML reads as {error.name!r}"
+        raise ConfigError(f"{said}. Put the name in quotes, or take another.") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(one_line(error, arguments)) from error
+    except ConfigError as error:
+        if isinstance(error.__cause__, OmegaConfBaseException):
+            raise ConfigError(one_line(error.__cause__, arguments)) from error
+        raise

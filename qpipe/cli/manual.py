@@ -1,12 +1,16 @@
-"""`qpipe COMMAND --help`: one screen for each command."""
+"""`qpipe --help` and `qpipe COMMAND --help`: a screen each, of 24 lines; the first also of 80 columns."""
 
 from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
 
 _EXIT = {
     "run": """\
 0 done; 1 a node failed; 2 the config or an input is wrong; 3 the goal was not met; 4 run.expect or
          run.max_misses forbade it; 5 run.budget_s was spent; 130 interrupted""",
     "plan": "0; 2 the config is wrong; 4 run.expect or run.max_misses would forbid the run",
+    "rerun": "0 and the others as of `qpipe run`; 2 also where there is no such run",
     "why": "0; 2 the config, the node or the run is wrong",
     "diff": "0 both made the same; 1 they did not; 2 a run is not to be found",
     "verify": "0 all is reproducible; 1 anything is not; 2 the config is wrong, or nothing is in the cache",
@@ -30,7 +34,7 @@ Carry the pipeline out: what the cache has is taken from there, the rest runs.
   run.max_misses=N           status 4, before anything runs, if more than N nodes would have to
   run.budget_s=S             begin nothing more after S seconds; status 5, and the same command goes on
 
-`qpipe --help` shows the whole config and its groups. What a run leaves: outputs/<date>/<time>-<id>/.
+`qpipe --cfg job` shows the whole config. What a run leaves: outputs/<date>/<time>-<id>/.
 """,
     "plan": """\
 usage: qpipe plan [OVERRIDE …] [-m]
@@ -40,14 +44,25 @@ all together, on the workers at hand, and the longest way. Runs nothing.
 
 A node in `wait` may run: its inputs are not known yet, and if they come out as before it is a hit.
 """,
+    "rerun": """\
+usage: qpipe rerun RUN [OVERRIDE …]
+
+Carry out again the config that RUN recorded, whatever the config files say by now: what the cache still has is taken
+from there. `qpipe diff RUN last` says whether the same came of it.
+
+  RUN        a run folder, a record.json, a name below outputs/, `last`, or `last~1` for the one before it
+  OVERRIDE   any value: stages.NODE.PARAM=VALUE, scheme.weight.bitwidth=4, and the groups scheme, target, run, cache
+
+Paths and modules are found from the working directory, as in the run.
+""",
     "why": """\
 usage: qpipe why NODE [--against RUN] [OVERRIDE …]
 
 Say why NODE runs: which ingredient of its key changed, old and new value, and for an input what changed in the node
 that made it, up to the roots. Then all that the key is made of.
 
-  --against RUN    compare with that run instead of the node's last result: a run folder, a record.json, a name below
-                   outputs/, `last`, or `last~1` for the one before it
+  --against RUN    compare with that run instead of the nearest earlier result: a run folder, a record.json, a name
+                   below outputs/, `last`, or `last~1` for the one before it
 """,
     "diff": """\
 usage: qpipe diff RUN RUN [--json]
@@ -75,7 +90,7 @@ Print the pipeline with its verdicts, or draw it to FILE.
     "stages": """\
 usage: qpipe stages [NAME]
 
-List the stages, or show one with its ports and params.
+List the stages, or show one with its ports and params, their types and defaults, and what each means.
 """,
     "report": """\
 usage: qpipe report [RUN]
@@ -99,6 +114,38 @@ usage: qpipe cache COMMAND [OVERRIDE …]
 }
 
 COMMANDS = tuple(_TEXT)
+
+_OVERVIEW = """\
+qpipe: post-training quantization as reproducible, cached pipelines
+usage: qpipe [COMMAND] [OVERRIDE …] [-m]          qpipe COMMAND --help says more
+  run             carry the pipeline out (the default)
+  plan            say what would run, why, and what it costs; runs nothing
+  rerun RUN       carry out again the config that a run recorded
+  why NODE        say which part of a node's key changed, up to the roots
+  diff RUN RUN    say how two runs differ
+  verify NODE     compute cached nodes again and compare bit for bit
+  graph [FILE]    print the pipeline, or draw it to FILE (.svg or .png)
+  stages [NAME]   list the stages, or show one with its ports and params
+  report [RUN]    show the record of a run again (without RUN, of the last)
+  cache           ls, du, gc, verify, rm, pin, unpin, export, import
+An OVERRIDE is ADDRESS=VALUE (stages.adaround.iterations=500) or GROUP=OPTION:
+{groups}
+A sweep: -m scheme=w8a8,w4a8. Files of your own: --config-dir DIR pipeline=mine.
+All values: qpipe --cfg job [OVERRIDE …]. Hydra's options: qpipe --hydra-help
+"""
+_LISTED = ("model", "data", "scheme", "target", "pipeline", "experiment")
+_COLUMNS = 80
+
+
+def overview(groups: Mapping[str, Sequence[str]]) -> str:
+    """`qpipe --help`; `groups` are {group: its options}."""
+    lines = []
+    for group in _LISTED:
+        options, left = ", ".join(groups.get(group, ())), f"  {group:<12}"
+        wrapped = textwrap.wrap(options, _COLUMNS - len(left), max_lines=2, placeholder=" …")
+        lines += textwrap.indent("\n".join(wrapped), len(left) * " ").replace(len(left) * " ", left, 1).splitlines()
+    return _OVERVIEW.format(groups="\n".join(lines))
+
 
 OPTIONS: dict[str, dict[str, str]] = {
     "why": {"--against": "RUN"},

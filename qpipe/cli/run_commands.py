@@ -8,18 +8,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qpipe.cache.store import Store
-from qpipe.errors import ConfigError
+from qpipe.errors import ConfigError, QpipeError
 from qpipe.explain.past_runs import LAST, find_record, read_record
 from qpipe.language.catalog import catalog, plain
 from qpipe.language.spec import FirstWithin
 from qpipe.param import describe
 from qpipe.plan.estimate import Estimate, estimate
-from qpipe.plan.history import expected_s, rebuild
+from qpipe.plan.history import rebuild
 from qpipe.plan.verdicts import Outcome
 from qpipe.plan.walk import Walk
 from qpipe.report.terminal.plain import PlainDisplay
-from qpipe.report.terminal.table import table
+from qpipe.report.terminal.table import table, wrap
 from qpipe.report.terminal.terminal import Row, Terminal
 from qpipe.report.text import duration, plural
 from qpipe.run.executor import worker_count
@@ -31,19 +30,15 @@ from qpipe.stage import REQUIRED
 class Screen(Terminal):
     """A Terminal that is shown plans and records of jobs."""
 
-    def __init__(self, store: Store) -> None:
-        super().__init__()
-        self._store = store
-
     def __enter__(self) -> Screen:
         return self
 
     def planned_jobs(self, plans: Sequence[tuple[Job, Walk]]) -> None:
-        shown = [row for _, walk in plans for row in rows(walk, self._store)]
+        shown = [row for _, walk in plans for row in rows(walk)]
         wall_s = None
         if any(row.verdict in ("run", "wait") for row in shown):
             workers = worker_count(plans[0][0].spec.run)
-            wall_s = estimate([walk for _, walk in plans], self._store, workers).wall_s
+            wall_s = estimate([walk for _, walk in plans], workers).wall_s
         self.planned(shown, wall_s)
         budget_s = plans[0][0].spec.run.budget_s
         if wall_s is not None and budget_s is not None and wall_s > budget_s:
@@ -54,18 +49,24 @@ class Screen(Terminal):
 
     def ended_jobs(self, records: Sequence[tuple[Job, dict[str, Any]]]) -> None:
         self.close()
+        refused: QpipeError | None = None
         for job, record in records:
-            _write_report(record, job.folder)
+            try:
+                _write_report(record, job.folder)
+            except QpipeError as error:  # a disk that is full: what is known is shown all the same
+                refused = refused or error
         if len(records) == 1:
             self.show(records[0][1], sys.stdout)
         else:
             print("\n".join(sweep_table(records)))
+        if refused is not None:
+            raise refused
 
 
-def run(jobs: Sequence[Job]) -> int:
-    """Carry the pipelines out, show how it goes, leave a record of each."""
-    with open_store(jobs[0].spec) as store, Screen(store) as screen:
-        return run_jobs(jobs, store, screen, ["qpipe", *jobs[0].overrides])
+def run(jobs: Sequence[Job], command: Sequence[str] = ()) -> int:
+    """Carry the pipelines out, show how it goes, leave a record of each, which says `command` before the overrides."""
+    with open_store(jobs[0].spec) as store, Screen() as screen:
+        return run_jobs(jobs, store, screen, ["qpipe", *command, *jobs[0].overrides])
 
 
 def plan(jobs: Sequence[Job]) -> int:
@@ -74,16 +75,14 @@ def plan(jobs: Sequence[Job]) -> int:
     with open_store(jobs[0].spec) as store:
         rebuild(store)
         walks = plan_jobs(jobs, store)
-        costs = estimate(walks, store, worker_count(options))
+        costs = estimate(walks, worker_count(options))
         screen = Terminal(sys.stdout, live=False)
-        screen.planned([row for walk in walks for row in rows(walk, store)], costs.wall_s)
+        screen.planned([row for walk in walks for row in rows(walk)], costs.wall_s)
         for line in cost_lines(costs, worker_count(options)):
             screen.message(line)
-        return 0 if (refused := refusal(walks, options)) is None else _refused(screen, refused)
-
-
-def _refused(screen: Terminal, message: str) -> int:
-    screen.message(message)
+        if (refused := refusal(walks, options)) is None:
+            return 0
+    print(refused, file=sys.stderr)  # where refusals go: the plan itself may be on its way to /dev/null
     return NOT_CACHED
 
 
@@ -105,18 +104,18 @@ def cost_lines(costs: Estimate, workers: int) -> list[str]:
     return [f"  {line}" for line in lines]
 
 
-def rows(walk: Walk, store: Store) -> list[Row]:
+def rows(walk: Walk) -> list[Row]:
     """The plan's lines for one walk, in the order of the config."""
-    return [_row(walk, name, outcome, store) for name, outcome in walk.verdicts().items()]
+    return [_row(walk, name, outcome) for name, outcome in walk.verdicts().items()]
 
 
-def _row(walk: Walk, name: str, outcome: Outcome, store: Store) -> Row:
+def _row(walk: Walk, name: str, outcome: Outcome) -> Row:
     node = walk.graph.node(name)
     if isinstance(node, FirstWithin):
         return Row(walk.label + name, "first_within", outcome.state, outcome.reasons)
     expected = None
     if outcome.state in ("run", "wait"):
-        expected = expected_s(store, node.stage.name, name)
+        expected = walk.expected_s(name)
     return Row(walk.label + name, node.stage.name, outcome.state, outcome.reasons, expected)
 
 
@@ -128,7 +127,7 @@ def graph(jobs: Sequence[Job], file: str | None) -> int:
         walk = plan_jobs(jobs[:1], store)[0]
         nodes = {
             row.node: {"stage": row.stage, "verdict": row.verdict, "label": row.node}
-            for row in rows(walk, store)
+            for row in rows(walk)
         }
     edges = [(source, target, port) for source, target, port in walk.graph.edges()]
     if file is None:
@@ -143,7 +142,7 @@ def graph(jobs: Sequence[Job], file: str | None) -> int:
 
 
 def show_stages(arguments: Sequence[str]) -> str:
-    """The list of stages, or one with its ports and params."""
+    """The list of stages, or one with its ports and params: types, defaults, and what each means."""
     if not arguments:
         lines = table([(name, stage.summary) for name, stage in catalog().items()], 110, flexible=1)
         return "\n".join(line for block in lines for line in block)
@@ -156,8 +155,12 @@ def show_stages(arguments: Sequence[str]) -> str:
         default = "required" if param.default is REQUIRED else json.dumps(plain(param.default))
         found.append(("param", param.name, describe(param.hint), str(stage.config.get(param.name, default))))
     found += [("output", name, kind, "") for name, kind in stage.outputs.items()]
-    lines = table(found, 110, flexible=2)
-    return "\n".join([f"{stage.name}: {stage.summary}", "", *(line for block in lines for line in block)])
+    shown = [f"{stage.name}: {stage.summary}", ""]
+    for row, cells in zip(found, table(found, 110, flexible=2), strict=True):
+        shown += cells
+        if row[0] != "output":
+            shown += [f"{8 * ' '}{line}" for line in wrap(stage.meaning(row[1]), 102) if line]
+    return "\n".join(shown)
 
 
 def show_report(arguments: Sequence[str]) -> str:
@@ -187,7 +190,10 @@ def sweep_table(records: Sequence[tuple[Job, Mapping[str, Any]]]) -> list[str]:
         goal, totals = record["goal"], record["totals"]
         drop = None if goal["reached"] is None or goal["float"] is None else goal["float"] - goal["reached"]
         verdict = {True: "met", False: "missed", None: "-"}[goal["met"]]
-        figures = [f"{value:.4f}" if value is not None else "-" for value in (goal["reached"], drop)]
+        score = goal["reached"]
+        if goal["scores"] is None:  # of no goal: the last that was scored
+            score = next((step["score"] for step in reversed(record["ladder"]) if step["score"] is not None), None)
+        figures = [f"{value:.4f}" if value is not None else "-" for value in (score, drop)]
         found.append(
             (
                 str(i),

@@ -44,8 +44,11 @@ class Made:
 class Side(Protocol):
     """How things are, or were."""
 
-    def at(self, node: str, stage: str, key: str | None) -> Made | None:
-        """`node`, a use of `stage`, under `key` if that is given; None where this side knows nothing of it."""
+    def at(
+        self, node: str, stage: str, key: str | None, like: Mapping[str, Any] | None = None
+    ) -> Made | None:
+        """`node`, a use of `stage`, under `key` if that is given, else as it was when its ingredients were nearest to
+        `like`; None where this side knows nothing of it."""
 
 
 class Present:
@@ -55,7 +58,9 @@ class Present:
         self._walk = walk
         self._verdicts = walk.verdicts()
 
-    def at(self, node: str, stage: str = "", key: str | None = None) -> Made | None:
+    def at(
+        self, node: str, stage: str = "", key: str | None = None, like: Mapping[str, Any] | None = None
+    ) -> Made | None:
         outcome = self._verdicts.get(node)
         if outcome is None:
             return None
@@ -95,13 +100,17 @@ class Present:
 
 
 class Results:
-    """What the cache holds from before: of a node its last result, of what made an input the very result that did."""
+    """What the cache holds from before, in `folder` first: of a node its nearest result, of what made an input the very
+    result that did."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, folder: str) -> None:
         self._store = store
+        self._folder = folder
 
-    def at(self, node: str, stage: str, key: str | None) -> Made | None:
-        key = key or previous_key(self._store, stage, node)
+    def at(
+        self, node: str, stage: str, key: str | None, like: Mapping[str, Any] | None = None
+    ) -> Made | None:
+        key = key or previous_key(self._store, stage, node, like, self._folder)
         result = self._store.result(key) if key else None
         if result is None or "stage" not in result["ingredients"]:
             return None
@@ -130,7 +139,9 @@ class Recorded:
             key = record["nodes"].get(node, {}).get("key")
             self._wires.setdefault(target, {}).setdefault(port, []).append((node, key))
 
-    def at(self, node: str, stage: str = "", key: str | None = None) -> Made | None:
+    def at(
+        self, node: str, stage: str = "", key: str | None = None, like: Mapping[str, Any] | None = None
+    ) -> Made | None:
         found = self._record["nodes"].get(node)
         if found is None:
             return None
@@ -181,7 +192,7 @@ def explain(now: Present | Recorded, then: Side, node: str) -> list[Step]:
         return []
     steps: list[Step] = []
     pending: deque[tuple[Made, Made | None, tuple[str, str] | None, bool]] = deque()
-    pending.append((start, then.at(node, start.stage, None), None, False))
+    pending.append((start, then.at(node, start.stage, None, start.ingredients), None, False))
     seen = {node}
     while pending:
         made, before, below, certain = pending.popleft()
@@ -199,7 +210,8 @@ def explain(now: Present | Recorded, then: Side, node: str) -> list[Step]:
                 if source is None or source.node in seen or (was is not None and was == comes):
                     continue
                 seen.add(source.node)
-                earlier = then.at(old[0] or source.node, source.stage, old[1] if old[0] else None)
+                key = old[1] if old[0] else None
+                earlier = then.at(old[0] or source.node, source.stage, key, source.ingredients)
                 pending.append((source, earlier, (made.node, change.name), comes is not None))
     return steps
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from qpipe.errors import ConfigError
 from qpipe.keys.hashing import Memo, digest, digest_file, file_identity
-from qpipe.keys.syntax import EVERY, Analysis, Import, analyse
+from qpipe.keys.syntax import EVERY, Analysis, Import, analyse, bound_names
 
 if TYPE_CHECKING:
     from importlib.metadata import Distribution
@@ -81,6 +81,15 @@ class CodeIndex:
             raise ConfigError(f"expected 'module:function', got '{factory}'.")
         reach = self._reach(module_name, search_path, own=False)
         return digest("factory", _FORM, function, reach.modules, self._versions(reach))
+
+    def lacks(self, factory: str, search_path: Path) -> frozenset[str] | None:
+        """What the module of a "module:function" binds, where this function is surely not among it; else None."""
+        name, _, function = factory.partition(":")
+        module = self._finders.setdefault(search_path, _Finder(search_path)).find(name)
+        if module is None or module.file is None or not module.file.endswith(tuple(SOURCE_SUFFIXES)):
+            return None
+        bound = bound_names(Path(module.file).read_bytes())
+        return bound if bound is not None and function.partition(".")[0] not in bound else None
 
     def factory_parts(self, factory: str, search_path: Path) -> dict[str, str]:
         """Full name -> digest of every module that `digest_factory` covers, and "library NAME" -> version."""

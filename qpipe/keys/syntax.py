@@ -24,6 +24,8 @@ _IMPORTERS = frozenset({"import_module", "__import__", "resolve_name", "run_modu
 """What imports by name: importlib, builtins, pkgutil, runpy, pydoc, lazy_loader."""
 _OF_ORDER = frozenset({"not_after", "not_before"})
 _LISTERS = frozenset({"iter_modules", "walk_packages"})
+_OPEN = frozenset({"*", "__getattr__", "globals", "vars", "locals", "exec"})
+"""Who binds one of these may bind anything."""
 _DOTTED = re.compile(r"(\.*)([^\W\d]\w*(?:\.[^\W\d]\w*)*)")
 _PREFIX = re.compile(r"(\.*)((?:[^\W\d]\w*\.)*)(?:\W.*)?", re.DOTALL)
 EVERY = "**"
@@ -246,3 +248,31 @@ def _named(text: object, levels: tuple[int, ...]) -> Iterator[Import]:
 @cache
 def _empty() -> str:
     return analyse(b"", "").digest
+
+
+def bound_names(source: bytes) -> frozenset[str] | None:
+    """The names that a module binds at its top; None where it may bind others, too."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+    found: set[str] = set()
+    pending: list[ast.AST] = list(tree.body)
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+            continue  # what stands inside is not the module's
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            found.update((each.asname or each.name).partition(".")[0] for each in node.names)
+        elif isinstance(node, ast.Name):
+            found.add(node.id)
+        pending += ast.iter_child_nodes(node)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Global):
+            found.update(node.names)
+        elif isinstance(node, ast.Attribute) and node.attr == "modules":  # sys.modules[__name__]
+            return None
+    return None if found & _OPEN else frozenset(found)

@@ -10,10 +10,10 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 
-from qpipe.errors import ConfigError
+from qpipe.errors import ConfigError, InputError
 from qpipe.language.spec import FirstWithin, NodeSpec, PipelineSpec, Ref
 from qpipe.param import listed, nearest
-from qpipe.stage import Stage
+from qpipe.stage import Maker, Stage
 
 FORM_OUTPUTS: Mapping[str, str] = {"model": "Model", "scores": "Scores"}
 
@@ -62,6 +62,7 @@ def build_graph(spec: PipelineSpec) -> Graph:
         for name, ports in inputs.items()
     }
     order = _order(needs)
+    _refuse_what_is_wired(enabled, inputs)
     if not spec.allow_discouraged:
         _refuse_discouraged(spec, order, inputs)
     named: list[tuple[Ref, str]] = [(Ref(name), f"ladder.{name}") for name in spec.ladder]
@@ -194,6 +195,26 @@ def _order(needs: Mapping[str, set[str]]) -> tuple[str, ...]:
         raise ConfigError(
             f"stages: the nodes {circle} feed one another in a circle. Cut one wire."
         ) from error
+
+
+def _refuse_what_is_wired(
+    enabled: Mapping[str, NodeSpec | FirstWithin], inputs: Mapping[str, Mapping[str, tuple[Source, ...]]]
+) -> None:
+    """Refuse what a stage knows cannot go well with the nodes on its ports."""
+    for name, node in enabled.items():
+        if isinstance(node, FirstWithin) or node.stage.wired is None:
+            continue
+        makers = {
+            port: tuple(
+                Maker("first_within", {}) if isinstance(made, FirstWithin) else Maker(made.stage.name, made.params)
+                for made in (enabled[source.node] for source in sources)
+            )
+            for port, sources in inputs[name].items()
+        }
+        try:
+            node.stage.wired(node.params, makers)
+        except (ValueError, InputError) as error:
+            raise ConfigError(f"stages.{name}: {error}") from error
 
 
 def _refuse_discouraged(

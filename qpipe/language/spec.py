@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import re
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, get_type_hints
 
@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qpipe.errors import ConfigError, InputError
 from qpipe.language.catalog import MISSING, RESERVED, catalog
+from qpipe.language.interpolation import wrong_interpolation
 from qpipe.param import coerce, listed, nearest, of_its_type, parse_size
 from qpipe.stage import REQUIRED, Stage
 
@@ -55,21 +56,23 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class FirstWithin:
-    """The lazy form: the first candidate whose score is within `max_drop` of the reference's, else the best one."""
+    """The lazy form: the first candidate whose score is within `max_drop` of the reference's, else the best one. Where
+    `max_drop` is None there is no goal, and the best of all is taken."""
 
     name: str
     candidates: tuple[Candidate, ...]
     reference: Ref
-    max_drop: float
+    max_drop: float | None
     enabled: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
 class GoalSpec:
-    """What the run is for: `scores` is a node whose score may lie at most `max_drop` below that of `reference`."""
+    """What the run is for: `scores` is a node whose score may lie at most `max_drop` below that of `reference`; None is
+    no goal."""
 
     metric: str
-    max_drop: float
+    max_drop: float | None
     reference: Ref | None = None
     scores: Ref | None = None
 
@@ -98,14 +101,14 @@ class RunSpec:
 
 @dataclasses.dataclass(frozen=True)
 class PipelineSpec:
-    """The whole declaration. `ladder` lists the Scores nodes of the closing table, in order; `baselines` those of them
-    that are only there to compare with."""
+    """The whole declaration. `ladder` lists the Scores nodes of the closing table, in order, with their labels
+    (`qpipe.language.labels`); `baselines` those of them that are only there to compare with."""
 
     nodes: Mapping[str, NodeSpec | FirstWithin]
     goal: GoalSpec
     run: RunSpec
     targets: tuple[str, ...] = ()
-    ladder: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    ladder: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     baselines: tuple[str, ...] = ()
     allow_discouraged: bool = False
     cache_dir: str | None = None
@@ -128,13 +131,13 @@ def read_spec(config: DictConfig) -> PipelineSpec:
         nodes=nodes,
         goal=GoalSpec(
             metric=str(goal.get("metric")),
-            max_drop=coerce(goal.get("max_drop"), float, "goal.max_drop"),
+            max_drop=_drop(goal.get("max_drop"), "goal.max_drop"),
             reference=_optional_ref(goal.get("reference"), "goal.reference"),
             scores=_optional_ref(goal.get("scores"), "goal.scores"),
         ),
         run=coerce(plain.get("run") or {}, RunSpec, "run"),
         targets=coerce(plain.get("targets") or (), tuple[str, ...], "targets"),
-        ladder=coerce(plain.get("ladder") or {}, dict[str, str], "ladder"),
+        ladder=coerce(plain.get("ladder") or {}, dict[str, str | None], "ladder"),
         baselines=coerce(plain.get("baselines") or (), tuple[str, ...], "baselines"),
         allow_discouraged=coerce(plain.get("allow_discouraged", False), bool, "allow_discouraged"),
         cache_dir=(plain.get("cache") or {}).get("dir"),
@@ -186,11 +189,11 @@ def _prefilled(name: str, config: DictConfig) -> dict[str, Any]:
 def _filled(config: DictConfig) -> DictConfig:
     """As `_plain`, but still a config: what it resolves to has the address of a mistake in it."""
     missing: dict[str, Any] = {}
-    stages = config.get("stages")
-    for node, body in stages.items() if isinstance(stages, DictConfig) else ():
-        name = body.get("uses") if isinstance(body, DictConfig) else None
-        if name in catalog():
-            prefilled = catalog()[str(name)].config
+    stages = (OmegaConf.to_container(config, resolve=False) or {}).get("stages")  # type: ignore[union-attr]
+    for node, body in stages.items() if isinstance(stages, dict) else ():
+        name = body.get("uses") if isinstance(body, dict) else None
+        if isinstance(name, str) and name in catalog():
+            prefilled = catalog()[name].config
             missing[str(node)] = {key: value for key, value in prefilled.items() if key not in body}
     if not any(missing.values()):
         return config
@@ -205,13 +208,7 @@ def _resolve(config: DictConfig) -> dict[str, Any]:
     try:
         plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
     except OmegaConfBaseException as error:
-        address = getattr(error, "full_key", None) or "config"
-        missing = re.search(r"Missing mandatory value: (\S+)", str(error))
-        if missing:
-            raise ConfigError(
-                f"{missing[1]}: missing. Set {missing[1]}=… (it is needed by {address})."
-            ) from error
-        raise ConfigError(f"{address}: {str(error).splitlines()[0]}.") from error
+        raise ConfigError(wrong_interpolation(error)) from error
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
 
@@ -238,7 +235,17 @@ def _remote(cache: Mapping[str, Any]) -> RemoteOptions | None:
         raise ConfigError(f"cache.{error}") from error
 
 
-def _node(name: str, body: Any) -> NodeSpec | FirstWithin:
+class NameIsNoText(ConfigError):
+    """A node's `name` is a number or a boolean, which YAML made of it."""
+
+    def __init__(self, name: object) -> None:
+        super().__init__(f"stages: a node's name is text, got {name!r}. Put it in quotes, or take another.")
+        self.name = name
+
+
+def _node(name: object, body: Any) -> NodeSpec | FirstWithin:
+    if not isinstance(name, str):
+        raise NameIsNoText(name)
     address = f"stages.{name}"
     if not name.isidentifier():
         raise ConfigError(f"{address}: a node's name is letters, digits and '_', got {name!r}.")
@@ -334,7 +341,7 @@ def _first_within(name: str, body: Mapping[str, Any]) -> FirstWithin:
                 f"{address}: 'first_within' takes no '{key}'.{nearest(key, _FORM_KEYS)} It takes: {listed(_FORM_KEYS)}."
             )
     for key in ("candidates", "reference", "max_drop"):
-        if body.get(key) in (None, MISSING):
+        if body.get(key, MISSING) == MISSING or (body[key] is None and key != "max_drop"):
             raise ConfigError(
                 f"{address}.{key}: missing. 'first_within' needs candidates, reference and max_drop."
             )
@@ -345,9 +352,16 @@ def _first_within(name: str, body: Mapping[str, Any]) -> FirstWithin:
         name=name,
         candidates=tuple(_candidate(item, f"{address}.candidates[{i}]") for i, item in enumerate(candidates)),
         reference=_ref(body["reference"], f"{address}.reference"),
-        max_drop=coerce(body["max_drop"], float, f"{address}.max_drop"),
+        max_drop=_drop(body["max_drop"], f"{address}.max_drop"),
         enabled=coerce(body.get("enabled", True), bool, f"{address}.enabled"),
     )
+
+
+def _drop(value: Any, address: str) -> float | None:
+    found: float | None = coerce(value, float | None, address)
+    if found is not None and math.isnan(found):
+        raise ConfigError(f"{address}: expected a number, got nan. Give how much may be lost, or null for no goal.")
+    return found
 
 
 def _candidate(item: Any, address: str) -> Candidate:

@@ -11,7 +11,7 @@ from qpipe.keys.changes import differences
 from qpipe.keys.hashing import digest
 from qpipe.language.spec import NodeSpec
 from qpipe.param import listed
-from qpipe.plan.history import expected_s, previous_key, previous_result
+from qpipe.plan.history import expected_s, previous_key, ran_before
 from qpipe.plan.keyring import Keyring
 from qpipe.plan.verdicts import Action, Outcome, hit
 from qpipe.stage import Stage
@@ -31,7 +31,6 @@ def decide(
         missing, stale = store.complete(result), keyring.stale(result)
         if not missing and not stale:
             return hit(key, result, ingredients=ingredients)
-    previous = previous_result(store, node.stage.name, node.name)
     if node.stage.always:
         reasons: tuple[str, ...] = ("reads the outside world every time",)
     elif strange:
@@ -41,9 +40,10 @@ def decide(
     elif missing:
         reasons = (f"cached result lost {len(missing)} of its blobs",)
     else:
-        last = previous_key(store, node.stage.name, node.name)
-        reasons = () if last == key else reasons_to_run(previous, ingredients, keyring, last is not None)
-    expected = expected_s(store, node.stage.name, node.name)
+        before = ran_before(store, node.stage.name, node.name)
+        reasons = () if key in before else _reasons_to_run(node, ingredients, keyring, store, bool(before))
+    sizes = {port: sum(artifact.size_bytes for artifact in found) for port, found in inputs.items()}
+    expected = expected_s(store, node.stage.name, node.name, sizes, keyring.folder)
     return Action(
         node.name,
         node.stage.name,
@@ -63,11 +63,12 @@ def fits(result: Mapping[str, Any], stage: Stage) -> bool:
     return {name: output["kind"] for name, output in result["outputs"].items()} == dict(stage.outputs)
 
 
-def reasons_to_run(
-    previous: Mapping[str, Any] | None, ingredients: Mapping[str, Any], keyring: Keyring, ran: bool = False
+def _reasons_to_run(
+    node: NodeSpec, ingredients: Mapping[str, Any], keyring: Keyring, store: Store, ran: bool
 ) -> tuple[str, ...]:
-    """What changed since the previous result; empty where it only went missing. `ran` tells of a last run under another
-    key, whose result may be gone."""
+    """What differs from the nearest earlier result. `ran` tells of earlier ones, which may be gone."""
+    key = previous_key(store, node.stage.name, node.name, ingredients, keyring.folder)
+    previous = None if key is None else store.result(key)
     if previous is None:
         return ("its last result was of another key, and is gone from the cache" if ran else "never run",)
     kept = previous["provenance"].get("listings", {})

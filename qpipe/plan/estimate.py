@@ -10,10 +10,8 @@ import dataclasses
 import heapq
 from collections.abc import Iterable, Mapping, Sequence
 
-from qpipe.cache.store import Store
 from qpipe.keys.hashing import digest
 from qpipe.language.spec import FirstWithin
-from qpipe.plan.history import expected_s
 from qpipe.plan.verdicts import Outcome
 from qpipe.plan.walk import Walk
 
@@ -53,7 +51,7 @@ class Misses:
     possible: tuple[str, ...]
 
 
-def estimate(walks: Sequence[Walk], store: Store, workers: int) -> Estimate:
+def estimate(walks: Sequence[Walk], workers: int) -> Estimate:
     """The Estimate of all `walks` together; an action that several of them need counts once."""
     tasks: dict[str, Task] = {}
     saved: dict[str, float] = {}
@@ -64,7 +62,7 @@ def estimate(walks: Sequence[Walk], store: Store, workers: int) -> Estimate:
             if outcome.state == "hit" and outcome.key is not None and outcome.result is not None:
                 saved[outcome.key] = outcome.result["provenance"]["duration_s"]
             elif outcome.state in ("run", "wait") and names[name] not in tasks:
-                tasks[names[name]] = _task(walk, name, verdicts, names, store)
+                tasks[names[name]] = _task(walk, name, verdicts, names)
     known = [task.expected_s for task in tasks.values() if task.expected_s is not None]
     unknown = tuple(task.label for task in tasks.values() if task.expected_s is None)
     if not known or not any(known):
@@ -155,19 +153,14 @@ def makespan_s(tasks: Mapping[str, Task], rest: Mapping[str, float], workers: in
     return now
 
 
-def _task(
-    walk: Walk, name: str, verdicts: Mapping[str, Outcome], names: Mapping[str, str], store: Store
-) -> Task:
-    node = walk.graph.node(name)
+def _task(walk: Walk, name: str, verdicts: Mapping[str, Outcome], names: Mapping[str, str]) -> Task:
     needs = {
         names[source.node]
         for sources in walk.graph.inputs[name].values()
         for source in sources
         if verdicts[source.node].state in ("run", "wait")
     }
-    if isinstance(node, FirstWithin):  # it only chooses
-        return Task(walk.label + name, 0.0, frozenset(needs))
-    return Task(walk.label + name, expected_s(store, node.stage.name, name), frozenset(needs))
+    return Task(walk.label + name, walk.expected_s(name), frozenset(needs))
 
 
 def _candidates(walk: Walk, verdicts: Mapping[str, Outcome]) -> set[str]:

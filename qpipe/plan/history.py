@@ -1,58 +1,122 @@
-"""What ran before: the last result of a node, and how long a node or a stage took.
+"""What ran before: the last results of a node, the one that a new one is held against, and how long it will take.
 
 Kept in the index, since it only explains and estimates. A cache that was imported or lost its index tells it again
-from its results (`rebuild`).
+from its results (`rebuild`). One cache serves many projects, whose nodes have the same names: what ran in the same
+working directory counts before the rest, and of several results the one that differs least.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 from qpipe.cache.store import Store
+from qpipe.keys.changes import changes
 from qpipe.keys.hashing import is_digest
 
-_HISTORY = "history"
-_DURATION = "duration"
+_HISTORY = "results"
 _BUILT = "built"
+_KEPT = 8
+"""So many results of a node are remembered."""
+_LOOKED_AT = 4
+"""So many of them are read to find the one that differs least."""
+_LARGEST_RATIO = 100.0
+"""Beyond it, sizes say nothing about time."""
+
+Sizes = Mapping[str, int]
+"""Bytes on each port."""
 
 
-def remember(store: Store, key: str, result: Mapping[str, Any]) -> None:
-    """`result`, under `key`, is the last of its node."""
-    stage, node = result["ingredients"]["stage"], result["provenance"].get("node")
-    duration_s = result["provenance"]["duration_s"]
-    store.index.set(_DURATION, stage, duration_s)
-    if node is not None:
-        store.index.set(_HISTORY, f"{stage}/{node}", key)
-        store.index.set(_DURATION, f"{stage}/{node}", duration_s)
+class Entry(NamedTuple):
+    """A result: its key, the working directory that it ran in (None where nobody knows), its seconds, and the bytes on
+    its ports."""
+
+    key: str
+    folder: str | None
+    duration_s: float
+    sizes: Sizes
 
 
-def previous_result(store: Store, stage: str, node: str) -> dict[str, Any] | None:
-    """The action result that `node`, a use of `stage`, had last; None where there is none any more."""
-    key = previous_key(store, stage, node)
-    return None if key is None else store.result(key)
+def remember(store: Store, key: str, result: Mapping[str, Any], folder: str | None = None) -> None:
+    """`result`, under `key`, is the last of its node, and of its stage; it ran in `folder`."""
+    stage, provenance = result["ingredients"]["stage"], result["provenance"]
+    sizes = provenance.get("sizes")
+    entry = Entry(key, folder, provenance["duration_s"], sizes if isinstance(sizes, Mapping) else {})
+    names = [stage] if provenance.get("node") is None else [stage, f"{stage}/{provenance['node']}"]
+    for name in names:
+        older = [each for each in _entries(store, name) if (each.key, each.folder) != (key, folder)]
+        store.index.set(_HISTORY, name, [list(each) for each in (entry, *older)][:_KEPT])
 
 
-def previous_key(store: Store, stage: str, node: str) -> str | None:
-    """The key of that result, whether or not it is still there."""
-    key = store.index.get(_HISTORY, f"{stage}/{node}")
-    return key if is_digest(key) else None
+def previous_key(
+    store: Store, stage: str, node: str, ingredients: Mapping[str, Any] | None, folder: str
+) -> str | None:
+    """The key of the result that `node`, a use of `stage`, is held against: of those that are there and ran in
+    `folder`, else anywhere, the one whose ingredients differ least from these, the last of equals. None where no
+    result is there."""
+    entries = _entries(store, f"{stage}/{node}")
+    own = [entry for entry in entries if entry.folder == folder]
+    best: tuple[int, str] | None = None
+    for group in (own, [entry for entry in entries if entry.folder != folder]):
+        for entry in group[:_LOOKED_AT]:
+            result = store.result(entry.key)
+            if result is None or "stage" not in result["ingredients"]:
+                continue
+            apart = len(changes(result["ingredients"], ingredients)) if ingredients and len(group) > 1 else 0
+            if best is None or apart < best[0]:
+                best = (apart, entry.key)
+        if best is not None:
+            break
+    return None if best is None else best[1]
 
 
-def expected_s(store: Store, stage: str, node: str) -> float | None:
-    """Seconds that `node` took when it ran last, else those of the last node of the same stage; None if none ever ran.
+def ran_before(store: Store, stage: str, node: str) -> set[str]:
+    """The keys of the last results of `node`, whether or not they are still there."""
+    return {entry.key for entry in _entries(store, f"{stage}/{node}")}
+
+
+def expected_s(store: Store, stage: str, node: str, sizes: Sizes, folder: str) -> float | None:
+    """Seconds that `node` will take with `sizes` on its ports, by what it took before in `folder`, else anywhere, else
+    by what nodes of its stage took: of the result whose sizes are nearest, times the ratio of the sizes where both are
+    known. None if none ever ran.
 
     They outlive the result itself: what a cleanup removed is what will run again.
     """
     for name in (f"{stage}/{node}", stage):
-        found = store.index.get(_DURATION, name)
-        if isinstance(found, int | float) and found >= 0:
-            return float(found)
+        entries = _entries(store, name)
+        if not entries:
+            continue
+        ranked = sorted(entries, key=lambda entry: (entry.folder != folder, abs(math.log(_ratio(sizes, entry.sizes)))))
+        nearest = ranked[0]
+        return nearest.duration_s * min(_LARGEST_RATIO, max(1 / _LARGEST_RATIO, _ratio(sizes, nearest.sizes)))
     return None
 
 
+def _ratio(sizes: Sizes, before: Sizes) -> float:
+    """How many times as much there is to do: a stage goes through its model for each of its samples."""
+    both = [name for name in sizes if sizes[name] > 0 and before.get(name, 0) > 0]
+    return math.prod(sizes[name] / before[name] for name in both)
+
+
+def _entries(store: Store, name: str) -> list[Entry]:
+    found = store.index.get(_HISTORY, name)
+    return list(_read(found)) if isinstance(found, list) else []
+
+
+def _read(rows: list[Any]) -> Iterator[Entry]:
+    """What `remember` wrote; a row of anything else is passed over."""
+    for row in rows:
+        if not isinstance(row, list) or len(row) != len(Entry._fields):
+            continue
+        key, folder, duration_s, sizes = row
+        whole = isinstance(duration_s, int | float) and duration_s >= 0 and isinstance(sizes, dict)
+        if is_digest(key) and whole and all(type(size) is int for size in sizes.values()):
+            yield Entry(key, folder if isinstance(folder, str) else None, float(duration_s), sizes)
+
+
 def rebuild(store: Store, again: bool = False) -> None:
-    """Fill an index that has no history from the results that are there, the last of each node standing.
+    """Fill an index that has no history from the results that are there, the last of each node standing first.
 
     Reads every result once; after that only `again` reads them anew, for results that came from elsewhere.
     """
@@ -64,6 +128,8 @@ def rebuild(store: Store, again: bool = False) -> None:
         if result is not None and "stage" in result["ingredients"] and "memo" not in result["ingredients"]:
             found.append((result["provenance"].get("started", 0.0), key, result))
     for _, key, result in sorted(found, key=lambda item: item[:2]):
-        remember(store, key, result)
+        stage, node = result["ingredients"]["stage"], result["provenance"].get("node")
+        if key not in ran_before(store, stage, str(node)):  # else it is known where it ran
+            remember(store, key, result)
     if not store.readonly:
         store.index.set(_HISTORY, _BUILT, True)

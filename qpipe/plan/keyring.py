@@ -15,7 +15,7 @@ from qpipe.keys.code import CodeIndex
 from qpipe.keys.companions import content
 from qpipe.keys.hashing import digest, stamp
 from qpipe.language.spec import NodeSpec
-from qpipe.param import factories_in
+from qpipe.param import factories_in, nearest
 from qpipe.plan.verdicts import Action
 
 
@@ -29,6 +29,12 @@ class Keyring:
         self._stages: dict[str, dict[str, Any]] = {}
         self._parts: dict[str, Mapping[str, str | None]] = {}
         self._listings: dict[str, str] = {}
+        self._there: set[str] = set()
+
+    @property
+    def folder(self) -> str:
+        """The working directory, where the person's modules and files are looked for."""
+        return str(self._search_path)
 
     def ingredients(self, node: NodeSpec, inputs: Mapping[str, tuple[Artifact, ...]]) -> dict[str, Any]:
         """All that the result of `node` depends on, as JSON; its digest is the action key."""
@@ -40,6 +46,19 @@ class Keyring:
                 for port, artifacts in sorted(inputs.items())
             },
         }
+
+    def refuse_missing(self, node: NodeSpec) -> None:
+        """Refuse a function that its module is seen not to have. Errors: ConfigError."""
+        for name, value in node.params.items():
+            for factory in factories_in(value, node.stage.params[name].hint):
+                if factory in self._there:
+                    continue
+                if (bound := self._code.lacks(factory, self._search_path)) is not None:
+                    module, _, function = factory.partition(":")
+                    raise ConfigError(
+                        f"stages.{node.name}.{name}: module '{module}' has no '{function}'.{nearest(function, bound)}"
+                    )
+                self._there.add(factory)
 
     def stale(self, result: Mapping[str, Any]) -> list[str]:
         """The modules that a result names beside its key, since they were loaded by names made as it ran, and that are

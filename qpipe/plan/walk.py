@@ -8,6 +8,7 @@ A `Walk` goes through one graph as far as the cache carries it: every node whose
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -16,10 +17,11 @@ from qpipe.artifacts.artifact import Artifact, load
 from qpipe.artifacts.kinds import Scores
 from qpipe.cache.store import Store
 from qpipe.keys.hashing import digest
-from qpipe.language.graph import Graph, Source
+from qpipe.language.graph import Graph, Source, outputs_of
 from qpipe.language.spec import FirstWithin, NodeSpec
 from qpipe.param import listed
 from qpipe.plan.decision import decide
+from qpipe.plan.history import expected_s
 from qpipe.plan.keyring import Keyring
 from qpipe.plan.verdicts import Action, Outcome, State, hit
 
@@ -66,6 +68,13 @@ class Walk:
                 else:
                     self._settle(name, verdict)
         return actions
+
+    def refuse_missing(self) -> None:
+        """Refuse functions that are not there, of all nodes that may run. Errors: ConfigError."""
+        for name in self.graph.inputs:
+            node = self.graph.node(name)
+            if isinstance(node, NodeSpec) and name not in self.outcomes:
+                self._keyring.refuse_missing(node)
 
     def _keys_of_ready(self) -> list[str]:
         """The keys of the nodes that are decided next."""
@@ -130,6 +139,33 @@ class Walk:
         """`Keyring.listings` of the keyring that made them."""
         return self._keyring.listings(ingredients)
 
+    def expected_s(self, name: str) -> float | None:
+        """Seconds that a node will take, by what ran before; None where nothing like it did."""
+        node = self.graph.node(name)
+        if isinstance(node, FirstWithin):  # it only chooses
+            return 0.0
+        found = {
+            port: [self._size(source) for source in sources] for port, sources in self.graph.inputs[name].items()
+        }
+        sizes = {port: sum(each) for port, each in found.items() if all(each)}
+        return expected_s(self._store, node.stage.name, name, sizes, self._keyring.folder)
+
+    @property
+    def folder(self) -> str:
+        """The working directory in which it is carried out."""
+        return self._keyring.folder
+
+    def _size(self, source: Source) -> int:
+        """Bytes of an output: its own, or, before it is made, those of what it is made of; 0 where neither is known."""
+        while (outcome := self.outcomes.get(source.node)) is None or not outcome.good:
+            kind = outputs_of(self.graph.node(source.node))[source.output]
+            inputs = (each for sources in self.graph.inputs[source.node].values() for each in sources)
+            same = (each for each in inputs if outputs_of(self.graph.node(each.node))[each.output] == kind)
+            if (before := next(same, None)) is None:
+                return 0
+            source = before
+        return outcome.outputs[source.output].size_bytes
+
     def scores(self, source: Source) -> dict[str, Any] | None:
         """The values of a Scores output, once it is there."""
         outcome = self.outcomes.get(source.node)
@@ -153,6 +189,9 @@ class Walk:
         return {
             "node": action.node,
             "makers": makers,
+            "sizes": {
+                port: sum(artifact.size_bytes for artifact in found) for port, found in action.inputs.items()
+            },
             "listings": self._keyring.listings(action.ingredients),
         }
 
@@ -218,7 +257,8 @@ class Walk:
         asked, found = self._asked[node.name], self._judged.setdefault(node.name, {})
         if asked not in found and (scores := self.scores(wires[f"candidates[{asked}].scores"][0])):
             found[asked] = scores["score"]
-        met = asked in found and found[asked] >= reference["score"] - node.max_drop
+        wanted = math.inf if node.max_drop is None else reference["score"] - node.max_drop
+        met = asked in found and found[asked] >= wanted
         if not met and asked + 1 < len(node.candidates):
             self._asked[node.name] = asked + 1
             self._ask(node.name, wires[f"candidates[{asked + 1}].scores"])
@@ -242,10 +282,15 @@ class Walk:
         reason = (
             f"{model.node} is within the goal"
             if met
-            else f"none is within the goal; {model.node} is the best"
+            else f"{self._unmet(name)}; {model.node} is the best"
         )
         state: State = "ran" if self._outcome(scores).state == "ran" else "hit"
         self._settle(name, Outcome(state, outputs, reasons=(reason,), chosen=(model, scores)))
+
+    def _unmet(self, name: str) -> str:
+        node = self.graph.node(name)
+        free = isinstance(node, FirstWithin) and node.max_drop is None
+        return "there is no goal" if free else "none is within the goal"
 
     def _ask(self, name: str, sources: Iterable[Source]) -> None:
         self._demand(source.node for source in sources)

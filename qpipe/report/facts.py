@@ -172,7 +172,7 @@ def goal_sentence(record: Record) -> str | None:
     """Whether the goal was met and by how much, in one sentence; None where the record has no goal."""
     goal = _mapping(record.get("goal"))
     metric = text.clean(goal.get("metric") or "")
-    if not metric:
+    if not metric or goal.get("scores", "") is None:  # no node was named whose score is to be within it
         return None
     baseline, allowed = real(goal.get("float")), real(goal.get("allowed_drop"))
     best = _mapping(record.get("best"))

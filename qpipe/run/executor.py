@@ -246,7 +246,7 @@ class _Run:
         except DamagedError as error:
             self._damage, self._stopped = error, True
             return
-        remember(self._store, key, result)
+        remember(self._store, key, result, walk.folder)
         self._conclude(key, result, "ran")
 
     def _conclude(self, key: str, result: dict[str, Any], verdict: State) -> None:

@@ -6,8 +6,13 @@ action resumes; the action's own result goes back to the executor, which alone d
 
 from __future__ import annotations
 
+import functools
+import os
+import sys
+import sysconfig
 import traceback
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from qpipe.artifacts.artifact import Artifact, load, save, with_face
@@ -91,19 +96,48 @@ def _saved(stage: Stage, outputs: Mapping[str, Any], store: Store) -> dict[str, 
 
 
 def failure(error: BaseException) -> dict[str, Any]:
-    """An exception as JSON: the sentence for the person, the exit status, and the traceback for the record."""
+    """An exception as JSON: the sentence for the person, the exit status, and the traceback for the record. A sentence
+    of ours says what to do; of any other exception the second line says where it was raised."""
     ours = isinstance(error, QpipeError)
     lines = [line.rstrip() for line in str(error).strip().splitlines()]
     said = "\n".join(lines) if ours else (lines or [""])[0]  # ours may list many reasons, a line each
+    place = "" if ours else _place(error)
     text = "".join(traceback.format_exception(error))
     return {
         "event": "failed",
         "kind": type(error).__name__,
-        "message": said if ours else f"{type(error).__name__}: {said}",
+        "message": said if ours else f"{type(error).__name__}: {said}{place}",
         "exit_code": getattr(error, "exit_code", 1),
         "traceback": text,
         **({"digest": error.digest} if isinstance(error, DamagedError) else {}),
     }
+
+
+def _place(error: BaseException) -> str:
+    """Where it was raised: the last frame of the person's own code, else the last of ours, else nothing."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if frame.filename.startswith(_ours())]
+    own = [frame for frame in frames if frame not in ours and not frame.filename.startswith(("<", *_installed()))]
+    if not (own or ours):
+        return ""
+    frame = (own or ours)[-1]
+    file = Path(frame.filename)
+    shown = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
+    return f"\nat {shown}:{frame.lineno}, in {frame.name}: {frame.line or ''}".rstrip(": ")
+
+
+@functools.cache
+def _ours() -> tuple[str, ...]:
+    """Where qpipe and its stages lie."""
+    found = (sys.modules[name].__file__ for name in ("qpipe", "qpipe.stages") if name in sys.modules)
+    return tuple(os.path.join(os.path.dirname(file), "") for file in found if file)
+
+
+@functools.cache
+def _installed() -> tuple[str, ...]:
+    """Where the libraries and Python's own modules lie."""
+    names = ("stdlib", "platstdlib", "purelib", "platlib")
+    return tuple({os.path.join(sysconfig.get_path(name), "") for name in names})
 
 
 def as_result(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import json
 import math
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 from qpipe.artifacts.artifact import load
 from qpipe.cache.store import Store
+from qpipe.language import labels
 from qpipe.language.graph import Source
 from qpipe.language.spec import FirstWithin
 from qpipe.plan.verdicts import OF_STAGE, Outcome, artifact_json
@@ -25,6 +27,7 @@ from qpipe.writing import write_whole
 
 SCHEMA = 2
 RECORD = "record.json"
+CONFIG = "config.yaml"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +40,8 @@ class RunInfo:
     finished: float = 0.0
     stopped: str = ""
     """What ended it before its time: "interrupted" by the person, "budget_spent", or nothing."""
+    git: Mapping[str, Any] | None = None
+    """`Checkout.found` of the working directory."""
 
 
 def build_record(
@@ -57,6 +62,7 @@ def build_record(
         "finished": datetime.fromtimestamp(info.finished, UTC).isoformat(),
         "status": _status(verdicts, goal, info),
         "run_dir": str(info.folder),
+        **({"git": dict(info.git)} if info.git else {}),
         "environment": {
             "python": platform.python_version(),
             "platform": platform.platform(),
@@ -170,13 +176,16 @@ def _goal(walk: Walk) -> dict[str, Any]:
     goal, refs = walk.graph.spec.goal, walk.graph.resolved_refs
     reference = _score_of(walk, refs.get(str(goal.reference)))
     reached = _score_of(walk, refs.get(str(goal.scores)))
-    met = None if reference is None or reached is None else reached >= reference - goal.max_drop
+    judged = reference is not None and reached is not None and goal.max_drop is not None
+    met = reached >= reference - goal.max_drop if judged else None  # type: ignore[operator]  # none of them is None
     return {
         "metric": goal.metric,
         "float": reference,
         "allowed_drop": goal.max_drop,
         "reached": reached,
         "met": met,
+        "reference": str(goal.reference) if goal.reference else None,
+        "scores": str(goal.scores) if goal.scores else None,
     }
 
 
@@ -198,11 +207,10 @@ def _ladder(walk: Walk, verdicts: Mapping[str, Outcome]) -> list[dict[str, Any]]
     chosen = walk.outcomes.get(best.node) if best else None
     winner = chosen.chosen[1].node if chosen and chosen.chosen else best.node if best else None
     steps = []
-    for name, label in spec.ladder.items():
-        source = walk.graph.resolved_refs.get(name)
-        if source is None or source.node != name or name not in verdicts:
+    for name, label in labels.steps(walk.graph).items():
+        if name not in verdicts:  # disabled
             continue
-        values = walk.scores(source) or {}
+        values = _own_scores(walk, name, verdicts[name])
         score, metric = values.get("score"), values.get("metric", spec.goal.metric)
         comparable = score is not None and goal["float"] is not None
         provenance = (verdicts[name].result or {}).get("provenance", {})
@@ -242,16 +250,31 @@ def _totals(verdicts: Mapping[str, Outcome]) -> dict[str, Any]:
 
 
 def write_files(walk: Walk, store: Store, folder: Path) -> dict[str, list[str]]:
-    """Put the Files that the targets made below `folder`/NODE; {node: paths}."""
+    """Put the Files that the targets made below `folder`/NODE; {node: paths}. All of them or none."""
     written: dict[str, list[str]] = {}
-    for name in walk.graph.targets:
-        outcome = walk.outcomes.get(name)
-        for artifact in outcome.outputs.values() if outcome else ():
-            if artifact.kind == "Files":
-                files = load(artifact, store)
-                files.write(folder / name)
-                written[name] = [str(folder / name / relative) for relative in files.contents]
+    try:
+        for name in walk.graph.targets:
+            outcome = walk.outcomes.get(name)
+            for artifact in outcome.outputs.values() if outcome else ():
+                if artifact.kind == "Files":
+                    files = load(artifact, store)
+                    written[name] = [str(folder / name / relative) for relative in files.contents]
+                    files.write(folder / name)
+    except BaseException:
+        take_back(folder, written)
+        raise
     return written
+
+
+def take_back(folder: Path, files: Mapping[str, Sequence[str]]) -> None:
+    """Remove what a run wrote to its folder, and the folders that are empty then."""
+    paths = [Path(path) for paths in files.values() for path in paths]
+    for path in (*paths, folder / RECORD, folder / CONFIG):
+        with suppress(OSError):
+            path.unlink()
+    for place in sorted({place for path in paths for place in path.parents if folder in place.parents}, reverse=True):
+        with suppress(OSError):
+            place.rmdir()
 
 
 def write_record(record: Mapping[str, Any], folder: Path) -> None:
@@ -268,7 +291,7 @@ def write_config(resolved: Mapping[str, Any], folder: Path) -> None:
 
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # the one in C is ten times as fast
     text = yaml.dump(dict(resolved), Dumper=dumper, sort_keys=False, allow_unicode=True)
-    write_whole(folder / "config.yaml", text)
+    write_whole(folder / CONFIG, text)
 
 
 def json_text(value: Mapping[str, Any]) -> str:

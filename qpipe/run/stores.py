@@ -37,8 +37,14 @@ def open_store(spec: PipelineSpec) -> Store:
 
 def _cache_folder(spec: PipelineSpec) -> Path:
     folder = spec.cache_dir or os.environ.get("QPIPE_CACHE_DIR")
-    if not folder:
-        from platformdirs import user_cache_dir
+    try:
+        if not folder:
+            from platformdirs import user_cache_dir
 
-        folder = user_cache_dir("qpipe")
-    return Path(folder).expanduser().absolute()
+            folder = user_cache_dir("qpipe")
+        return Path(folder).expanduser().absolute()
+    except RuntimeError as error:  # no HOME, and nobody of this number in the system's list
+        raise ConfigError(
+            f"cache.dir: {folder or 'null, the cache folder of the user'}, and no home folder is known. "
+            "Set cache.dir=FOLDER or QPIPE_CACHE_DIR."
+        ) from error

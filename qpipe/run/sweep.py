@@ -15,15 +15,25 @@ from typing import Any, Protocol
 
 from qpipe.cache.cleanup import collect
 from qpipe.cache.store import Store
-from qpipe.errors import CacheError, ConfigError, DamagedError, InputError
+from qpipe.errors import CacheError, ConfigError, DamagedError, InputError, QpipeError
 from qpipe.language.graph import build_graph
+from qpipe.language.labels import check_labels
 from qpipe.language.spec import PipelineSpec, RunSpec
 from qpipe.plan.estimate import misses
 from qpipe.plan.keyring import Keyring
 from qpipe.plan.verdicts import Outcome
 from qpipe.plan.walk import Walk
+from qpipe.run.checkout import Checkout
 from qpipe.run.executor import View, execute, exit_code, forget, open_pool
-from qpipe.run.record import RunInfo, build_record, json_text, write_config, write_files, write_record
+from qpipe.run.record import (
+    RunInfo,
+    build_record,
+    json_text,
+    take_back,
+    write_config,
+    write_files,
+    write_record,
+)
 from qpipe.writing import write_whole
 
 GOAL_MISSED = 3
@@ -57,8 +67,10 @@ def plan_jobs(jobs: Sequence[Job], store: Store) -> list[Walk]:
     walks = []
     for job in jobs:
         try:
+            check_labels(job.spec)
             walk = Walk(build_graph(job.spec), keyring, store, job.label)
             walk.advance()
+            walk.refuse_missing()
         except ConfigError as error:
             raise ConfigError(f"{job.label}{error}") from error
         walks.append(walk)
@@ -71,9 +83,9 @@ def run_jobs(jobs: Sequence[Job], store: Store, watch: Watch, command: Sequence[
     A blob that turns out damaged when it is read is moved aside by the store, all others of this run are looked at,
     and all is planned anew: what made them runs again. CacheError where a blob comes back damaged again and again.
     """
-    info = RunInfo(command, jobs[0].folder, time.time())
+    info, checkout = RunInfo(command, jobs[0].folder, time.time()), Checkout(Path.cwd())
     with store.using():  # whatever it finds or makes stays until it ends
-        status = _run_healing(jobs, store, watch, info)
+        status = _run_healing(jobs, store, watch, info, checkout)
     _keep_within(store, jobs[0].spec.cache_max_bytes, watch)
     return status
 
@@ -94,7 +106,7 @@ def _keep_within(store: Store, max_bytes: int | None, watch: Watch) -> None:
         )
 
 
-def _run_healing(jobs: Sequence[Job], store: Store, watch: Watch, info: RunInfo) -> int:
+def _run_healing(jobs: Sequence[Job], store: Store, watch: Watch, info: RunInfo, checkout: Checkout) -> int:
     budget_s = jobs[0].spec.run.budget_s
     deadline = None if budget_s is None else time.monotonic() + budget_s
     told = False
@@ -108,7 +120,7 @@ def _run_healing(jobs: Sequence[Job], store: Store, watch: Watch, info: RunInfo)
             if not told:
                 watch.planned_jobs(list(zip(jobs, walks, strict=True)))
                 told = True
-            return _carry_out(jobs, walks, store, watch, info, deadline)
+            return _carry_out(jobs, walks, store, watch, info, checkout, deadline)
         except DamagedError as error:
             watch.message(f"The cache is damaged: {error} What made it runs again.")
             damaged[error.digest] += 1
@@ -129,6 +141,7 @@ def _carry_out(
     store: Store,
     watch: Watch,
     info: RunInfo,
+    checkout: Checkout,
     deadline: float | None,
 ) -> int:
     if (refused := refusal(walks, jobs[0].spec.run)) is not None:
@@ -136,9 +149,10 @@ def _carry_out(
         return NOT_CACHED
     stopped = ""
     if any(walk.running for walk in walks):
+        checkout.ask()
         stopped = _run(jobs, walks, store, watch, deadline)
     _tell(store.settle(), watch)
-    status = _conclude(jobs, walks, store, watch, dataclasses.replace(info, stopped=stopped))
+    status = _conclude(jobs, walks, store, watch, dataclasses.replace(info, stopped=stopped, git=checkout.found()))
     _tell(store.settle(), watch)  # what the records were the first to read
     return status
 
@@ -205,21 +219,51 @@ def _conclude(jobs: Sequence[Job], walks: Sequence[Walk], store: Store, watch: W
     status = INTERRUPTED if info.stopped == "interrupted" else exit_code(walks)
     if status == InputError.exit_code and len(jobs) == 1:
         return status
-    records = []
+    kept = []
     for job, walk in zip(jobs, walks, strict=True):
         own = dataclasses.replace(info, folder=job.folder, finished=time.time())
-        record = build_record(walk, store, own, write_files(walk, store, job.folder))
-        write_record(record, job.folder)
-        write_config(job.spec.resolved, job.folder)
-        records.append((job, record))
-    if len(jobs) > 1:
-        write_sweep(records, walks, jobs[0].folder.parent)
-    watch.ended_jobs(records)
+        try:
+            kept.append((job, walk, _leave(job, walk, store, own)))
+        except (QpipeError, OSError) as error:  # a disk that is full: the other trials have theirs all the same
+            watch.message(f"qpipe: {job.label}{_refused(error)} {_NO_RECORD}")
+            status = status or QpipeError.exit_code
+    records = [(job, record) for job, _, record in kept]
+    if len(jobs) > 1 and kept:
+        try:
+            write_sweep(records, [walk for _, walk, _ in kept], jobs[0].folder.parent)
+        except QpipeError as error:
+            watch.message(str(error))
+            status = status or QpipeError.exit_code
+    if kept:
+        watch.ended_jobs(records)
     if status == 0 and info.stopped:
         return BUDGET_SPENT
     if status == 0 and any(record["goal"]["met"] is False for _, record in records):
         return GOAL_MISSED
     return status
+
+
+_NO_RECORD = "No record of the run was left; what it made is in the cache, and the same command writes it."
+
+
+def _leave(job: Job, walk: Walk, store: Store, info: RunInfo) -> dict[str, Any]:
+    """Write what the run leaves, and give its record; all of it is there or nothing."""
+    files: dict[str, list[str]] = {}
+    try:
+        files = write_files(walk, store, job.folder)
+        record = build_record(walk, store, info, files)
+        write_record(record, job.folder)
+        write_config(job.spec.resolved, job.folder)
+    except BaseException:
+        take_back(job.folder, files)
+        raise
+    return record
+
+
+def _refused(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f"'{error.filename}' cannot be written: {error.strerror or error}. Make room, or choose another folder."
+    return str(error)
 
 
 def write_sweep(

@@ -78,7 +78,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"a": {"uses": "toy_read", "path": "???"}}, "stages.a.path: missing. Set stages.a.path=…"),
     (
         {"a": {"uses": "toy_read", "path": "${nothing}"}},
-        "stages.a.path: Interpolation key 'nothing' not found.",
+        "stages.a.path: the interpolation '${nothing}' names nothing that the config has.",
     ),
     ({"a": add("b"), "b": add("a")}, "feed one another in a circle"),
     (

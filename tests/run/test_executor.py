@@ -137,6 +137,41 @@ def test_a_failure_stops_only_what_depends_on_it_and_is_not_cached(toy: Toy) -> 
     assert toy.calls() == ["boom"]
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stage_that_raises_is_told_with_the_line_of_the_persons_code_and_where_the_traceback_is(
+    toy: Toy, workers: int
+) -> None:
+    source = (toy.folder / "plugin" / "toy_stages.py").read_text()
+    line = source.splitlines().index('    raise RuntimeError("it went wrong")') + 1
+    toy.pipeline({"a": {"uses": "toy_number"}, "bad": {"uses": "toy_boom", "scores": "a"}})
+    run = toy.run("run", f"run.workers={workers}")
+    place = f'at plugin/toy_stages.py:{line}, in boom: raise RuntimeError("it went wrong")'
+    assert f"failed  bad: RuntimeError: it went wrong\n        {place}\n" in run.stderr
+    record = toy.record()
+    assert record["nodes"]["bad"]["error"]["message"] == f"RuntimeError: it went wrong\n{place}"
+    shown = " ".join(run.stdout.split())
+    assert f"bad: RuntimeError: it went wrong ({place})" in shown
+    page = Path(record["run_dir"]) / "report.html"
+    assert f"the whole traceback: {page}\n" in run.stdout
+    assert "Traceback (most recent call last)" in page.read_text()
+
+
+def test_an_error_inside_a_library_is_told_where_the_persons_code_called_it(toy: Toy) -> None:
+    toy.formula.write_text("import json\n\ndef add(a, b):\n    return json.loads('{')\n")
+    toy.pipeline({"a": {"uses": "toy_number"}, "bad": {"uses": "toy_add", "scores": "a"}})
+    run = toy.run("run", "run.workers=0")
+    assert "failed  bad: JSONDecodeError: " in run.stderr
+    assert "at plugin/toy_formula.py:4, in add: return json.loads('{')" in run.stderr
+
+
+def test_an_input_that_is_refused_has_no_line_of_code(toy: Toy) -> None:
+    toy.pipeline({"a": {"uses": "toy_number", "value": 5}, "bad": {"uses": "toy_refuse", "scores": "a"}})
+    run = toy.run("run", "run.workers=0")
+    assert "failed  bad: the score is above 1.0.\n" in run.stderr
+    assert " at plugin" not in run.stderr
+    assert "traceback" not in run.stdout
+
+
 def test_a_worker_that_dies_is_its_nodes_failure(toy: Toy) -> None:
     toy.pipeline(
         {
@@ -294,19 +329,23 @@ def test_a_mistake_ends_with_2_one_line_and_nothing_left_behind(toy: Toy, words:
     assert toy.calls() == []
 
 
-def test_ctrl_c_ends_with_130_and_the_next_run_goes_on(toy: Toy) -> None:
+@pytest.mark.parametrize(
+    ("number", "workers"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGTERM, 0)], ids=str
+)
+def test_ctrl_c_or_a_sigterm_ends_with_130_and_the_next_run_goes_on(
+    toy: Toy, number: signal.Signals, workers: int
+) -> None:
     toy.pipeline({"a": {"uses": "toy_number"}, "b": {"uses": "toy_add", "scores": "a", "seconds": 30}})
-    process = subprocess.Popen(
-        toy.command(), env=toy.environment, cwd=toy.folder, stderr=subprocess.PIPE, text=True
-    )
+    command = toy.command("run", f"run.workers={workers}")
+    process = subprocess.Popen(command, env=toy.environment, cwd=toy.folder, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while len(list((toy.folder / "cache").glob("actions/*/*.json"))) < 3:
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert "Interrupted." in stderr
+    assert "Interrupted. What was finished is in the cache; the same command goes on from there." in stderr
     assert "Traceback" not in stderr
     assert toy.record()["status"] == "interrupted"
 

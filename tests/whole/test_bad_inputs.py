@@ -303,10 +303,7 @@ def test_a_disk_that_is_full_before_the_record_is_written(bench: Bench, small_di
     run = bench.run(f"hydra.run.dir={small_disk / 'run'}")
     assert run.returncode == 1
     assert_one_line(run, "record.json' cannot be written: No space left on device")
-    left = {path.relative_to(small_disk / "run") for path in (small_disk / "run").rglob("*") if path.is_file()}
-    assert left
-    for path in left:
-        assert (small_disk / "run" / path).read_bytes() == (bench.folder / "fine" / path).read_bytes()
+    assert not [path for path in (small_disk / "run").rglob("*") if path.is_file()]
 
 
 def test_a_read_only_cache(cold: Bench, small_disk: Path) -> None:

@@ -11,6 +11,7 @@ fsspec and the package for a protocol are imported with the first request, not b
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import os
 import re
@@ -164,9 +165,12 @@ class Folder:
     ) -> None:
         """Write to a temporary file in the same file system, flush, move."""
         target, folder = self._root / name, self._root / "tmp"
-        self._root.mkdir(exist_ok=True)
-        for place in (folder, target.parent):
-            place.mkdir(parents=True, exist_ok=True)
+        try:
+            self._root.mkdir(exist_ok=True)
+            for place in (folder, target.parent):
+                place.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:  # which means, of an object, that somebody else was first
+            raise NotADirectoryError(errno.ENOTDIR, "is no folder", error.filename) from error
         temporary = folder / secrets.token_hex(16)
         try:
             with open(temporary, "xb") as file:

@@ -340,5 +340,9 @@ def _environment(record: Mapping[str, Any]) -> str:
     environment = record.get("environment") or {}
     entries = [(name, _text(value)) for name, value in environment.items() if not isinstance(value, Mapping)]
     entries += [(name, _text(version)) for name, version in (environment.get("libraries") or {}).items()]
+    git = record.get("git")
+    if isinstance(git, Mapping) and git.get("commit"):
+        dirty = ", with changes that were not committed" if git.get("dirty") is True else ""
+        entries.append(("git commit", f"<code>{_text(git['commit'])}</code>{dirty}"))
     entries += [("run folder", f"<code>{_text(record['run_dir'])}</code>")] if record.get("run_dir") else []
     return _list(entries)

@@ -73,10 +73,25 @@ def _verdict(record: Mapping[str, Any], width: int, colour: bool) -> Iterator[st
 
 
 def _failures(record: Mapping[str, Any], width: int, colour: bool) -> Iterator[str]:
-    failed = [(node, message.splitlines()[0]) for node, message in facts.failures(record)]
+    found = facts.failures(record)
+    failed = [(node, _short(message)) for node, message in found]
     if (more := len(failed) - MANY_FAILURES) > 0:
         failed = [*failed[:MANY_FAILURES], ("", f"and {more} more in report.html")]
     yield from _listed("failed", failed, width, colour, "red")
+    folder = text.clean(record.get("run_dir") or "").rstrip("/")
+    if folder and any(_raised_at(message) for _, message in found):
+        yield f"{INDENT * 2}the whole traceback: {folder}/report.html"
+
+
+def _short(message: str) -> str:
+    """The first line of an error, and where it was raised."""
+    place = _raised_at(message)
+    return message.splitlines()[0] + (f" ({place})" if place else "")
+
+
+def _raised_at(message: str) -> str:
+    """The line that says where an exception was raised; "" for an error that says what to do instead."""
+    return next((line for line in message.splitlines()[1:2] if line.startswith("at ")), "")
 
 
 def _few_notes(record: Mapping[str, Any]) -> list[tuple[str, str]]:

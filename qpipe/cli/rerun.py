@@ -1,0 +1,73 @@
+"""`qpipe rerun RUN`: the config that a run recorded, composed again, with further overrides.
+
+`.hydra/config.yaml` of the run has its interpolations still: `scheme.weight.bitwidth=4` reaches every node that took
+the scheme, as it did then. A trial of a sweep has only the resolved `config.yaml`, whose nodes hold their values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.config_store import ConfigStore
+
+from qpipe.cli.config_files import shipped_folder
+from qpipe.errors import ConfigError
+from qpipe.explain.past_runs import find_record
+from qpipe.param import listed
+
+NAME = "qpipe_rerun"
+"""The recorded config among Hydra's."""
+
+REPLACED = ("scheme", "target", "run", "cache")
+"""Groups of which another option can be taken: all of it lies below its name."""
+_WOVEN = ("pipeline", "experiment", "model", "data")
+"""Groups whose options put nodes into `stages`: they cannot be taken out again."""
+_HELD = ("stages", "run", "cache", "targets", "ladder", "baselines", "hydra", "allow_discouraged")
+"""What an override reaches where the interpolations are resolved."""
+
+
+def recorded(run: str, rest: Sequence[str]) -> list[str]:
+    """The arguments with which Hydra composes the config that `run` recorded, under the overrides in `rest`.
+    Errors: ConfigError."""
+    folder = find_record(run, "rerun").parent
+    written, path = folder / ".hydra" / "config.yaml", folder / "config.yaml"
+    resolved = not written.is_file()
+    path = path if resolved else written
+    config = _read(path)
+    own = _read(shipped_folder() / "config.yaml")
+    arguments = []
+    for word in rest:
+        name = word.lstrip("+~").partition("=")[0]
+        if "=" in word and (name in _WOVEN or "@" in name):
+            raise ConfigError(
+                f"rerun: {word} chooses other nodes, and the run in '{folder}' recorded its own. "
+                f"Say `qpipe {word} …`, or override values: stages.NODE.PARAM=…"
+            )
+        if "=" in word and resolved and name.partition(".")[0] not in _HELD:
+            raise ConfigError(
+                f"rerun: of a trial of a sweep only the values are recorded, so {word} reaches no node. "
+                f"Override what the nodes hold: {listed(_HELD)}."
+            )
+        if name in REPLACED and word.startswith(f"{name}=") and "/" not in word:
+            config.pop(name, None)
+            word = f"+{word}"
+        arguments.append(word)
+    forced = [{name: value} for each in own["defaults"] if isinstance(each, dict) for name, value in each.items()]
+    defaults = ["qpipe_base", "_self_", *(each for each in forced if next(iter(each)).startswith("override "))]
+    ConfigStore.instance().store(name=NAME, node={"defaults": defaults, **config, "hydra": own["hydra"]})
+    return ["--config-name", NAME, *arguments]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = yaml.load(path.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except FileNotFoundError as error:
+        raise ConfigError(f"rerun: there is no '{path}', the config that it recorded. Give another run.") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"rerun: '{path}' cannot be read: {' '.join(str(error).split())}.") from error
+    if not isinstance(found, Mapping) or not {"stages", "defaults"} & set(found):
+        raise ConfigError(f"rerun: '{path}' is not the config of a run: it has no stages. Give another run.")
+    return dict(found)
