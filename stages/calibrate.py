@@ -59,7 +59,7 @@ def calibrate(
     scheme's. `limit` takes that many samples, evenly spread; None all. Errors: InputError for data that do
     not fit the model or hold nan, naming the tensor, and for a model in which the target quantizes nothing.
     """
-    from qpipe.methods.placement.calibration import all_encodings, frozen_weights, observed, observed_groups
+    from qpipe.methods.placement.calibration import all_encodings, frozen_weights, observed
     from qpipe.methods.placement.placement import place
 
     target.check(scheme)
@@ -68,7 +68,7 @@ def calibrate(
     if not placement.weights and not placement.activations:
         raise InputError(f"The target '{target.name}' quantizes nothing in this model.")
     observers = observed(
-        model, thinned(data.arrays, limit), observed_groups(placement), ctx.memo, batch_size=batch_size,
+        model, thinned(data.arrays, limit), placement, ctx.memo, batch_size=batch_size,
         device=ctx.device, progress=lambda done, total: ctx.progress(done, total, "samples"),
     )  # fmt: skip
     encodings = all_encodings(model, placement, observers)

@@ -66,7 +66,10 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
     "model.torch_export": ((*VALUE, "model.canon"), "errors names exporter"),
     "model": ((*MODEL, "model.canon", "model.simulation", "model.files", "model.torch_export"), "model"),
     "methods": (VALUE, "preconditions"),
-    "methods.placement": ((*MODEL, "model.simulation"), "joined target filters overrides placement calibration"),
+    "methods.placement": (
+        (*MODEL, "model.simulation"),
+        "joined target filters overrides survival placement calibration",
+    ),
     "methods.equalization": ((*MODEL, "model.simulation"), "links norm_links reach rescaling"),
     "methods.rounding": (
         (*MODEL, "model.simulation", "numerics.rounding", "methods.placement"),

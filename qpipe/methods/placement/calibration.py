@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from qpipe.methods.placement.survival import Survivors
 from qpipe.model.simulation.module import to_torch
 from qpipe.model.simulation.samples import batches, sample_count
 from qpipe.model.simulation.watching import watched
@@ -41,29 +42,29 @@ def observed_groups(placement: Placement) -> tuple[Group, ...]:
 def observe(
     model: Network,
     arrays: Mapping[str, Array],
-    groups: Sequence[Group],
+    placement: Placement,
     *,
     batch_size: int,
     device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> Observers:
-    """An observer per group that has seen every value of it, in one pass of the float simulation.
+    """An observer per group that has seen all that counts of its values, in one pass of the float simulation.
 
     Memory is that of one batch and the observers. Raises InputError for data that do not fit, and for a nan,
     with the name of the value.
     """
-    observers = {group: HistogramObserver(name=group[0]) for group in groups}
+    observers = {group: HistogramObserver(name=group[0]) for group in observed_groups(placement)}
     by_value = {name: observer for group, observer in observers.items() for name in group}
     module = to_torch(model, quantized=False, device=device, shared=True)
 
-    def see(name: str, value: Tensor) -> None:
+    def count(name: str, elements: Tensor) -> None:
         if name in by_value:
-            by_value[name].update(value)
+            by_value[name].update(elements)
 
     total = sample_count(model, arrays)
     done = 0
     for batch in batches(model, arrays, batch_size):
-        watched(module, batch.arrays, see, device)
+        watched(module, batch.arrays, Survivors(placement.survives, count).see, device)
         done += batch.count
         if progress:
             progress(done, total)
@@ -73,7 +74,7 @@ def observe(
 def observed(
     model: Network,
     arrays: Mapping[str, Array],
-    groups: Sequence[Group],
+    placement: Placement,
     memo: Callable[..., Any],
     *,
     batch_size: int,
@@ -81,16 +82,17 @@ def observed(
     progress: Callable[[int, int], None] | None = None,
 ) -> Observers:
     """What `observe` returns, through `memo(name, function, *inputs)`: made once for a model and data."""
+    groups = observed_groups(placement)
     if not groups:
         return {}
 
     def run(*_: Any) -> dict[str, Array]:
-        found = observe(model, arrays, groups, batch_size=batch_size, device=device, progress=progress)
+        found = observe(model, arrays, placement, batch_size=batch_size, device=device, progress=progress)
         return pack_observers(found)
 
-    states = memo(
-        "observers", run, content(model), dict(arrays), [list(group) for group in groups], batch_size
-    )
+    survives = {name: [list(link) for link in links] for name, links in placement.survives.items()}
+    counted = [[list(group) for group in groups], survives]
+    states = memo("observers", run, content(model), dict(arrays), counted, batch_size)
     return unpack_observers(groups, states)
 
 

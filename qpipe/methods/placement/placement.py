@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from qpipe.methods.placement.joined import Joined
 from qpipe.methods.placement.overrides import Overridden
+from qpipe.methods.placement.survival import Links, decided, survivals
 from qpipe.model.network.invariants import constant_tensor
 from qpipe.model.structure.layers import find_layers
 from qpipe.numerics.scheme import Scheme, TensorScheme, code_bounds
@@ -37,8 +38,9 @@ class Placement:
     - `activations`: value -> its scheme, for those whose range has to be observed, in the graph's order;
     - `grids`: all activations that get one, in groups that must have the same;
     - `shared`: the groups among `activations` of more than one value;
-    - `follows`: value -> the value of its group whose range alone counts: what a Min or a Relu cuts off
-      needs no code;
+    - `follows`: value -> the value of its group whose range alone counts: what a Min or a Relu cuts off, or a
+      MaxPool passes over, needs no code;
+    - `survives`: value -> what says which of its elements count, where those that read it pick (`survival`);
     - `fixed`: value -> the grid that the target prescribes; no value is both here and in `activations`.
     """
 
@@ -46,6 +48,7 @@ class Placement:
     activations: dict[str, TensorScheme] = field(default_factory=dict)
     grids: tuple[tuple[str, ...], ...] = ()
     follows: dict[str, str] = field(default_factory=dict)
+    survives: dict[str, Links] = field(default_factory=dict)
     fixed: dict[str, Encoding] = field(default_factory=dict)
 
     @property
@@ -73,7 +76,19 @@ def place(model: Network, target: Target, scheme: Scheme) -> Placement:
     fixed = marks.fixed(grids, groups)
     in_order = {name: grids[name] for name in marks.names if name in grids and name not in fixed}
     follows = {name: last for name, last in marks.follows(groups).items() if name not in fixed}
-    return Placement(ordered, in_order, groups, follows, fixed)
+    survives = _reached(marks.survives, [name for name in in_order if name not in follows])
+    return Placement(ordered, in_order, groups, follows, survives, fixed)
+
+
+def _reached(survives: dict[str, Links], names: list[str]) -> dict[str, Links]:
+    """Of `survives` what tells of `names`, at once or by way of others."""
+    found: dict[str, Links] = {}
+    while names:
+        name = names.pop()
+        if name in survives and name not in found:
+            found[name] = survives[name]
+            names += [other for other, _ in survives[name]]
+    return {name: found[name] for name in survives if name in found}
 
 
 def weight_scheme(layer: Layer, scheme: TensorScheme) -> tuple[TensorScheme, int]:
@@ -114,6 +129,7 @@ class _Marks:
         self.joined: Joined[ir.Value] = Joined()
         self.softmax: list[ir.Value] = []
         self.cut: dict[ir.Value, ir.Value] = {}
+        self.survives = survivals(self.graph, self.data)
         self.names = [str(value.name) for value in self._values()]
 
     def is_data(self, name: str) -> bool:
@@ -126,7 +142,7 @@ class _Marks:
         for composite in self.composites:
             if not any(self.left.has(node) for node in composite.nodes):
                 self._mark([composite.root, composite.result])
-        scores = self._scores()
+        scores = decided(self.graph, self.target.share)
         for node in self.graph:
             if node in inside or node in scores or self.left.has(node):
                 continue
@@ -215,10 +231,16 @@ class _Marks:
             self._share(node, data)
 
     def follows(self, groups: Iterable[tuple[str, ...]]) -> dict[str, str]:
-        """What is cut off afterwards, and the last value of its group that it is cut down to."""
+        """What is cut off or passed over afterwards, and the last value of its group that it comes down to."""
         found = {}
-        cut = {str(value.name): str(after.name) for value, after in self.cut.items()}
+        bounded = {str(value.name): str(after.name) for value, after in self.cut.items()}
         for group in groups:
+            picked = {
+                name: self.survives[name][0][0]
+                for name in group
+                if all(other in group and not by_place for other, by_place in self.survives.get(name, [("", True)]))
+            }
+            cut = picked | bounded
             for name in group:
                 last = name
                 while last in cut:
@@ -226,18 +248,6 @@ class _Marks:
                 if last != name and last in group:
                     found[name] = last
         return found
-
-    def _scores(self) -> set[ir.Node]:
-        """The sums, and what only moves them, whose every reader leads to a Softmax."""
-        scores: set[ir.Node] = set()
-        for node in reversed(list(self.graph)):
-            readers = node.outputs[0].consumers()
-            leads = readers and all(r.op_type == "Softmax" or r in scores for r in readers)
-            if leads and (
-                node.op_type == "Add" or (node.op_type in self.target.share and scores & set(readers))
-            ):
-                scores.add(node)
-        return scores
 
     def _values(self) -> list[ir.Value]:
         """All activations in the graph's order."""

@@ -15,7 +15,6 @@ from qpipe.methods.mixing.work import measure_work
 from qpipe.methods.placement.calibration import (
     activation_encodings,
     observe,
-    observed_groups,
     weight_encodings,
 )
 from qpipe.methods.placement.placement import place
@@ -39,7 +38,7 @@ def found(
     }
     placements = {name: place(model, ONNXRUNTIME, scheme) for name, scheme in schemes.items()}
     first = next(iter(placements.values()))
-    observers = observe(model, arrays, observed_groups(first), batch_size=8)
+    observers = observe(model, arrays, first, batch_size=8)
     grids = {
         name: {**activation_encodings(p, observers), **weight_encodings(model, p)}
         for name, p in placements.items()
