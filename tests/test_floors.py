@@ -44,7 +44,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "model.structure": (
         (*VALUE, "numerics.rounding", "model.operators"),
-        "families layers module_lists blocks channels sharing composite geometry",
+        "families layers operands module_lists blocks channels sharing composite geometry",
     ),
     "model.qdq": (
         (*VALUE, "model.operators", "model.structure"),
@@ -68,7 +68,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
     "methods": (VALUE, "preconditions"),
     "methods.placement": (
         (*MODEL, "model.simulation"),
-        "joined target filters overrides survival placement calibration",
+        "joined target filters overrides survival placement calibration remarks",
     ),
     "methods.equalization": ((*MODEL, "model.simulation"), "links norm_links reach rescaling"),
     "methods.rounding": (

@@ -3,8 +3,8 @@
 Given DQ -> Conv, ConvTranspose or Gemm with a float weight -> Q (Relu or Clip may stand in front of the Q),
 onnxruntime rounds the weight to 8 bits per tensor by itself (WeightBiasQuantization, at every level of optimization
 from basic on): a layer that a target's filters leave in float, or one whose bias is computed, would run on integers
-and nobody would have said so. Scales of a Conv's or a Gemm's weight along another axis
-than that of the output channels it takes for scales of these. Its integer Softmax wraps where 1 is beyond its grid, and over a single element, a graph
+and nobody would have said so. Scales of a Conv's or a Gemm's weight along another axis than that of the output channels
+it takes for scales of these. Its integer Softmax wraps where 1 is beyond its grid, and over a single element, a graph
 with a quantized AveragePool that has dilations does not load, and a GlobalAveragePool whose output has a far finer
 grid than its input, since nothing of it passes a Relu, say, does not run. It sees DQ -> node -> Q there also once it
 has taken out what changes nothing between them, a mask of zeros, say. A Clip without bounds in front of the node
@@ -59,7 +59,7 @@ def _has_other_axis(node: ir.Node) -> bool:
     scale = constant_tensor(source.inputs[1])
     if scale is None or len(scale.shape) != 1 or scale.size == 1:
         return False
-    channels = 0 if node.op_type == "Conv" or node.attributes.get_int("transB", 0) else 1
+    channels = 0 if node.op_type == "Conv" or node.attributes.get_int("transB", 0) == 1 else 1
     return bool(source.attributes.get_int("axis", 1) != channels)
 
 

@@ -97,6 +97,16 @@ def test_multiplications_of_every_kind_of_layer(
     assert work.products == ((multiplications, "x", "w"),)
 
 
+def test_the_weight_of_a_node_that_is_no_layer_goes_with_what_it_multiplies() -> None:
+    text = """n (float[N,3,5,8] x) => (float[N,3,5,2] y) {
+        h = MatMul(x, w)  y = Einsum<equation="bhtd,de->bhte">(h, v) }"""
+    model = Model.from_proto(parsed(text, w=normal(3, 8, 4), v=normal(4, 2)))
+    choices, _ = found(model, {"x": normal(8, 3, 5, 8)})
+    assert [group.tensors for group in choices.groups] == [("w", "x"), ("v", "h"), ("y",)]
+    work = measure_work(model, place(model, ONNXRUNTIME, Scheme(WEIGHT, ACTIVATION)), {"x": normal(8, 3, 5, 8)})
+    assert work.products == ((3 * 5 * 4 * 8, "x", "w"), (3 * 5 * 2 * 4, "h", "v"))
+
+
 def test_a_fixed_batch_counts_one_sample() -> None:
     model = Model.from_proto(
         parsed("n (float[4,8] x) => (float[4,6] y) { y = MatMul(x, w) }", w=normal(8, 6))
