@@ -61,7 +61,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
     "model.simulation": (MODEL, "constants samples module watching stream run"),
     "model.files": (
         MODEL,
-        "soundness onnx_reader protobuf encodings_writer encodings_reader state_dict onnx_writer",
+        "soundness onnx_reader protobuf encodings_reader encodings_writer state_dict onnx_writer",
     ),
     "model.torch_export": ((*VALUE, "model.canon"), "errors names exporter"),
     "model": ((*MODEL, "model.canon", "model.simulation", "model.files", "model.torch_export"), "model"),
