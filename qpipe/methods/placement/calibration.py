@@ -99,8 +99,7 @@ def observed(
         )
         return pack_observers(found)
 
-    survives = {name: [list(link) for link in links] for name, links in placement.survives.items()}
-    counted = [[list(group) for group in groups], survives]
+    counted = [[list(group) for group in groups], placement.survives]
     states = memo("observers", run, content(model), dict(arrays), counted, batch_size)
     return unpack_observers(groups, states)
 

@@ -44,7 +44,7 @@ class Placement:
     - `shared`: the groups among `activations` of more than one value;
     - `follows`: value -> the value of its group whose range alone counts: what a Min or a Relu cuts off, or a
       MaxPool passes over, needs no code;
-    - `survives`: value -> what says which of its elements count, where those that read it pick (`survival`);
+    - `survives`: value -> what counts of it, where those that read it pick or cut off (`survival`);
     - `fixed`: value -> the grid that the target prescribes; no value is both here and in `activations`.
     """
 
@@ -103,7 +103,7 @@ def _reached(survives: dict[str, Links], names: list[str]) -> dict[str, Links]:
         name = names.pop()
         if name in survives and name not in found:
             found[name] = survives[name]
-            names += [other for other, _ in survives[name]]
+            names += [link.other for link in survives[name] if link.other]
     return {name: found[name] for name in survives if name in found}
 
 
@@ -267,9 +267,9 @@ class _Marks:
         bounded = {str(value.name): str(after.name) for value, after in self.cut.items()}
         for group in groups:
             picked = {
-                name: self.survives[name][0][0]
+                name: self.survives[name][0].other
                 for name in group
-                if all(other in group and not by_place for other, by_place in self.survives.get(name, [("", True)]))
+                if name in self.survives and all(link.same and link.other in group for link in self.survives[name])
             }
             cut = picked | bounded
             for name in group:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 
-from qpipe.methods.placement.placement import Placement, place
-from qpipe.methods.placement.survival import Survivors
+from qpipe.methods.placement.placement import Placement, data_values, place
+from qpipe.methods.placement.survival import Link, Survivors, survivals
 from qpipe.model import Model
 from qpipe.stage import Samples
 from qpipe.stages.calibrate import calibrate
@@ -125,21 +125,73 @@ def test_all_of_a_value_counts_where_its_place_decides_or_somebody_else_reads_it
     for body in ("b = Mul(t, row)  y = ReduceMax(b, axis)", "b = Mul(t, half)  m = ReduceMax(b, axis)  y = Add(t, m)"):
         assert "t" not in placed(body, row=row, half=np.float32(0.5), axis=axis).survives
     one = placed("b = Mul(t, half)  y = ReduceMax(b, axis)", half=np.float32(0.5), axis=axis)
-    assert one.survives == {"t": (("b", True),), "b": (("y", False),)}
+    assert one.survives == {"t": (Link("b", factor=0.5),), "b": (Link("y"),)}
     assert one.follows == {"b": "y"}
 
 
-def seen_by(survives: dict[str, Any], values: Iterator[tuple[str, list[float]]]) -> dict[str, list[float]]:
+LINES = {
+    "Mul(t, k)": lambda t: t * -3.0, "Mul(k, t)": lambda t: t * -3.0, "Div(t, k)": lambda t: t / -3.0,
+    "Add(k, t)": lambda t: t - 3.0, "Sub(t, k)": lambda t: t + 3.0, "Sub(k, t)": lambda t: -3.0 - t,
+    "Neg(t)": lambda t: -t, "LeakyRelu<alpha=0.25>(t)": lambda t: np.where(t < 0, t / 4, t),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_the_range_that_counts_of_a_line_goes_back_to_its_input(line: str) -> None:
+    placement = placed(f"b = {line}  y = ReduceMax(b, axis)", k=np.float32(-3), axis=np.array([1]))
+    (link,) = placement.survives["t"]
+    for low, high in ((-2.0, 5.0), (1.0, 4.0), (-7.0, -1.0)):
+        ends = link.back(low, high)
+        assert ends[0] < ends[1]
+        np.testing.assert_allclose(sorted(LINES[line](np.array(ends))), [low, high])
+
+
+BOUNDED = {
+    "Relu(t)": (0, np.inf), "Sigmoid(t)": (-12, 12), "Tanh(t)": (-6, 6), "Clip(t, two, k)": (2, 3),
+    "Max(two, t)": (2, np.inf), "Min(t, two)": (-np.inf, 2), "Exp(t)": (-2, np.inf), "Softplus(t)": (-12, np.inf),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bounded", BOUNDED)
+def test_beyond_where_a_function_is_flat_to_16_bits_nothing_counts(bounded: str) -> None:
+    constants = {"two": np.float32(2), "k": np.float32(3)}
+    used = {name: value for name, value in constants.items() if name in bounded}
+    graph = Model.from_proto(parsed(f"m (float[N] t) => (float[N] y) {{ y = {bounded} }}", **used)).graph
+    values = np.array([-1e9, -20, -0.5, 2.5, 10], np.float32)
+    found = np.array(seen_by(dict(survivals(graph, data_values(graph))), {"t": values.tolist()})["t"], np.float32)
+    assert found.tolist() == np.clip(values, *BOUNDED[bounded]).tolist()
+    if "Exp" not in bounded:  # its outputs go on for ever: flat is what is nothing beside the largest
+        proto = parsed(f"m (float[N] t) => (float[N] y) {{ y = {bounded} }}", **used)
+        run = onnxruntime.InferenceSession(proto.SerializeToString()).run
+        wide, narrow = (run(None, {"t": each})[0] for each in (values, found))
+        assert np.abs(wide - narrow).max() <= 2.0**-16 * max(1.0, float(np.ptp(wide)))
+
+
+def seen_by(survives: dict[str, Any], values: dict[str, list[float]]) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     survivors = Survivors(survives, lambda name, elements: found.update({name: elements.tolist()}))
-    for name, value in values:
+    for name, value in values.items():
         survivors.see(name, torch.tensor(value))
     return found
 
 
-def test_what_survives_is_within_the_range_of_what_was_picked_and_place_by_place_before_that() -> None:
-    survives = {"a": (("b", True),), "b": (("r", False),), "c": (("r", False), ("z", False))}
-    values = {"a": [-9.0, 1.0, 3.0], "b": [-90.0, 10.0, 30.0], "c": [-7.0, 5.0, 12.0, 99.0]}
-    values |= {"z": [-7.0], "r": [10.0, 30.0]}
-    found = seen_by(survives, iter(values.items()))
-    assert found == {"a": [1, 3], "b": [10, 30], "c": [-7, 12], "z": [-7], "r": [10, 30]}
+def test_what_is_passed_over_counts_once_at_the_end_of_what_does() -> None:
+    survives = {"a": (Link("b", factor=10.0),), "b": (Link("r"),), "c": (Link("r"), Link("z"))}
+    values = {"a": [-9.0, -8.0, 1.5, 3.0], "b": [-90.0, -80.0, 15.0, 30.0], "c": [-7.0, 5.0, -99.0, 99.0]}
+    found = seen_by(survives, {**values, "z": [-7.0], "r": [10.0, 30.0]})
+    assert found == {"a": [1.5, 3, 1], "b": [15, 30, 10], "c": [-7, 5, -7, 30], "z": [-7], "r": [10, 30]}
+
+
+@pytest.mark.parametrize("low", STAND_INS)
+@pytest.mark.parametrize(
+    "body",
+    [
+        "a = Where(seen, t, low)  g = Sigmoid(a)  s = Mul(g, x)  r = ReduceMean<keepdims=0>(s, axis)",
+        "a = Where(seen, t, low)  u = Add(a, half)  b = Mul(u, half)  s = Relu(b)  r = ReduceMean<keepdims=0>(s, axis)",
+        "a = Where(seen, t, low)  u = Mul(a, half)  s = Tanh(u)  r = ReduceMean<keepdims=0>(s, axis)",
+        "n = Where(seen, half, low)  a = Add(t, n)  g = Sigmoid(a)  s = Mul(g, x)  r = ReduceMean<keepdims=0>(s, axis)",
+    ],
+)
+def test_what_a_flat_function_makes_nothing_of_takes_no_range(body: str, low: float) -> None:
+    text = f"{HEAD}  {body}  y = MatMul(r, v) }}"
+    assert db(text, X, low=np.float32(low), half=np.float32(0.5), **PARAMS) > 28
