@@ -17,7 +17,7 @@ from qpipe.methods.placement.joined import Joined
 from qpipe.methods.placement.overrides import Overridden
 from qpipe.methods.placement.survival import Links, decided, survivals
 from qpipe.model.network.invariants import constant_tensor
-from qpipe.model.structure.layers import find_layers
+from qpipe.model.structure.layers import find_layers, initializers_behind
 from qpipe.model.structure.operands import computed_factors, find_operands
 from qpipe.numerics.scheme import Scheme, TensorScheme, code_bounds
 
@@ -159,12 +159,14 @@ class _Marks:
         """Weights that are computed, and those of operators whose weights no target quantizes, each with the reason."""
         found = dict.fromkeys(computed_factors(model), "it is computed in the graph")
         for node in self.graph:
-            if node.domain or node.outputs[0] not in self.data:
+            if node.domain or not any(output in self.data for output in node.outputs):
                 continue
             for value in (node.inputs[place] for place in _WITHOUT_GRID.get(node.op_type, ())):
-                tensor = constant_tensor(value)
-                if value is not None and tensor is not None and len(tensor.shape) > 1 and tensor.size > 1:
-                    found[str(value.name)] = f"the target '{self.target.name}' quantizes no weight of {node.op_type}"
+                for source in initializers_behind(value) if value is not None else ():
+                    tensor = constant_tensor(source)
+                    if tensor is not None and _is_float(source) and len(tensor.shape) > 1 and tensor.size > 1:
+                        why = f"the target '{self.target.name}' quantizes no weight of {node.op_type}"
+                        found.setdefault(str(source.name), why)
         return found
 
     def place(self) -> None:

@@ -271,18 +271,24 @@ def _only_consumer(value: ir.Value) -> ir.Node | None:
 
 def from_initializers(value: ir.Value) -> bool:
     """Whether `value` follows from initializers alone."""
-    stack, seen = [value], {value}
+    return bool(initializers_behind(value))
+
+
+def initializers_behind(value: ir.Value) -> list[ir.Value]:
+    """The initializers that `value` follows from, or is; none where anything else is behind it."""
+    stack, seen, found = [value], {value}, list[ir.Value]()
     while stack:
         current = stack.pop()
         if current.is_initializer():
+            found.append(current)
             continue
         producer = current.producer()
         if producer is None:
-            return False
+            return []
         fresh = [other for other in producer.inputs if other is not None and other not in seen]
         seen.update(fresh)
         stack += fresh
-    return True
+    return found
 
 
 def _is_bias(value: ir.Value, channels: int) -> bool:

@@ -151,6 +151,17 @@ def test_weights_that_stay_in_float_are_counted_and_named_with_the_reason() -> N
     assert "'w', 'v', because target.nodes leaves it in float" in note
 
 
+def test_the_weights_of_a_recurrent_layer_are_named_one_by_one() -> None:
+    text = """m (float[T,N,4] x) => (float[1,N,5] y) {
+        w = Concat<axis=0>(w1, w2)  u, h, c = LSTM<hidden_size=3>(x, w, r)  y = MatMul(h, v) }"""
+    params = {"w1": normal(1, 6, 4), "w2": normal(1, 6, 4)}
+    proto = parsed(text.replace("axis=0", "axis=1"), **params, r=normal(1, 12, 3), v=normal(3, 5))
+    (note,) = calibrated(proto, {"x": normal(7, 2, 4)})[1]
+    assert note.startswith("1 of 4 weights have a grid; in float: ")
+    assert all(f"'{name}'" in note for name in ("w1", "w2", "r"))
+    assert note.endswith("because the target 'onnxruntime' quantizes no weight of LSTM.")
+
+
 def test_a_target_that_quantizes_no_weight_of_the_model_says_which_there_are() -> None:
     text = 'm (float[N,8] x) => (float[N,5] y) { y = Einsum<equation="bd,de->be">(x, w) }'
     proto = parsed(text, w=normal(8, 5))
