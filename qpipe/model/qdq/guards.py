@@ -7,8 +7,8 @@ and nobody would have said so. Scales of a Conv's or a Gemm's weight along anoth
 it takes for scales of these. Its integer Softmax wraps where 1 is beyond its grid, and over a single element, a graph
 with a quantized AveragePool that has dilations does not load, and a GlobalAveragePool whose output has a far finer
 grid than its input, since nothing of it passes a Relu, say, does not run. It sees DQ -> node -> Q there also once it
-has taken out what changes nothing between them, a mask of zeros, say. A Clip without bounds in front of the node
-changes no value either, and stays.
+has taken out what changes nothing between them, a mask of zeros, say. Of all this codes of 16 bits have the rounded
+weights alone. A Clip without bounds in front of the node changes no value either, and stays.
 """
 
 from __future__ import annotations
@@ -37,12 +37,19 @@ def guard_float_layers(graph: ir.Graph, names: Names) -> None:
         before, after = _dequantizer(value), _quantizer(node)
         if before is None or after is None:
             continue
-        if not (_has_float_weight(node) or _has_other_axis(node) or _wrong(before, node, after)):
+        on_integers = _is_8_bit(before) and _is_8_bit(after) and (_has_other_axis(node) or _wrong(before, node, after))
+        if not (on_integers or _has_float_weight(node)):
             continue
         result = ir.Value(name=names.fresh(f"{node.name}__input"), type=value.type, shape=value.shape)
         guard = ir.node("Clip", [value], outputs=[result], name=names.fresh(f"{node.name}__guard"))
         graph.insert_before(node, guard)
         node.replace_input_with(0, result)
+
+
+def _is_8_bit(node: ir.Node) -> bool:
+    """Whether a quantizer's codes have 8 bits: onnxruntime has no integer kernels for 16."""
+    point = node.inputs[2] if len(node.inputs) > 2 else None
+    return point is None or point.dtype is None or point.dtype.bitwidth == 8
 
 
 def _has_float_weight(node: ir.Node) -> bool:
