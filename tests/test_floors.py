@@ -44,7 +44,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "model.structure": (
         (*VALUE, "numerics.rounding", "model.operators"),
-        "families opaque layers module_lists blocks channels sharing composite geometry",
+        "families opaque layers operands module_lists blocks channels sharing composite geometry",
     ),
     "model.qdq": (
         (*VALUE, "model.operators", "model.structure"),
@@ -61,12 +61,15 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
     "model.simulation": (MODEL, "constants samples opaque module watching stream run"),
     "model.files": (
         MODEL,
-        "soundness onnx_reader given protobuf encodings_writer encodings_reader state_dict onnx_writer",
+        "soundness onnx_reader given protobuf encodings_reader encodings_writer state_dict onnx_writer",
     ),
     "model.torch_export": ((*VALUE, "model.canon"), "errors names exporter"),
     "model": ((*MODEL, "model.canon", "model.simulation", "model.files", "model.torch_export"), "model"),
     "methods": (VALUE, "preconditions"),
-    "methods.placement": ((*MODEL, "model.simulation"), "joined target filters overrides placement calibration"),
+    "methods.placement": (
+        (*MODEL, "model.simulation"),
+        "joined target filters overrides survival placement calibration remarks",
+    ),
     "methods.equalization": ((*MODEL, "model.simulation"), "links norm_links reach rescaling"),
     "methods.rounding": (
         (*MODEL, "model.simulation", "numerics.rounding", "methods.placement"),

@@ -19,7 +19,7 @@ from onnx_ir.passes import common
 
 from qpipe.model.canon import attention_forms, bound_forms, layer_forms, plain_forms, sequences, unrolling
 from qpipe.model.canon.floats import to_float32
-from qpipe.model.canon.folding import fold_constants, fold_weights
+from qpipe.model.canon.folding import fold_constants, fold_quantized, fold_weights
 from qpipe.model.canon.opsets import to_canonical_opset
 from qpipe.model.canon.refusals import check_supported, refuse_unfit
 from qpipe.model.network.invariants import lift_constants, remove_dead_nodes, restore
@@ -93,6 +93,7 @@ def canonicalize(
     read_weights(graph, grids)  # the rules look for weights among the float initializers
     simplify(model, kept | grids.names)
     notes += write_out(graph)  # whose scales had to be folded first
+    notes += fold_quantized(model)
     while read_weights(graph, grids):  # scales that had to be folded first
         simplify(model, kept | grids.names)
     while apply(graph, (unrolling.choose_between,)):  # only now it is known what cannot be decided
