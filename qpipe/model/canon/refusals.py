@@ -39,7 +39,7 @@ _CODES = frozenset({ir.DataType.INT2, ir.DataType.UINT2, ir.DataType.INT4, ir.Da
 """What QDQ nodes may hold besides; reading a quantized model leaves none of them."""
 _CONTROL = frozenset({"If", "Loop", "Scan"})
 _TEXT = frozenset({"StringConcat", "StringNormalizer", "StringSplit", "RegexFullMatch", "TfIdfVectorizer"})
-_CONTAINERS = frozenset({"SequenceMap", "Optional", "OptionalGetElement", "OptionalHasElement"})
+_CONTAINERS = frozenset({"Optional", "OptionalGetElement", "OptionalHasElement"})
 _WAYS_OUT = {
     RANDOM: "it draws random numbers. Export the model in eval mode",
     _TEXT: "text is not supported. Process it before the model",

@@ -65,7 +65,7 @@ def explain(
     twin, own = _run(module, args, kwargs)
     if isinstance(own, BaseException):
         return (
-            f"{name} does not run on its example inputs: {_reason(own)}{_place(twin, [own])}. Give inputs that it "
+            f"{name} does not run on its example inputs: {reason(own)}{_place(twin, [own])}. Give inputs that it "
             f"takes ({_signature(module)}); the example has {_described(args, kwargs)}."
         )
     if strange := _strange_output(own):
@@ -74,8 +74,37 @@ def explain(
             f"module in one that does; {_OTHERWISE}."
         )
     chain = _chain(error)
-    said = f"torch cannot export {name} to ONNX: {_reason(chain[-1])}{_place(module, chain)}. "
-    return said + _way_out(chain)
+    place = _place(module, chain)
+    if operator := lacking_operator(error):
+        return (
+            f"ONNX has no operator for {operator}, which {name} calls{place or ' in its forward'}. "
+            f"Replace it by others; {_OTHERWISE}."
+        )
+    told = f" (torch says {reason(chain[-1])}.)"
+    if _decides_by_values(chain):
+        return (
+            f"{name} decides by the values of a tensor{place}, which an ONNX graph cannot follow. Use torch.where or "
+            f"torch.cond, and sizes that do not depend on values; {_OTHERWISE}.{told}"
+        )
+    return (
+        f"torch cannot export {name} to ONNX: it stops{place or ' without saying where'}. Rewrite what depends on the "
+        f"values of tensors or calls operators that ONNX lacks; {_OTHERWISE}.{told}"
+    )
+
+
+def lacking_operator(error: BaseException) -> str | None:
+    """The operator of torch that has no form in ONNX, for which the export failed; None where it failed otherwise."""
+    found = _NO_OPERATOR.search(_said(_chain(error)))
+    return found[1].removeprefix("aten.").strip("_") if found else None
+
+
+def _decides_by_values(chain: list[BaseException]) -> bool:
+    said = _said(chain)
+    return "DataDependent" in said or "data-dependent" in said
+
+
+def _said(chain: list[BaseException]) -> str:
+    return "\n".join(f"{type(error).__name__} {error}" for error in chain)
 
 
 def _chain(error: BaseException) -> list[BaseException]:
@@ -86,39 +115,45 @@ def _chain(error: BaseException) -> list[BaseException]:
     return chain
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     lines = (line.strip() for line in str(error).splitlines())
     return f"{type(error).__name__}: {next(filter(None, lines), 'no reason given').rstrip('.')}"
 
 
-def _way_out(chain: list[BaseException]) -> str:
-    said = "\n".join(f"{type(error).__name__} {error}" for error in chain)
-    if found := _NO_OPERATOR.search(said):
-        operator = found[1].removeprefix("aten.").strip("_")
-        return f"ONNX has no operator for {operator}: replace it by others; {_OTHERWISE}."
-    if "DataDependent" in said or "data-dependent" in said:
-        return (
-            "Its code decides by the values of a tensor, which an ONNX graph cannot follow: use torch.where or "
-            f"torch.cond, and sizes that do not depend on values; {_OTHERWISE}."
-        )
-    return f"Rewrite what depends on the values of tensors or calls operators that ONNX lacks; {_OTHERWISE}."
+def node_place(node: fx.Node) -> str:
+    """` in its part 'a.b' at `code``, of a node of an exported program, as far as it is known."""
+    path = next(reversed([*_stack(node)]), "")
+    code = _told_line(str(node.meta.get("stack_trace")))
+    return (f" in its part {path!r}" if path else "") + (f" at `{code}`" if code else "")
 
 
 def _place(module: nn.Module, chain: list[BaseException]) -> str:
     """ in its part 'a.b' at `code`, as far as it is known."""
     places = [place for error in chain if (place := _deepest_module(module, error))]
     where = f" in its part {places[-1]!r}" if places else ""
-    code = next((line for error in reversed(chain) if (line := _own_line(error))), "")
+    lines = (line for error in reversed(chain) for line in (_own_line(error), _line_of_node(error)))
+    code = next(filter(None, lines), "")
     return where + (f" at `{code}`" if code else "")
 
 
 def _own_line(error: BaseException) -> str:
     """The last line of code outside torch that was running, or that torch says was."""
-    told = [code.strip() for file, code in _CALL.findall(str(error)) if _is_theirs(file)]
-    if told:
-        return str(told[-1])
+    if told := _told_line(str(error)):
+        return told
     own = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_theirs(frame.filename)]
     return str(own[-1].line or "") if own else ""
+
+
+def _told_line(trace: str) -> str:
+    """The last line of code outside torch in a text that holds a stack."""
+    told = [code.strip() for file, code in _CALL.findall(trace) if _is_theirs(file)]
+    return str(told[-1]) if told else ""
+
+
+def _line_of_node(error: BaseException) -> str:
+    """The line that the operator stands in which was being translated."""
+    nodes = [frame.f_locals.get("node") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return next((_told_line(str(n.meta.get("stack_trace"))) for n in reversed(nodes) if isinstance(n, fx.Node)), "")
 
 
 def _is_theirs(file: str) -> bool:

@@ -25,7 +25,7 @@ from qpipe.model.canon.form import canonicalize
 from qpipe.model.network.invariants import OPSET
 from qpipe.model.network.naming import MODULE_CLASS, SCOPE
 from qpipe.model.network.network import Network
-from qpipe.model.torch_export.errors import explain, refuse_unfit_module, unwrapped
+from qpipe.model.torch_export.errors import explain, lacking_operator, refuse_unfit_module, unwrapped
 from qpipe.model.torch_export.names import rename
 
 BATCH = "batch"
@@ -44,13 +44,8 @@ def from_torch(
     goes to torch.export as it is. Raises InputError where torch cannot export the module."""
     module = unwrapped(module)
     refuse_unfit_module(module)
-    args, kwargs = _arguments(module, example_inputs)
-    notes: list[str] = []
-    with _evaluating(module):
-        if dynamic_shapes is not None:
-            source = _exported(module, args, kwargs, dynamic_shapes)
-        else:
-            source, notes = _exported_with_batch(module, args, kwargs)
+    program, notes = exported(module, *arguments(module, example_inputs), dynamic_shapes)
+    source: ir.Model = program.model
     if not source.graph.outputs:
         raise InputError(f"{type(module).__name__} returns no tensor. Let its forward return what it computes.")
     parameters = [name for name, value in source.graph.initializers.items() if _is_parameter(value)]
@@ -79,7 +74,7 @@ def _tied(module: torch.nn.Module, kept: set[str]) -> dict[str, str]:
     return dict(sorted(tied.items()))
 
 
-def _arguments(module: torch.nn.Module, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments(module: torch.nn.Module, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The example as positional and named arguments, on the module's device."""
     device = next((p.device for p in [*module.parameters(), *module.buffers()]), torch.device("cpu"))
 
@@ -95,7 +90,7 @@ def _arguments(module: torch.nn.Module, example: Any) -> tuple[tuple[Any, ...], 
 
 
 @contextlib.contextmanager
-def _evaluating(module: torch.nn.Module) -> Iterator[None]:
+def evaluating(module: torch.nn.Module) -> Iterator[None]:
     """Every submodule in eval mode for the while, and back in its own mode after."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
@@ -106,29 +101,45 @@ def _evaluating(module: torch.nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-def _exported_with_batch(
+def exported(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any = None
+) -> tuple[torch.onnx.ONNXProgram, list[str]]:
+    """torch's raw export of the module in eval mode, and notes on what it fixed. Raises InputError with the part at
+    fault and the way out."""
+    with evaluating(module):
+        try:
+            if dynamic_shapes is not None:
+                return _export(module, args, kwargs, dynamic_shapes), []
+            return _export_with_batch(module, args, kwargs)
+        except Exception as error:  # the exporter raises its own errors around torch's and python's
+            raise InputError(explain(module, args, kwargs, error)) from error
+
+
+def _export_with_batch(
     module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[ir.Model, list[str]]:
+) -> tuple[torch.onnx.ONNXProgram, list[str]]:
     """The export with dimension 0 dynamic; with the example's own shapes, and a note, if that is refused."""
     tensors = [value for value in [*args, *kwargs.values()] if isinstance(value, torch.Tensor)]
     sizes = {tensor.shape[0] if tensor.dim() else 0 for tensor in tensors}
     if len(sizes) != 1 or 0 in sizes:
         note = "Shapes are fixed to the example's: its inputs do not share their first dimension."
-        return _exported(module, args, kwargs, None), [note]
+        return _export(module, args, kwargs, None), [note]
     # torch.export takes a dimension of 1 for a constant, so a batch of one becomes a batch of two.
-    args, kwargs = tuple(map(_doubled, args)), {name: _doubled(value) for name, value in kwargs.items()}
+    open_args, open_kwargs = tuple(map(_doubled, args)), {name: _doubled(v) for name, v in kwargs.items()}
     dim = torch.export.Dim(BATCH, min=1)
     dims: Any = tuple({0: dim} if isinstance(value, torch.Tensor) else None for value in args)
     if kwargs:
         dims = {name: {0: dim} if isinstance(v, torch.Tensor) else None for name, v in kwargs.items()}
     try:
-        model = _exported(module, args, kwargs, dims)
-    except InputError:
-        model = _exported(module, args, kwargs, None)
-    size = max(next(iter(sizes)), 2)
-    if _has_open_batch(model):
-        return model, []
-    return model, [f"The batch size is fixed to {size}: the module does not export with an open one."]
+        program = _export(module, open_args, open_kwargs, dims)
+    except Exception as error:
+        if lacking_operator(error):  # which fixed shapes do not bring
+            raise
+        program = _export(module, args, kwargs, None)
+    if _has_open_batch(program.model):
+        return program, []
+    size = next(value.shape[0] for value in program.model.graph.inputs if value.shape)
+    return program, [f"The batch size is fixed to {size}: the module does not export with an open one."]
 
 
 def _has_open_batch(model: ir.Model) -> bool:
@@ -142,29 +153,24 @@ def _doubled(value: Any) -> Any:
     return torch.cat([value, value]) if single else value
 
 
-def _exported(
+def _export(
     module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
-) -> ir.Model:
-    """torch's raw export. Raises InputError with torch's reason and the module that it names."""
-    try:
-        # The fused kernels lay their result out otherwise than the form that the exporter takes attention
-        # apart into, and a view that was traced over the one does not fit the other.
-        with _quiet(), sdpa_kernel(SDPBackend.MATH):
-            program = torch.onnx.export(
-                module,
-                args,
-                kwargs=kwargs or None,
-                dynamo=True,
-                optimize=False,
-                verbose=False,
-                opset_version=OPSET,
-                dynamic_shapes=dynamic_shapes,
-            )
-    except Exception as error:  # the exporter raises its own errors around torch's and python's
-        raise InputError(explain(module, args, kwargs, error)) from error
+) -> torch.onnx.ONNXProgram:
+    # The fused kernels lay their result out otherwise than the form that the exporter takes attention
+    # apart into, and a view that was traced over the one does not fit the other.
+    with _quiet(), sdpa_kernel(SDPBackend.MATH):
+        program = torch.onnx.export(
+            module,
+            args if kwargs else (*args, {}),  # it takes a dict at the end for named arguments
+            kwargs=kwargs or None,
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+            opset_version=OPSET,
+            dynamic_shapes=dynamic_shapes,
+        )
     assert program is not None
-    model: ir.Model = program.model
-    return model
+    return program
 
 
 @contextlib.contextmanager
