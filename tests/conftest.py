@@ -71,11 +71,11 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]
     from qpipe.artifacts.artifact import Artifact, load, save
     from qpipe.cache.store import Store
     from qpipe.model import Model
-    from tests.zoo import built
+    from tests.zoo import built, inputs
 
     def make(name: str, folder: Path) -> None:
         module, example = built(name)
-        artifact = save(Model.from_torch(module, (example,)), Store(folder))
+        artifact = save(Model.from_torch(module, inputs(example)), Store(folder))
         (folder / "artifact.json").write_text(json.dumps(dataclasses.asdict(artifact)))
 
     @functools.cache

@@ -5,15 +5,19 @@
 
 The database is `torch.testing._internal.common_methods_invocations.op_db`, by which torch tests itself: operators, and
 for each of them samples of its inputs. The first sample that can be used becomes a small module: its tensors are the
-inputs, everything else is part of the module.
+inputs, everything else is part of the module. Where it has no tensors (`eye`), the module has an input beside it.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import functools
 import io
 import logging
+import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from qpipe.errors import InputError, QpipeError
+from qpipe.errors import InputError
 from qpipe.model import Model
 
 Outcome = Literal["equal", "refused", "wrong", "crashed", "no module"]
@@ -32,8 +36,19 @@ TOLERANCE = 1e-4
 """Of the largest value: what float32 sums in another order differ by, and the check of an import allows."""
 HALF = {torch.float16: 1e-3, torch.bfloat16: 4e-3}
 """Instead, for what a module returns in half precision, which an import computes in float32: one rounding."""
-LOOKED_AT = 8
+LOOKED_AT = 100
 """Samples of an operator that are looked at for one that can be used."""
+
+
+PARTS = 10
+"""Into which the database is dealt out, one for the quick tests."""
+TITLES: dict[Outcome, str] = {
+    "equal": "the import computes what the module does, to 1e-4 of the largest value",
+    "refused": "one message says why, before anything was computed with it",
+    "no module": "it has no sample of float32 that gives the same tensors every time, or torch cannot run it here",
+    "wrong": "the import computes something else and nobody is told",
+    "crashed": "an error that is none of ours",
+}
 
 
 class Call(nn.Module):
@@ -46,6 +61,9 @@ class Call(nn.Module):
         self.places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
     def forward(self, *tensors: Tensor) -> Any:
+        if not self.places:
+            args, kwargs = pytree.tree_unflatten(self.rest, self.spec)
+            return tensors[0] + 1, self.function(*args, **kwargs)
         leaves = list(self.rest)
         for place, tensor in zip(self.places, tensors, strict=True):
             leaves[place] = tensor
@@ -81,9 +99,10 @@ def module_of(entry: Any) -> tuple[nn.Module, tuple[Tensor, ...], list[Tensor]] 
     for _, sample in zip(range(LOOKED_AT), samples, strict=False):
         leaves, spec = pytree.tree_flatten(((sample.input, *sample.args), dict(sample.kwargs)))
         tensors = tuple(leaf.detach().clone() for leaf in leaves if isinstance(leaf, Tensor))
-        if not tensors or any(t.numel() == 0 or t.layout != torch.strided or t.is_complex() for t in tensors):
+        if any(t.numel() == 0 or t.layout != torch.strided or t.is_complex() for t in tensors):
             continue
         module = Call(entry.op, spec, leaves).eval()
+        tensors = tensors or (torch.ones(3),)
         computed = _computed(module, tensors), _computed(module, tensors)
         if not computed[0] or not all(value.numel() and value.layout == torch.strided for value in computed[0]):
             reason = "it returns no tensor with elements"
@@ -101,9 +120,26 @@ def _computed(module: nn.Module, tensors: tuple[Tensor, ...]) -> list[Tensor]:
     return [leaf.detach().resolve_conj().resolve_neg() for leaf in leaves if isinstance(leaf, Tensor)]
 
 
+def part(number: int) -> list[Any]:
+    """Every tenth entry."""
+    return entries()[number::PARTS]
+
+
 def results(chosen: Iterable[Any]) -> list[Result]:
     """Every one of these entries, run."""
+    remember_sources()
     return [run(entry) for entry in chosen]
+
+
+def remember_sources() -> None:
+    """torch's exporter reads the sources of its 500 functions for every export, half of the time that one operator
+    takes. Here it remembers what it read; where torch does it another way, nothing is changed."""
+    with contextlib.suppress(ImportError, AttributeError):
+        from onnxscript._internal.values import TracedOnnxFunction
+
+        remembered = functools.cached_property(TracedOnnxFunction.function_ir.fget)
+        remembered.__set_name__(TracedOnnxFunction, "function_ir")
+        TracedOnnxFunction.function_ir = remembered
 
 
 def run(entry: Any) -> Result:
@@ -122,9 +158,9 @@ def run(entry: Any) -> Result:
             with torch.no_grad():
                 returned = simulated(*(fitting(t) for t in tensors))
         except InputError as error:
-            return Result(name, "refused", str(error), exports_right(module, tensors, wanted))
-        except QpipeError as error:
-            return Result(name, "crashed", f"{type(error).__name__}: {error}")
+            said = str(error)
+            exports = not said.startswith("ONNX has no operator") and exports_right(module, tensors, wanted)
+            return Result(name, "refused", said, exports)
         except Exception as error:
             return Result(name, "crashed", f"{type(error).__name__}: {error}")
         off = difference(wanted, list(returned) if isinstance(returned, tuple) else [returned])
@@ -179,3 +215,77 @@ def quiet() -> Iterator[None]:
                 yield
     finally:
         logging.disable(disabled)
+
+
+def row(result: Result) -> str:
+    """One line of the table: the first sentence of a refusal, without names of nodes and the code of `Call`."""
+    clauses = [line[4:] for line in result.reason.splitlines() if line.startswith("  - ")]
+    told = [re.sub(r"^(node|input|initializer) '.*?' \(op (\w+).*?\): ", r"\2: ", clause) for clause in clauses]
+    reason = "; ".join(dict.fromkeys(told)) or re.sub(r",? which Call calls at `.*?`|,? at `.*?`", "", result.reason)
+    first = reason if clauses else re.split(r"(?<=\w)\. ", reason)[0]
+    lost = re.search(r"It lost something of \w+", reason)
+    said = f"{lost[0][0].lower()}{lost[0][1:]}, says the export" if lost else first.rstrip(".")
+    if result.exports:
+        said += " (torch.onnx.export writes it)"
+    return f"| {result.name} | {result.outcome} | {said.replace('|', chr(92) + '|')} |"
+
+
+def versions() -> str:
+    """What the page was written with."""
+    import onnx
+    import onnxruntime
+    import onnxscript
+
+    found = ((each.__name__, each.__version__.partition("+")[0]) for each in (torch, onnx, onnxscript, onnxruntime))
+    return ", ".join(f"{name} {version}" for name, version in found)
+
+
+def page(found: list[Result]) -> str:
+    """docs/torch_operators.md."""
+    total = Counter(result.outcome for result in found)
+    counts = ", ".join(f"{total[outcome]} {outcome}" for outcome in TITLES)
+    lacking = sum(result.reason.startswith("ONNX has no operator") for result in found)
+    exports = sum(result.exports for result in found)
+    legend = "\n".join(f"- *{outcome}*: {title}." for outcome, title in TITLES.items())
+    rows = "\n".join(row(result) for result in sorted(found, key=lambda each: each.name))
+    return PAGE_TEXT.format(
+        versions=versions(), entries=len(found), counts=counts, lacking=lacking, exports=exports, legend=legend, rows=rows
+    )
+
+
+PAGE_TEXT = """# torch's operators
+
+torch's own database of operators, `torch.testing._internal.common_methods_invocations.op_db`: the first usable sample of
+float32 of each entry as a small module, through `Model.from_torch(module).to_torch()`, held against the module. Written by
+`python -m tests.torch_operators`; `tests/model/torch_export/test_torch_operators.py` runs all of it and compares.
+
+{versions}: **{entries} entries, {counts}**.
+
+{legend}
+
+Of what is refused, ONNX has no operator for {lacking}, and {exports} are such that `torch.onnx.export` writes them and
+onnxruntime computes from that what torch does.
+
+| entry | | why |
+|---|---|---|
+{rows}
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="list the entries that are not equal; write nothing")
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    found = results(entries())
+    if chosen.list:
+        for result in found:
+            if result.outcome != "equal":
+                print(f"{result.outcome} | {result.name} | {result.exports} | {' '.join(result.reason.split())}")
+    else:
+        PAGE.write_text(page(found))
+    print(dict(Counter(result.outcome for result in found)))
+
+
+if __name__ == "__main__":
+    main()
