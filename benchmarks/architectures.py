@@ -106,7 +106,7 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     return {
         "net": name,
         **agreement(module, example, model, small),
-        **speed(module, example, model, small, rounds),
+        **(speed(module, example, model, small, rounds) if rounds else {}),
     }
 
 
@@ -118,7 +118,7 @@ HEADER = (
 
 def line(found: dict[str, Any]) -> tuple[str, ...]:
     ratios = [
-        f"{found[key]:.2f}"
+        f"{found[key]:.2f}" if key in found else "–"
         for key in ("float_forward", "quantized_forward", "float_backward", "quantized_backward")
     ]
     return (
@@ -133,7 +133,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("nets", nargs="*", default=list(ZOO), metavar="NAME", help=", ".join(ZOO))
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=7, help="0: leave the speed out")
     parser.add_argument("--markdown", action="store_true", help="the table as Markdown")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -141,12 +141,12 @@ def main() -> None:
     torch.set_num_threads(1)
     found = []
     edge, between = ("| ", " | ") if arguments.markdown else ("", "  ")
-    print(edge + between.join(HEADER) + edge.rstrip())
+    print(edge + between.join(HEADER) + edge[::-1])
     if arguments.markdown:
         print("|" + "---|" * len(HEADER))
     for name in arguments.nets:
         found.append(measure(name, arguments.rounds))
-        print(edge + between.join(line(found[-1])) + edge.rstrip(), flush=True)
+        print(edge + between.join(line(found[-1])) + edge[::-1], flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import io
 import logging
 import re
@@ -29,6 +28,7 @@ from torch.utils import _pytree as pytree
 
 from qpipe.errors import InputError
 from qpipe.model import Model
+from tests.quick_export import remember
 
 Outcome = Literal["equal", "refused", "wrong", "crashed", "no module"]
 PAGE = Path(__file__).parents[1] / "docs" / "torch_operators.md"
@@ -127,19 +127,8 @@ def part(number: int) -> list[Any]:
 
 def results(chosen: Iterable[Any]) -> list[Result]:
     """Every one of these entries, run."""
-    remember_sources()
+    remember()
     return [run(entry) for entry in chosen]
-
-
-def remember_sources() -> None:
-    """torch's exporter reads the sources of its 500 functions for every export, half of the time that one operator
-    takes. Here it remembers what it read; where torch does it another way, nothing is changed."""
-    with contextlib.suppress(ImportError, AttributeError):
-        from onnxscript._internal.values import TracedOnnxFunction
-
-        remembered = functools.cached_property(TracedOnnxFunction.function_ir.fget)
-        remembered.__set_name__(TracedOnnxFunction, "function_ir")
-        TracedOnnxFunction.function_ir = remembered
 
 
 def run(entry: Any) -> Result:
@@ -249,15 +238,21 @@ def page(found: list[Result]) -> str:
     legend = "\n".join(f"- *{outcome}*: {title}." for outcome, title in TITLES.items())
     rows = "\n".join(row(result) for result in sorted(found, key=lambda each: each.name))
     return PAGE_TEXT.format(
-        versions=versions(), entries=len(found), counts=counts, lacking=lacking, exports=exports, legend=legend, rows=rows
+        versions=versions(),
+        entries=len(found),
+        counts=counts,
+        lacking=lacking,
+        exports=exports,
+        legend=legend,
+        rows=rows,
     )
 
 
 PAGE_TEXT = """# torch's operators
 
-torch's own database of operators, `torch.testing._internal.common_methods_invocations.op_db`: the first usable sample of
-float32 of each entry as a small module, through `Model.from_torch(module).to_torch()`, held against the module. Written by
-`python -m tests.torch_operators`; `tests/model/torch_export/test_torch_operators.py` runs all of it and compares.
+torch's own database of operators, `torch.testing._internal.common_methods_invocations.op_db`: the first usable sample
+of float32 of each entry as a small module, through `Model.from_torch(module).to_torch()`, held against the module.
+Written by `python -m tests.torch_operators`; `tests/model/torch_export/test_torch_operators.py` runs all of it.
 
 {versions}: **{entries} entries, {counts}**.
 

@@ -80,14 +80,16 @@ def explain(
             f"ONNX has no operator for {operator}, which {name} calls{place or ' in its forward'}. "
             f"Replace it by others; {_OTHERWISE}."
         )
-    told = f" (torch says {reason(chain[-1])}.)"
+    told = f" (torch says {reason(_cause(error)).split('. ')[0]}.)"
     if _decides_by_values(chain):
         return (
             f"{name} decides by the values of a tensor{place}, which an ONNX graph cannot follow. Use torch.where or "
             f"torch.cond, and sizes that do not depend on values; {_OTHERWISE}.{told}"
         )
+    node = next((found for each in reversed(chain) if (found := _node(each))), None)
+    stops = f"it stops{f' at {operator_name(node)}' if node else ''}{place}" if node or place else "it says not where"
     return (
-        f"torch cannot export {name} to ONNX: it stops{place or ' without saying where'}. Rewrite what depends on the "
+        f"torch cannot export {name} to ONNX: {stops}. Rewrite what depends on the "
         f"values of tensors or calls operators that ONNX lacks; {_OTHERWISE}.{told}"
     )
 
@@ -113,6 +115,13 @@ def _chain(error: BaseException) -> list[BaseException]:
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
     return chain
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The error that was the first cause, without what happened to be handled when it was raised."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def reason(error: BaseException) -> str:
@@ -152,8 +161,20 @@ def _told_line(trace: str) -> str:
 
 def _line_of_node(error: BaseException) -> str:
     """The line that the operator stands in which was being translated."""
-    nodes = [frame.f_locals.get("node") for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return next((_told_line(str(n.meta.get("stack_trace"))) for n in reversed(nodes) if isinstance(n, fx.Node)), "")
+    node = _node(error)
+    return "" if node is None else _told_line(str(node.meta.get("stack_trace")))
+
+
+def _node(error: BaseException) -> fx.Node | None:
+    """The node of the exported program that was being translated."""
+    found = (frame.f_locals.get("node") for frame, _ in traceback.walk_tb(error.__traceback__))
+    nodes = [node for node in found if isinstance(node, fx.Node) and node.op == "call_function"]
+    return nodes[-1] if nodes else None
+
+
+def operator_name(node: fx.Node) -> str:
+    """What torch's users call the operator of a node: `avg_pool2d`."""
+    return str(node.meta.get("torch_fn", ("", str(node.target)))[1]).rpartition(".")[2]
 
 
 def _is_theirs(file: str) -> bool:

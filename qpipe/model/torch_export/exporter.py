@@ -7,6 +7,7 @@ equal parameters. `torch_names` names what it leaves after the torch modules.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 import re
@@ -19,6 +20,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
 
 from qpipe.errors import InputError
 from qpipe.model.canon.form import canonicalize
@@ -119,27 +121,36 @@ def _export_with_batch(
     module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[torch.onnx.ONNXProgram, list[str]]:
     """The export with dimension 0 dynamic; with the example's own shapes, and a note, if that is refused."""
-    tensors = [value for value in [*args, *kwargs.values()] if isinstance(value, torch.Tensor)]
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     sizes = {tensor.shape[0] if tensor.dim() else 0 for tensor in tensors}
     if len(sizes) != 1 or 0 in sizes:
         note = "Shapes are fixed to the example's: its inputs do not share their first dimension."
         return _export(module, args, kwargs, None), [note]
     # torch.export takes a dimension of 1 for a constant, so a batch of one becomes a batch of two.
-    open_args, open_kwargs = tuple(map(_doubled, args)), {name: _doubled(v) for name, v in kwargs.items()}
-    dim = torch.export.Dim(BATCH, min=1)
-    dims: Any = tuple({0: dim} if isinstance(value, torch.Tensor) else None for value in args)
-    if kwargs:
-        dims = {name: {0: dim} if isinstance(v, torch.Tensor) else None for name, v in kwargs.items()}
+    two_args, two_kwargs = pytree.tree_map_only(torch.Tensor, _doubled, (args, kwargs))
+    program: torch.onnx.ONNXProgram | None
     try:
-        program = _export(module, open_args, open_kwargs, dims)
+        program = _export(module, two_args, two_kwargs, _open_batch(module, two_args, two_kwargs))
     except Exception as error:
         if lacking_operator(error):  # which fixed shapes do not bring
             raise
+        program = None
+    if program is None:  # not above: the error of the first try says nothing about the second
         program = _export(module, args, kwargs, None)
     if _has_open_batch(program.model):
         return program, []
     size = next(value.shape[0] for value in program.model.graph.inputs if value.shape)
     return program, [f"The batch size is fixed to {size}: the module does not export with an open one."]
+
+
+def _open_batch(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Dimension 0 of every tensor, by the name of the argument that holds it, however deep; `*args` hold a tuple."""
+    dim = torch.export.Dim(BATCH, min=1)
+    arguments = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+    return {
+        name: pytree.tree_map(lambda leaf: {0: dim} if isinstance(leaf, torch.Tensor) else None, value)
+        for name, value in arguments.items()
+    }
 
 
 def _has_open_batch(model: ir.Model) -> bool:
@@ -148,9 +159,8 @@ def _has_open_batch(model: ir.Model) -> bool:
     return all(shape is not None and len(shape) > 0 and not isinstance(shape[0], int) for shape in shapes)
 
 
-def _doubled(value: Any) -> Any:
-    single = isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == 1
-    return torch.cat([value, value]) if single else value
+def _doubled(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.cat([tensor, tensor]) if tensor.shape[0] == 1 else tensor
 
 
 def _export(

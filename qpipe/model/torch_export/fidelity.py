@@ -26,7 +26,7 @@ from qpipe.model.runtime.session import make_session
 from qpipe.model.simulation.constants import array_of, tensor_of
 from qpipe.model.simulation.module import to_torch
 from qpipe.model.simulation.samples import fitting
-from qpipe.model.torch_export.errors import node_place, reason, unwrapped
+from qpipe.model.torch_export.errors import node_place, operator_name, reason, unwrapped
 from qpipe.model.torch_export.exporter import arguments, evaluating, exported
 
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -189,7 +189,7 @@ def _what_was_lost(program: torch.onnx.ONNXProgram, tensors: list[Tensor], wante
     if lost is not None:
         node, off = lost
         return (
-            f"It lost something of {_operator(node)}{node_place(node)}, whose value is off by {off:.1e}. "
+            f"It lost something of {operator_name(node)}{node_place(node)}, whose value is off by {off:.1e}. "
             "Write that with other operators, which compute the same."
         )
     if difference(wanted, [leaf for leaf in returned if isinstance(leaf, Tensor)]) > TOLERANCE:
@@ -245,7 +245,3 @@ def _first_lost(
             return nodes[name], off
     return None
 
-
-def _operator(node: fx.Node) -> str:
-    """What torch's users call the operator: `avg_pool2d`."""
-    return str(node.meta.get("torch_fn", ("", str(node.target)))[1]).rpartition(".")[2]

@@ -125,7 +125,24 @@ class Modal(nn.Module):
         return x + 1 if mode == "up" else x - 1
 
 
+class AnyNumber(nn.Module):
+    """As many inputs as are given."""
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        return sum(tensors, torch.zeros(()))
+
+
+class Containers(nn.Module):
+    """Its inputs lie in a list and in a dict."""
+
+    def forward(self, pair: list[Tensor], more: dict[str, Tensor]) -> dict[str, Any]:
+        return {"sum": pair[0] + 2 * pair[1], "more": (more["a"] * 2, None)}
+
+
 TAKEN: dict[str, tuple[nn.Module, Any]] = {
+    "any number of inputs": (AnyNumber(), (X, 2 * X, 3 * X)),
+    "inputs in containers": (Containers(), ([X, 2 * X], {"a": 3 * X})),
+    "one sample": (inside(lambda _, x: x), X[:1]),
     "in place": (Doubling(), X),
     "in place inside": (inside(in_place), X),
     "side effects": (inside(counting, seen=0, table=torch.ones(4)), X),
