@@ -18,5 +18,12 @@ def remember() -> None:
     with contextlib.suppress(ImportError, AttributeError):
         from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-        # Nothing is added to one that an export without a table of the caller's own has made.
-        ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))  # type: ignore[assignment]
+        made = functools.cache(ONNXRegistry.from_torchlib)
+
+        def copied(opset_version: int) -> ONNXRegistry:
+            copy = ONNXRegistry()  # an export adds the caller's own functions to it
+            copy._opset_version = opset_version
+            copy.functions = {name: [*known] for name, known in made(opset_version).functions.items()}
+            return copy
+
+        ONNXRegistry.from_torchlib = staticmethod(copied)  # type: ignore[assignment]

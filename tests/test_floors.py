@@ -63,7 +63,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
         MODEL,
         "soundness onnx_reader protobuf encodings_writer encodings_reader state_dict onnx_writer",
     ),
-    "model.torch_export": ((*MODEL, "model.canon", "model.simulation"), "errors names exporter fidelity"),
+    "model.torch_export": ((*MODEL, "model.canon", "model.simulation"), "errors names translations exporter fidelity"),
     "model": ((*MODEL, "model.canon", "model.simulation", "model.files", "model.torch_export"), "model"),
     "methods": (VALUE, "preconditions"),
     "methods.placement": ((*MODEL, "model.simulation"), "joined target filters overrides placement calibration"),

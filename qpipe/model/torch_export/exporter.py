@@ -29,6 +29,7 @@ from qpipe.model.network.naming import MODULE_CLASS, SCOPE
 from qpipe.model.network.network import Network
 from qpipe.model.torch_export.errors import explain, lacking_operator, refuse_unfit_module, unwrapped
 from qpipe.model.torch_export.names import rename
+from qpipe.model.torch_export.translations import TRANSLATIONS
 
 BATCH = "batch"
 _KIND = "pkg.torch.export.graph_signature.InputSpec.kind"
@@ -177,6 +178,7 @@ def _export(
             optimize=False,
             verbose=False,
             opset_version=OPSET,
+            custom_translation_table=TRANSLATIONS,
             dynamic_shapes=dynamic_shapes,
         )
     assert program is not None

@@ -171,8 +171,8 @@ def _refuse_loss(
         return
     name = type(module).__name__
     raise InputError(
-        f"The export of {name} to ONNX does not compute what {name} does: its outputs are off by {error:.1e} "
-        f"(relative). {_what_was_lost(program, tensors, _computed(twin, example, tensors))}"
+        f"The export of {name} to ONNX does not compute what {name} does: its outputs are {_apart(error)}. "
+        f"{_what_was_lost(program, tensors, _computed(twin, example, tensors))}"
     )
 
 
@@ -189,7 +189,7 @@ def _what_was_lost(program: torch.onnx.ONNXProgram, tensors: list[Tensor], wante
     if lost is not None:
         node, off = lost
         return (
-            f"It lost something of {operator_name(node)}{node_place(node)}, whose value is off by {off:.1e}. "
+            f"It lost something of {operator_name(node)}{node_place(node)}, whose value is {_apart(off)}. "
             "Write that with other operators, which compute the same."
         )
     if difference(wanted, [leaf for leaf in returned if isinstance(leaf, Tensor)]) > TOLERANCE:
@@ -198,6 +198,10 @@ def _what_was_lost(program: torch.onnx.ONNXProgram, tensors: list[Tensor], wante
             "is a constant in it. Compute it with operators of torch."
         )
     return "torch's own export is right, so the fault lies with the import of it. Write the module in other operators."
+
+
+def _apart(error: float) -> str:
+    return f"off by {error:.1e} (relative)" if error < float("inf") else "of another shape, or not finite elsewhere"
 
 
 def _own_rounding(twin: torch.nn.Module, example: Any, tensors: list[Tensor]) -> float:
