@@ -112,9 +112,9 @@ def from_file(path: Path) -> tuple[Network, float]:
     return model, error
 
 
-def from_factory(factory: str, weights: Path | None, data: Samples | None) -> tuple[Network, float]:
+def from_factory(factory: str, weights: Path | None, data: Samples | None) -> tuple[Network, float | None]:
     """The model that `module:function` builds, with its parameters or `weights`, and how far its outputs are off,
-    relative. Errors: InputError where that is much."""
+    relative; None where the module's code does not run in float32. Errors: InputError where that is much."""
     from qpipe.model.files.state_dict import fill, read_weights
     from qpipe.model.torch_export.fidelity import check
 
@@ -151,6 +151,7 @@ def load_model(
     refuse_sources(locals())
     from qpipe.model.files.encodings_reader import with_encodings_file
 
+    error: float | None
     if path is not None:
         model, error = from_file(path)
     else:
@@ -166,5 +167,8 @@ def load_model(
             f"It came quantized: {kept} weights and {len(model.encodings) - kept} activations have grids. "
             "Those of the weights stay."
         )
-    ctx.note(f"The import computes what its source does, to {error:.1e} (relative).")
+    if error is None:
+        ctx.note("The module's code does not run in float32, so the import is not held against it.")
+    else:
+        ctx.note(f"The import computes what its source does, to {error:.1e} (relative).")
     return model

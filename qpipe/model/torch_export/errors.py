@@ -8,6 +8,7 @@ import re
 import sysconfig
 import traceback
 from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,11 @@ def explain(
             f"module in one that does; {_OTHERWISE}."
         )
     chain = _chain(error)
+    if foreign := _missing_part(chain):
+        return (
+            f"torch {torch.__version__} exports by way of onnxscript, and the installed onnxscript "
+            f"{version('onnxscript')} lacks {foreign}. Install another one: pip install --upgrade onnxscript."
+        )
     place = _place(module, chain)
     if operator := lacking_operator(error):
         return (
@@ -92,6 +98,12 @@ def explain(
         f"torch cannot export {name} to ONNX: {stops}. Rewrite what depends on the "
         f"values of tensors or calls operators that ONNX lacks; {_OTHERWISE}.{told}"
     )
+
+
+def _missing_part(chain: list[BaseException]) -> str | None:
+    """The module of onnxscript that torch asks for in vain: each goes with some versions of the other."""
+    names = (error.name or "" for error in chain if isinstance(error, ImportError))
+    return next((name for name in names if name.partition(".")[0] == "onnxscript"), None)
 
 
 def lacking_operator(error: BaseException) -> str | None:
@@ -200,7 +212,7 @@ def _deepest_module(module: nn.Module, error: BaseException) -> str | None:
 def _stack(node: fx.Node) -> Iterator[str]:
     """The paths of the modules that a node of an exported program came from, the innermost last."""
     for path, _ in (node.meta.get("nn_module_stack") or {}).values():
-        if isinstance(path, str) and path:
+        if isinstance(path, str) and path and "metadata_hook" not in path:  # that is torch's own bookkeeping
             yield path.removeprefix("L['self'].")
 
 

@@ -139,6 +139,7 @@ def _export_with_batch(
     if program is None:  # not above: the error of the first try says nothing about the second
         program = _export(module, args, kwargs, None)
     if _has_open_batch(program.model):
+        _name_batch(program.model)
         return program, []
     size = next(value.shape[0] for value in program.model.graph.inputs if value.shape)
     return program, [f"The batch size is fixed to {size}: the module does not export with an open one."]
@@ -158,6 +159,19 @@ def _has_open_batch(model: ir.Model) -> bool:
     """torch closes a dimension without a word where the module's code compares it with a number."""
     shapes = [value.shape for value in model.graph.inputs]
     return all(shape is not None and len(shape) > 0 and not isinstance(shape[0], int) for shape in shapes)
+
+
+def _name_batch(model: ir.Model) -> None:
+    """torch calls the dimension `s97` where constants stand among the inputs; in a size made from it as well."""
+    shape = model.graph.inputs[0].shape
+    name = shape[0].value if shape is not None and isinstance(shape[0], ir.SymbolicDim) else None
+    if name is None or name == BATCH:
+        return
+    for value in [*model.graph.inputs, *(output for node in model.graph for output in node.outputs)]:
+        if value.shape is not None:
+            dims = [dim if isinstance(dim, int) else dim.value for dim in value.shape]
+            named = [re.sub(rf"\b{name}\b", BATCH, dim) if isinstance(dim, str) else dim for dim in dims]
+            value.shape = ir.Shape(named)
 
 
 def _doubled(tensor: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,7 @@ from qpipe.model.simulation.constants import array_of, tensor_of
 from qpipe.model.simulation.module import to_torch
 from qpipe.model.simulation.samples import fitting
 from qpipe.model.torch_export.errors import node_place, operator_name, reason, unwrapped
-from qpipe.model.torch_export.exporter import arguments, evaluating, exported
+from qpipe.model.torch_export.exporter import evaluating, exported
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 TOLERANCE = 1e-4
@@ -41,22 +41,24 @@ _NARROW = {"FLOAT16": 2.0**-11, "BFLOAT16": 2.0**-8}
 
 def check(
     module: torch.nn.Module, example: Any, model: Network, samples: Arrays | None = None, deployed: bool = False
-) -> float:
+) -> float | None:
     """How far the outputs of `model`, the import of `module`, are off, relative, on the example and on the first of
-    `samples`; in onnxruntime as well if `deployed`.
+    `samples`; in onnxruntime as well if `deployed`. None where the module's code does not run in float32.
 
     Raises InputError, which names the operator that the export lost, where that is more than rounding."""
-    module = unwrapped(module)
-    twin = _twin(module)
-    largest = 0.0
+    twin = _twin(unwrapped(module))
+    errors = []
     for tensors in (_tensors(example, model), *_sampled(model, samples)):
-        wanted = _computed(twin, example, tensors)
+        try:
+            wanted = _computed(twin, example, tensors)
+        except Exception:  # samples that the code does not take, or code that insists on half precision
+            continue
         found = _found(model, tensors, deployed)
         error = max((difference(wanted, each) for each in found), default=0.0)
         if error > TOLERANCE:
-            _refuse_loss(module, twin, example, tensors, error)
-        largest = max(largest, error)
-    return largest
+            _refuse_loss(twin, example, tensors, _tensors(example, model), error)
+        errors.append(error)
+    return max(errors, default=None)
 
 
 def difference(wanted: list[Tensor], found: list[Tensor]) -> float:
@@ -128,13 +130,19 @@ def _sampled(model: Network, samples: Arrays | None) -> list[list[Tensor]]:
 
 def _computed(twin: torch.nn.Module, example: Any, tensors: list[Tensor]) -> list[Tensor]:
     """What the module computes where the example's tensors are replaced by these."""
-    leaves, spec = _leaves(example)
-    given = iter(tensors)  # copies, since a module may write into its inputs
-    leaves = [next(given).clone() if isinstance(leaf, Tensor | np.ndarray) else leaf for leaf in leaves]
-    args, kwargs = pytree.tree_unflatten(leaves, spec)
+    args, kwargs = _arguments(example, tensors)
     with evaluating(twin), torch.no_grad():
         returned = pytree.tree_leaves(twin(*args, **kwargs))
     return [leaf for leaf in returned if isinstance(leaf, Tensor)]
+
+
+def _arguments(example: Any, tensors: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The example with these tensors in place of its own; copies, since a module may write into its inputs."""
+    leaves, spec = _leaves(example)
+    given = iter(tensors)
+    leaves = [next(given).clone() if isinstance(leaf, Tensor | np.ndarray) else leaf for leaf in leaves]
+    args, kwargs = pytree.tree_unflatten(leaves, spec)
+    return args, kwargs
 
 
 def _found(model: Network, tensors: list[Tensor], deployed: bool) -> list[list[Tensor]]:
@@ -161,15 +169,15 @@ def _deployed(model: Network, tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _refuse_loss(
-    module: torch.nn.Module, twin: torch.nn.Module, example: Any, tensors: list[Tensor], error: float
+    twin: torch.nn.Module, example: Any, tensors: list[Tensor], exported_on: list[Tensor], error: float
 ) -> None:
-    """Raise InputError unless the source's own rounding explains the error."""
+    """Raise InputError unless the source's own rounding explains the error that was found on `tensors`."""
     if error <= _ROUNDINGS * _own_rounding(twin, example, tensors):
         return
-    program, _ = exported(module, *arguments(module, example))
+    program, _ = exported(twin, *_arguments(example, exported_on))
     if error <= _ROUNDINGS * _narrowest(program):
         return
-    name = type(module).__name__
+    name = type(twin).__name__
     raise InputError(
         f"The export of {name} to ONNX does not compute what {name} does: its outputs are {_apart(error)}. "
         f"{_what_was_lost(program, tensors, _computed(twin, example, tensors))}"

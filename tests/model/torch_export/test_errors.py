@@ -8,13 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnxscript
 import pytest
 import torch
 from torch import Tensor, nn
 
 from qpipe.errors import InputError
 from qpipe.model import Model
-from qpipe.model.torch_export.fidelity import check
+from qpipe.model.torch_export.fidelity import check as held
 
 X = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
 
@@ -161,10 +162,12 @@ def test_what_can_be_taken_is_and_computes_the_same(what: str) -> None:
     module, example = TAKEN[what]
     before = [v.clone() for v in torch.utils._pytree.tree_leaves(example) if isinstance(v, Tensor)]
     model = Model.from_torch(module, example)
-    assert check(module, example, model, deployed=True) < 1e-5
+    error = held(module, example, model, deployed=True)
+    assert error is not None
+    assert error < 1e-5
     after = [v for v in torch.utils._pytree.tree_leaves(example) if isinstance(v, Tensor)]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    assert not isinstance(model.inputs[0].shape[0], int)  # the batch is open
+    assert {entry.shape[0] for entry in model.inputs} == {"batch"}
 
 
 def test_a_compiled_module_is_the_module_that_was_compiled() -> None:
@@ -192,3 +195,16 @@ def test_the_line_at_fault_is_told_wherever_its_file_lies(tmp_path: Path, folder
     )
     namespace = runpy.run_path(str(file))
     assert "at `while x.abs().max() > 0.1" in refused(namespace["Net"](), X)
+
+
+def test_an_onnxscript_that_does_not_go_with_torch_is_told_as_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    def export(*_: Any, **__: Any) -> None:
+        try:
+            import onnxscript.of_another_time  # type: ignore[import-not-found]  # noqa: F401
+        except ImportError as error:
+            raise RuntimeError("Failed to decompose") from error
+
+    monkeypatch.setattr(torch.onnx, "export", export)
+    message = refused(nn.Linear(4, 4))
+    assert f"the installed onnxscript {onnxscript.__version__} lacks onnxscript.of_another_time" in message
+    assert "pip install --upgrade onnxscript" in message

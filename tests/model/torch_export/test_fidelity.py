@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from qpipe.errors import InputError
 from qpipe.model import Model
 from qpipe.model.torch_export.exporter import from_torch
-from qpipe.model.torch_export.fidelity import check, difference
+from qpipe.model.torch_export.fidelity import check as held
+from qpipe.model.torch_export.fidelity import difference
+
+
+def check(module: nn.Module, example: Any, model: Any, samples: Any = None, deployed: bool = False) -> float:
+    error = held(module, example, model, samples, deployed)
+    assert error is not None
+    return error
+
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -128,6 +136,40 @@ def test_a_source_that_rounds_coarsely_itself_is_taken() -> None:
     assert check(Cancelling(), X, model, deployed=True) > 1e-4
     half = Part(lambda x: (x.half() * 3).float())
     assert 1e-4 < check(half, X, Model.from_torch(half, X)) < 1e-3
+
+
+class InHalf(nn.Module):
+    """Its code names a type, and does not run in another one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ torch.eye(8, dtype=torch.float16)
+
+
+def test_code_that_runs_in_half_precision_alone_is_taken_and_said_to_be_unchecked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qpipe.stage import Context
+    from qpipe.stages.load_model import load_model
+
+    module = InHalf().half()
+    assert held(module, X.half(), Model.from_torch(module, X.half())) is None
+    (tmp_path / "half_nets.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        return x @ torch.eye(8, dtype=torch.float16)\n"
+        "def build():\n"
+        "    return Net(), torch.ones(2, 3, 8, 8).half()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    notes: list[str] = []
+
+    class Noting(Context):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    load_model(factory="half_nets:build", ctx=Noting())
+    assert "does not run in float32" in notes[-1]
 
 
 def test_a_difference_is_relative_to_the_largest_value_and_infinite_for_other_places() -> None:
