@@ -212,6 +212,7 @@ def row(result: Result) -> str:
     told = [re.sub(r"^(node|input|initializer) '.*?' \(op (\w+).*?\): ", r"\2: ", clause) for clause in clauses]
     reason = "; ".join(dict.fromkeys(told)) or re.sub(r",? which Call calls at `.*?`|,? at `.*?`", "", result.reason)
     first = reason if clauses else re.split(r"(?<=\w)\. ", reason)[0]
+    first = first.replace("torch cannot export Call to ONNX: it", "torch cannot export it and").replace("Call", "it")
     lost = re.search(r"It lost something of \w+", reason)
     said = f"{lost[0][0].lower()}{lost[0][1:]}, says the export" if lost else first.rstrip(".")
     if result.exports:
@@ -258,8 +259,8 @@ Written by `python -m tests.torch_operators`; `tests/model/torch_export/test_tor
 
 {legend}
 
-Of what is refused, ONNX has no operator for {lacking}, and {exports} are such that `torch.onnx.export` writes them and
-onnxruntime computes from that what torch does.
+Of what is refused, ONNX has no operator for {lacking}; `torch.onnx.export` writes {exports} so that onnxruntime computes
+what torch does.
 
 | entry | | why |
 |---|---|---|
