@@ -102,7 +102,7 @@ def _leaves(example: Any) -> tuple[list[Any], pytree.TreeSpec]:
 def _tensors(example: Any, model: Network) -> list[Tensor]:
     """The example's tensors in the order of the model's inputs, as the model takes them."""
     leaves, _ = _leaves(example)
-    given = [torch.as_tensor(leaf) for leaf in leaves if isinstance(leaf, Tensor | np.ndarray)]
+    given = [torch.as_tensor(leaf) for leaf in leaves if _is_input(leaf)]
     return [_fitted(tensor, spec.shape) for tensor, spec in zip(given, model.inputs, strict=True)]
 
 
@@ -140,7 +140,7 @@ def _arguments(example: Any, tensors: list[Tensor]) -> tuple[tuple[Any, ...], di
     """The example with these tensors in place of its own; copies, since a module may write into its inputs."""
     leaves, spec = _leaves(example)
     given = iter(tensors)
-    leaves = [next(given).clone() if isinstance(leaf, Tensor | np.ndarray) else leaf for leaf in leaves]
+    leaves = [next(given).clone() if _is_input(leaf) else leaf for leaf in leaves]
     args, kwargs = pytree.tree_unflatten(leaves, spec)
     return args, kwargs
 
@@ -180,20 +180,21 @@ def _refuse_loss(
     name = type(twin).__name__
     raise InputError(
         f"The export of {name} to ONNX does not compute what {name} does: its outputs are {_apart(error)}. "
-        f"{_what_was_lost(program, tensors, _computed(twin, example, tensors))}"
+        f"{_what_was_lost(program, _arguments(example, tensors), _computed(twin, example, tensors))}"
     )
 
 
-def _what_was_lost(program: torch.onnx.ONNXProgram, tensors: list[Tensor], wanted: list[Tensor]) -> str:
+def _what_was_lost(program: torch.onnx.ONNXProgram, arguments: Any, wanted: list[Tensor]) -> str:
     """What of the outputs `wanted` was lost, and the way out: in one operator, in the recording, or in the import."""
     assert program.exported_program is not None
-    recorder = _Recorder(program.exported_program.module())
-    with torch.no_grad():
-        returned = pytree.tree_leaves(recorder.run(*(tensor.clone() for tensor in tensors)))
+    leaves = pytree.tree_leaves(arguments)
     try:
-        lost = _first_lost(program, recorder.values, tensors)
-    except Exception as error:  # onnxruntime's have no common type
-        return f"onnxruntime does not run the export, so the operator is not known: {str(error).splitlines()[0]}"
+        recorder = _Recorder(program.exported_program.module())
+        with torch.no_grad():
+            returned = pytree.tree_leaves(recorder.run(*leaves))
+        lost = _first_lost(program, recorder.values, [leaf for leaf in leaves if _is_input(leaf)])
+    except Exception as error:  # onnxruntime's have no common type, nor have the guards of what torch recorded
+        return f"Which operator it lost is not known, since the export does not run here: {reason(error)}."
     if lost is not None:
         node, off = lost
         return (
@@ -208,6 +209,10 @@ def _what_was_lost(program: torch.onnx.ONNXProgram, tensors: list[Tensor], wante
     return "torch's own export is right, so the fault lies with the import of it. Write the module in other operators."
 
 
+def _is_input(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor | np.ndarray)
+
+
 def _apart(error: float) -> str:
     return f"off by {error:.1e} (relative)" if error < float("inf") else "of another shape, or not finite elsewhere"
 
@@ -217,7 +222,8 @@ def _own_rounding(twin: torch.nn.Module, example: Any, tensors: list[Tensor]) ->
     try:
         exact = copy.deepcopy(twin).double()
         wide = [tensor.double() if tensor.is_floating_point() else tensor for tensor in tensors]
-        return difference(_computed(exact, example, wide), _computed(twin, example, tensors))
+        error = difference(_computed(exact, example, wide), _computed(twin, example, tensors))
+        return error if error < float("inf") else 0.0
     except Exception:  # code that insists on float32, or that cannot be copied
         return 0.0
 

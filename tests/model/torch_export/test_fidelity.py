@@ -65,6 +65,31 @@ def test_what_the_export_lost_is_refused_with_the_operator_and_its_place(operato
     assert module.training  # as it was
 
 
+class Told(nn.Module):
+    """An operator that is lost, between inputs that are no tensors."""
+
+    def forward(self, size: int, x: Tensor, y: Tensor | None, divisor: int) -> Tensor:
+        return F.avg_pool2d(x, size, divisor_override=divisor)
+
+
+def test_constants_among_the_inputs_do_not_hide_the_operator() -> None:
+    with pytest.raises(InputError, match=r"It lost something of avg_pool2d at `return F\.avg_pool2d"):
+        Model.from_torch(Told(), (2, X, None, 3))
+
+
+class Overflowing(nn.Module):
+    """In float32 it is infinite, in float64 it is not: no rounding, so no excuse for its import."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = (x + 3.3e38) * 2
+        return y if torch.compiler.is_compiling() else -y
+
+
+def test_an_overflow_is_no_rounding() -> None:
+    with pytest.raises(InputError, match="its outputs are of another shape, or not finite elsewhere"):
+        Model.from_torch(Overflowing(), X)
+
+
 def test_an_operator_that_is_lost_without_effect_is_taken() -> None:
     module = inside(lambda x: F.avg_pool2d(x, 2, divisor_override=4))
     model = Model.from_torch(module, X)
