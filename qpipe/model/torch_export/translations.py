@@ -112,8 +112,11 @@ def embedding_bag(
         begin, end = offsets, op.Concat(behind, count, axis=0)
     place = op.Unsqueeze(op.Range(op.Constant(value_int=0), op.Squeeze(count), op.Constant(value_int=1)), first)
     inside = op.And(op.GreaterOrEqual(place, op.Unsqueeze(begin, _one())), op.Less(place, op.Unsqueeze(end, _one())))
-    if padding_idx is not None and padding_idx >= 0:
-        counts = op.Not(op.Equal(indices, op.Constant(value_int=padding_idx)))
+    if padding_idx is not None:
+        left_out = op.Constant(value_ints=[padding_idx])
+        if padding_idx < 0:
+            left_out = op.Add(op.Shape(weight, start=0, end=1), left_out)
+        counts = op.Not(op.Equal(indices, left_out))
         inside = op.And(inside, op.Unsqueeze(counts, first))
     held = op.CastLike(inside, weight)
     sizes = op.ReduceSum(held, _one(), keepdims=1)

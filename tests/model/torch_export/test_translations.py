@@ -84,7 +84,7 @@ class Bags(nn.Module):
 
 
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
-@pytest.mark.parametrize("settings", [{}, {"include_last_offset": True}, {"padding_idx": 3}])
+@pytest.mark.parametrize("settings", [{}, {"include_last_offset": True}, {"padding_idx": 3}, {"padding_idx": -1}])
 def test_bags_of_any_size_are_summed_without_a_loop(mode: str, settings: dict[str, Any]) -> None:
     module = Bags(mode, **settings).eval()
     ids = torch.tensor([3, 4, 4, 9, 3, 1, 19, 0])
