@@ -261,8 +261,8 @@ Written by `python -m tests.torch_operators`; `tests/model/torch_export/test_tor
 
 {legend}
 
-Of what is refused, ONNX has no operator for {lacking}; `torch.onnx.export` writes {exports} so that onnxruntime
-computes what torch does.
+Of what is refused, ONNX has no operator for {lacking}. Refused although `torch.onnx.export` writes it and onnxruntime
+computes from that what torch does: {exports}.
 
 | entry | | why |
 |---|---|---|

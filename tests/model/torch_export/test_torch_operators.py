@@ -12,6 +12,7 @@ from tests.torch_operators import PAGE, PARTS, TITLES, entries, part, results, r
 SLOW = [pytest.param(number, marks=pytest.mark.slow) for number in range(1, PARTS)]
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("number", [0, *SLOW])
 def test_every_operator_is_imported_right_or_refused_as_the_page_says(number: int) -> None:
     found = results(part(number))
