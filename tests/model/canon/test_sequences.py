@@ -15,6 +15,24 @@ from tests.model.nets import parsed
 
 HEAD = "n (float[N,7,4] x) => (float[a,b,c] y)"
 BODIES = {
+    "a body for each element": (
+        (
+            "k = Constant<value = int64 {3}>() s = SplitToSequence<axis = 1>(x, k) a = Constant<value = float {2.0}>() "
+            "t = SequenceMap<body = b (float[N,l,4] e, float f) => (float[N,l,4] r) { h = Mul(e, f) r = Relu(h) }>"
+            "(s, a) y = ConcatFromSequence<axis = 1>(t)"
+        ),
+        ["Split", "Mul", "Relu", "Mul", "Relu", "Mul", "Relu", "Concat"],
+    ),
+    "a body for pairs": (
+        (
+            "k = Constant<value = int64 {3}>() s = SplitToSequence<axis = 1>(x, k) n = Neg(x) "
+            "m = SplitToSequence<axis = 1>(n, k) "
+            "t, u = SequenceMap<body = b (float[N,l,4] e, float[N,l,4] f) => (float[N,l,4] r, float[N,l,4] q) "
+            "{ r = Mul(e, f) q = Add(e, r) }>(s, m) i = Constant<value = int64 {1}>() p = SequenceAt(t, i) "
+            "o = SequenceAt(u, i) y = Concat<axis = 2>(p, o)"
+        ),
+        None,
+    ),
     "equal parts and a rest": (
         (
             "k = Constant<value = int64 {3}>() s = SplitToSequence<axis = 1>(x, k) "
