@@ -19,10 +19,12 @@ _KEPT = "qpipe.kept"
 _TYPE_ATTRIBUTES = ("to", "dtype")
 
 
-def to_float32(model: ir.Model) -> list[str]:
-    """Convert all tensors, types, casts and constants of `model` to float32, in place; returns the notes."""
+def to_float32(model: ir.Model, keep_outside: bool = True) -> list[str]:
+    """Convert all tensors, types, casts and constants of `model` to float32, in place; returns the notes. Inputs and
+    outputs stay what they are, with a Cast behind or before them, unless `keep_outside` is false."""
     found: set[ir.DataType] = set()
-    _keep_outside(model.graph, found)
+    if keep_outside:
+        _keep_outside(model.graph, found)
     for graph in model.graphs():
         kept = {value for value in graph.inputs if value.metadata_props.pop(_KEPT, None)}
         for value in [*graph.initializers.values(), *graph.inputs]:

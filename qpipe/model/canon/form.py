@@ -71,14 +71,15 @@ def canonical_network(source: ir.Model) -> Network:
 
 
 def canonicalize(
-    model: ir.Model, parameters: Collection[str] | None = None
+    model: ir.Model, parameters: Collection[str] | None = None, keep_types: bool = True
 ) -> tuple[ir.Model, list[str], Grids]:
     """The canonical form of `model`, which is used up, sentences about what was changed on the way, and the
     grids that its QDQ nodes said.
 
     `parameters` are the initializers that folding leaves alone; by default all of floats that are no scalar.
+    `keep_types` leaves inputs and outputs of float16 and double what they are.
     Raises InputError for what cannot be taken, all of it listed."""
-    model, notes, declared = _in_one_dialect(model)
+    model, notes, declared = _in_one_dialect(model, keep_types)
     graph, grids = model.graph, Grids()
     # Defaults that a caller may override; before IR version 4 all initializers had to be inputs.
     common.RemoveInitializersFromInputsPass()(model)
@@ -127,7 +128,7 @@ def _left_opaque(nodes: Sequence[ir.Node]) -> list[str]:
     return told
 
 
-def _in_one_dialect(model: ir.Model) -> tuple[ir.Model, list[str], dict[str, ir.Shape]]:
+def _in_one_dialect(model: ir.Model, keep_types: bool) -> tuple[ir.Model, list[str], dict[str, ir.Shape]]:
     """`model` without functions, in the canonical opset and in float32, its QDQ nodes ONNX's own, sentences about
     what that changed, and the shapes that its outputs are said to have. Raises InputError for what cannot be."""
     if model.functions:
@@ -137,7 +138,7 @@ def _in_one_dialect(model: ir.Model) -> tuple[ir.Model, list[str], dict[str, ir.
     declared = believe_graph(model)
     model = to_canonical_opset(model)
     standard_nodes(model)
-    return model, to_float32(model), declared
+    return model, to_float32(model, keep_types), declared
 
 
 def simplify(model: ir.Model, parameters: Collection[str]) -> None:

@@ -54,7 +54,7 @@ def from_torch(
     parameters = [name for name, value in source.graph.initializers.items() if _is_parameter(value)]
     _own_tensors(source)
     _keep_scopes(source)
-    model, changes, grids = canonicalize(source, parameters)
+    model, changes, grids = canonicalize(source, parameters, keep_types=False)
     values = ir.convenience.create_value_mapping(model.graph)
     grid_of = {values[name]: encoding for name, encoding in grids.encodings.items()}
     rename(model.graph, parameters, input_names)
