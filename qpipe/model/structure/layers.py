@@ -103,8 +103,12 @@ def _layer(node: ir.Node) -> Layer | str | None:
     if data.is_initializer():
         return None if weight.is_initializer() else "its weight stands on the left of the input"
     if not weight.is_initializer():
-        computed = "Conv" in node.op_type or from_initializers(weight)
-        return "its weight is computed in the graph" if computed else None
+        constant, producer = from_initializers(weight), weight.producer()
+        if not constant and "Conv" not in node.op_type:
+            return None
+        if constant and producer is not None and producer.op_type == "Transpose":
+            return "its weight is another's, transposed: tied_weights: copy in 'prepare' gives it one of its own"
+        return "its weight is computed in the graph"
     if "Conv" in node.op_type:
         return _conv(node, data, weight)
     return _gemm(node, data, weight) if node.op_type == "Gemm" else _matmul(node, data, weight)

@@ -8,6 +8,7 @@ import pytest
 
 from qpipe.model import Layer, Model
 from qpipe.model.structure.layers import refused_layers
+from qpipe.stages.prepare import prepare
 from tests.model.nets import normal, parsed
 
 
@@ -153,6 +154,14 @@ def test_layers_come_in_topological_order_and_refused_ones_with_a_reason() -> No
     assert set(refused) == {"scaled", "left"}
     assert "alpha" in refused["scaled"]
     assert "left of the input" in refused["left"]
+
+
+def test_a_tied_head_is_refused_with_the_way_out() -> None:
+    text = """net (int64[N,6] x) => (float[N,6,9] y) {
+        e = Gather(w, x)  h = MatMul(e, v)  t = Transpose<perm=[1,0]>(w)  [head] y = MatMul(h, t) }"""
+    model = Model.from_proto(parsed(text, w=normal(9, 4), v=normal(4, 4)))
+    assert "tied_weights: copy in 'prepare' gives it one of its own" in refused_layers(model)["head"]
+    assert len(prepare(model, tied_weights="copy").layers()) == 2
 
 
 def test_a_bound_per_channel_behind_a_relu_belongs_to_the_activation() -> None:
