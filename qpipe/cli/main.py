@@ -265,7 +265,8 @@ def _take_away(error: OSError) -> None:
         folder = frame.f_locals.get(places.get(frame.f_code.co_name, ""))
         if isinstance(folder, str | Path) and not (Path(folder) / RECORD).exists():
             if frame.f_code.co_name == "sweep":
-                (Path(folder) / "multirun.yaml").unlink(missing_ok=True)
+                with suppress(OSError):
+                    (Path(folder) / "multirun.yaml").unlink()
             remove_folder(Path(folder))
 
 
@@ -304,7 +305,8 @@ def remove_folder(folder: Path) -> None:
     if folder.resolve() == Path.cwd():
         return
     for name in LEFT_BY_US:
-        (folder / name).unlink(missing_ok=True)
+        with suppress(OSError):
+            (folder / name).unlink()
     for place in [folder / ".hydra", folder, *folder.parents]:
         if place.resolve() == Path.cwd() or not place.resolve().is_relative_to(Path.cwd()):
             return
