@@ -26,27 +26,24 @@ import torch
 
 from qpipe.methods.comparison.parity import parity
 from qpipe.model import Model
-from tests.whole.test_zoo import quantized, relative
-from tests.zoo import ZOO, built, samples
+from tests.whole.test_zoo import computed, fed, quantized, relative
+from tests.zoo import ZOO, Example, built, inputs, samples
 
 BATCH = 16
 
 
-def agreement(module: torch.nn.Module, example: torch.Tensor, model: Model, small: Model) -> dict[str, Any]:
+def agreement(module: torch.nn.Module, example: Example, model: Model, small: Model) -> dict[str, Any]:
     """The figures of the first three groups of columns."""
-    name = model.inputs[0].name
-    batch = samples(example, BATCH, seed=3)
-    with torch.no_grad():
-        wanted = module(batch).numpy()
-        simulated = model.to_torch(quantized=False)(batch).numpy()
-    (deployed,) = model.session(mode="deploy", quantized=False).run(None, {name: batch.numpy()})
-    report = parity(small, {name: batch.numpy()}, threads=1)
+    batch = fed(model, example, BATCH, seed=3)
+    wanted, simulated = computed(module, batch), computed(model.to_torch(quantized=False), batch)
+    deployed = model.session(mode="deploy", quantized=False).run(None, batch)
+    report = parity(small, batch, threads=1)
     elements = sum(unit.elements for unit in report.units)
     whole = [sum(value.counts[i] for value in report.end_to_end) for i in range(4)]
     return {
         "nodes": len(list(model.graph)),
-        "float_torch": relative(simulated, wanted),
-        "float_onnxruntime": relative(deployed, wanted),
+        "float_torch": max(map(relative, simulated, wanted)),
+        "float_onnxruntime": max(map(relative, deployed, wanted)),
         "units": len(report.units),
         "equal": sum(unit.counts[0] for unit in report.units) / elements,
         "largest": max(unit.largest for unit in report.units),
@@ -56,18 +53,20 @@ def agreement(module: torch.nn.Module, example: torch.Tensor, model: Model, smal
     }
 
 
-def forward(module: torch.nn.Module, batch: torch.Tensor) -> Callable[[], None]:
+def forward(module: torch.nn.Module, batch: tuple[torch.Tensor, ...]) -> Callable[[], None]:
     def run() -> None:
         with torch.no_grad():
-            module(batch)
+            module(*batch)
 
     return run
 
 
-def backward(module: torch.nn.Module, batch: torch.Tensor) -> Callable[[], None]:
+def backward(module: torch.nn.Module, batch: tuple[torch.Tensor, ...]) -> Callable[[], None]:
     def run() -> None:
         module.zero_grad(set_to_none=True)
-        module(batch).square().sum().backward()
+        returned = module(*batch)
+        outputs = returned if isinstance(returned, tuple) else (returned,)
+        torch.stack([each.square().sum() for each in outputs]).sum().backward()
 
     return run
 
@@ -84,10 +83,10 @@ def medians(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, floa
 
 
 def speed(
-    module: torch.nn.Module, example: torch.Tensor, model: Model, small: Model, rounds: int
+    module: torch.nn.Module, example: Example, model: Model, small: Model, rounds: int
 ) -> dict[str, float]:
     """Ratios to the original module."""
-    batch = samples(example, BATCH, seed=4)
+    batch = tuple(samples(each, BATCH, seed=4) for each in inputs(example))
     modules = {
         "module": module,
         "float": model.to_torch(False, trainable=[layer.weight for layer in model.layers()]),
@@ -102,12 +101,12 @@ def speed(
 
 def measure(name: str, rounds: int) -> dict[str, Any]:
     module, example = built(name)
-    model = Model.from_torch(module, (example,))
-    small = quantized(model, model.inputs[0].name, samples(example, 32, seed=2).numpy())
+    model = Model.from_torch(module, inputs(example))
+    small = quantized(model, fed(model, example, 32, seed=2))
     return {
         "net": name,
         **agreement(module, example, model, small),
-        **speed(module, example, model, small, rounds),
+        **(speed(module, example, model, small, rounds) if rounds else {}),
     }
 
 
@@ -119,7 +118,7 @@ HEADER = (
 
 def line(found: dict[str, Any]) -> tuple[str, ...]:
     ratios = [
-        f"{found[key]:.2f}"
+        f"{found[key]:.2f}" if key in found else "–"
         for key in ("float_forward", "quantized_forward", "float_backward", "quantized_backward")
     ]
     return (
@@ -134,7 +133,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("nets", nargs="*", default=list(ZOO), metavar="NAME", help=", ".join(ZOO))
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=7, help="0: leave the speed out")
     parser.add_argument("--markdown", action="store_true", help="the table as Markdown")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -142,12 +141,12 @@ def main() -> None:
     torch.set_num_threads(1)
     found = []
     edge, between = ("| ", " | ") if arguments.markdown else ("", "  ")
-    print(edge + between.join(HEADER) + edge.rstrip())
+    print(edge + between.join(HEADER) + edge[::-1])
     if arguments.markdown:
         print("|" + "---|" * len(HEADER))
     for name in arguments.nets:
         found.append(measure(name, arguments.rounds))
-        print(edge + between.join(line(found[-1])) + edge.rstrip(), flush=True)
+        print(edge + between.join(line(found[-1])) + edge[::-1], flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 

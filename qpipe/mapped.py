@@ -28,6 +28,17 @@ class FileMapping(mmap.mmap):
     path: str = ""
 
 
+def beside(path: Path, location: str) -> Path:
+    """The file that a file at `path` refers to as `location`. Package caches keep files as links, into a folder where
+    they may have other names: it lies beside the file as it was named, or beside what that name is a link to. Errors:
+    ValueError for one outside both folders, OSError for a name that no file can have."""
+    folders = [path.absolute().parent, path.resolve().parent]
+    found = next((folder / location for folder in folders if (folder / location).exists()), folders[1] / location)
+    if not any(found.resolve().is_relative_to(folder.resolve()) for folder in folders):
+        raise ValueError(str(found))
+    return found
+
+
 def map_file(descriptor: int, size: int, path: str | Path) -> memoryview:
     """The `size` bytes of an open file, not empty, mapped."""
     mapping = FileMapping(descriptor, size, access=mmap.ACCESS_READ)

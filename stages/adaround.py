@@ -66,14 +66,20 @@ def with_biases(model: Network) -> Network:
     return editor.model()
 
 
-def refuse_untunable(layers: tuple[Layer, ...], reasons: Mapping[str, str]) -> None:
+def refuse_untunable(model: Network, layers: tuple[Layer, ...], reasons: Mapping[str, str]) -> None:
     """Errors: InputError where there is no layer to tune, with the way out."""
     if layers:
         return
     if reasons and all(reason == "its weight was tuned before" for reason in reasons.values()):
         raise InputError("Every weight of the model was tuned before; there is nothing left to round.")
     found = "; ".join(f"'{name}': {reason}" for name, reason in reasons.items()) or "there is no layer"
-    raise InputError(f"No layer can be tuned: {found}. Put the stage 'calibrate' before 'adaround'.")
+    if not model.encodings:
+        out = "Put the stage 'calibrate' before 'adaround'."
+    elif any(name in model.params for name in model.encodings):
+        out = "What has a grid is no layer that can be tuned: put 'nearest' in the place of 'adaround'."
+    else:
+        out = "'calibrate' left every weight in float, and its notes say why: leave 'adaround' out."
+    raise InputError(f"No layer can be tuned: {found}. {out}")
 
 
 @stage(
@@ -131,7 +137,7 @@ def adaround(
             "The model came quantized, and its weights stay on their grids: adaround leaves it as it is."
         )
         return model
-    refuse_untunable(layers, reasons)
+    refuse_untunable(model, layers, reasons)
     gram = GramOptions(beam=beam, scale_search=scale_search, update_bias=bias_correction)
     gradient = GradientOptions(
         iterations, batch_size, learning_rate, reg_param, beta_range, warm_start, early_stop

@@ -114,14 +114,12 @@ def find(
 ) -> tuple[Choices, Any]:  # fmt: skip
     """The groups of `model` with the grids of every candidate, and the observers that made them."""
     from qpipe.methods.mixing.choices import find_choices
-    from qpipe.methods.placement.calibration import all_encodings, frozen_weights, observed, observed_groups
+    from qpipe.methods.placement.calibration import all_encodings, frozen_weights, observed
     from qpipe.methods.placement.placement import place
 
     placements = {name: place(model, target, s) for name, s in schemes.items() if s is not None}
     first = next(iter(placements.values()))
-    observers = observed(
-        model, data, observed_groups(first), ctx.memo, batch_size=batch_size, device=ctx.device
-    )
+    observers = observed(model, data, first, ctx.memo, batch_size=batch_size, device=ctx.device)
     grids = {
         name: all_encodings(model, placements[name], observers)
         if name in placements

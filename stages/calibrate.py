@@ -60,19 +60,24 @@ def calibrate(
     scheme's. `limit` takes that many samples, evenly spread; None all. Errors: InputError for data that do
     not fit the model or hold nan, naming the tensor, and for a model in which the target quantizes nothing.
     """
-    from qpipe.methods.placement.calibration import all_encodings, frozen_weights, observed, observed_groups
+    from qpipe.methods.placement.calibration import all_encodings, frozen_weights, observed
     from qpipe.methods.placement.placement import place
+    from qpipe.methods.placement.remarks import joined_inputs, remarks, weights_in_float
 
     target.check(scheme)
     scheme = with_granularity(scheme, weight_granularity)
     placement = place(model, target, scheme if choice is None else with_observers(scheme, choice.values))
     if not placement.weights and not placement.activations:
-        raise InputError(f"The target '{target.name}' quantizes nothing in this model.")
+        why = f" {weights_in_float(placement, {})}" if placement.in_float else ""
+        raise InputError(f"The target '{target.name}' quantizes nothing in this model.{why}")
     observers = observed(
-        model, thinned(data.arrays, limit), observed_groups(placement), ctx.memo, batch_size=batch_size,
-        device=ctx.device, progress=lambda done, total: ctx.progress(done, total, "samples"),
+        model, thinned(data.arrays, limit), placement, ctx.memo, batch_size=batch_size,
+        also=joined_inputs(model, placement), device=ctx.device,
+        progress=lambda done, total: ctx.progress(done, total, "samples"),
     )  # fmt: skip
     encodings = all_encodings(model, placement, observers)
+    for sentence in remarks(model, placement, observers, encodings, data.arrays):
+        ctx.note(sentence)
     if kept := frozen_weights(model):
         why = "The model came quantized" if model.facts.came_quantized else "Tuned before"
         ctx.note(f"{why}, so their grid stays: {', '.join(kept)}.")

@@ -41,8 +41,12 @@ def read_npz(path: Path) -> Arrays:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} cannot be read as npz without pickle: {error}") from error
+    except Exception as error:  # zipfile, zlib and numpy each have their own, a header of 2**40 rows a MemoryError
+        said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise InputError(f"{path} cannot be read as npz without pickle: {said}") from error
+    other = [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]
+    if other:  # numpy hands out the bytes of what does not begin as an array does
+        raise InputError(f"{path}: {other[0]!r} is no array. Save it with np.savez(path, <input>=…, labels=…).")
     return arrays
 
 

@@ -1,8 +1,8 @@
 """Bring a model in, from an ONNX file or from torch, in the one canonical form; and show that it computes the same.
 
-The import is held against its source on samples, or on inputs made up in sizes that it runs on (torch: on the
-example inputs): onnxruntime on the source, onnxruntime on the canonical form, and the torch module that simulation
-runs on.
+The import is held against its source on samples, or on inputs made up in sizes that it runs on: onnxruntime on the
+source, onnxruntime on the canonical form, and the torch module that simulation runs on. A torch module is the source
+itself, on its example inputs and on the first samples.
 
     max |y - y'| / max |y|        above 1e-4 a note, with the first node that differs; above 1e-2, or four times what
                                   the source differs from itself with optimizations off and on, a refusal
@@ -76,54 +76,6 @@ def from_module(module: torch.nn.Module, example: Any, data: Samples | None) -> 
     return model
 
 
-def on_example(module: torch.nn.Module, example: Any, model: Network) -> tuple[Arrays, list[Any]]:
-    """The example as arrays by the model's input names, and the outputs of `module`, in eval mode, for it.
-
-    Both in float32, which the model has whatever the module's type is.
-    """
-    import copy
-
-    import numpy as np
-    import torch
-
-    def taken(value: Any) -> Any:
-        tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-        if not isinstance(tensor, torch.Tensor):
-            return value  # a constant of the export
-        tensor = tensor.detach().cpu().clone()
-        return tensor.float() if tensor.is_floating_point() else tensor
-
-    twin = copy.deepcopy(module).cpu().float().eval()
-    named = {str(name): taken(value) for name, value in example.items()} if isinstance(example, Mapping) else {}
-    listed = [] if named else [taken(v) for v in (example if isinstance(example, tuple | list) else [example])]
-    tensors = [value for value in [*named.values(), *listed] if isinstance(value, torch.Tensor)]
-    pairs = zip(model.inputs, tensors, strict=True)
-    # Copies, since a module may write into its inputs.
-    fed = {spec.name: named.get(spec.name, tensor).numpy().copy() for spec, tensor in pairs}
-    with torch.no_grad():
-        returned = twin(*listed, **named)
-    leaves = torch.utils._pytree.tree_leaves(returned)
-    return fed, [leaf.numpy() for leaf in leaves if isinstance(leaf, torch.Tensor)]
-
-
-def largest_error(model: Network, fed: Arrays, wanted: list[Any]) -> float:
-    """max |y - y'| / max |y| over the outputs, of the model in onnxruntime and of its torch module."""
-    import torch
-
-    from qpipe.methods.comparison.compare import relative_error
-    from qpipe.model.runtime.session import make_session
-    from qpipe.model.simulation.module import to_torch
-
-    found = make_session(model, quantized=False).run(None, fed)
-    with torch.no_grad():
-        returned = to_torch(model, quantized=False, shared=True)(
-            *(torch.as_tensor(fed[spec.name]) for spec in model.inputs)
-        )
-    computed = [returned] if isinstance(returned, torch.Tensor) else list(returned)
-    runs = (found, [tensor.numpy() for tensor in computed])
-    return max((relative_error(a, b) for run in runs for a, b in zip(wanted, run, strict=True)), default=0.0)
-
-
 def judged(name: str, check: ImportCheck, tolerance: float | None) -> str:
     """What the check of an import says, in a sentence. Errors: InputError for one that computes something else than its
     source: off by more than `tolerance`, by default what no rounding explains."""
@@ -163,20 +115,34 @@ def refuse_sources(given: Mapping[str, Any]) -> None:
         raise InputError("`weights` go with `factory`; an ONNX file holds its own.")
 
 
+def fitting_arrays(model: Network, data: Samples | None) -> Arrays | None:
+    """The samples, where they are the model's; a stage that needs them says what does not fit."""
+    from qpipe.model.simulation.samples import fitting
+
+    if data is None:
+        return None
+    try:
+        fitting(model, data.arrays)
+    except InputError:
+        return None
+    return dict(data.arrays)
+
+
 def from_file(
     path: Path, data: Samples | None, tolerance: float | None, inputs: Mapping[str, Any], shapes: Shapes
 ) -> tuple[Network, list[str]]:
     """The model in an ONNX file, and what is to be said of it. Errors: InputError where it computes something else."""
     from qpipe.methods.comparison.check import verify_import
     from qpipe.model.canon.form import canonical_network
-    from qpipe.model.canon.given import fix_inputs, fix_shapes
-    from qpipe.model.files.onnx_reader import read_onnx
+    from qpipe.model.files.given import fix_inputs, fix_shapes
+    from qpipe.model.files.onnx_reader import read_onnx, told_as_input
 
-    source = read_onnx(path)
-    fix_shapes(source, shapes)
-    fixed = fix_inputs(source, inputs)
-    model = canonical_network(source)
-    check = verify_import(model, path, arrays=None if data is None else data.arrays, given=fixed)
+    with told_as_input(path):
+        source = read_onnx(path)
+        fix_shapes(source, shapes)
+        fixed = fix_inputs(source, inputs)
+        model = canonical_network(source)
+    check = verify_import(model, path, arrays=fitting_arrays(model, data), given=fixed)
     told = [f"The inputs {listed(fixed)} are constants now; the model has {len(model.inputs)} left."] if fixed else []
     return model, [*told, judged(path.name, check, tolerance)]
 
@@ -186,19 +152,18 @@ def from_factory(
 ) -> tuple[Network, list[str]]:
     """The model that `module:function` builds, with its parameters or `weights`, and what its check says. Errors:
     InputError where it computes something else."""
-    from qpipe.methods.comparison.check import TOLERANCE, ImportCheck, first_difference
     from qpipe.model.files.state_dict import fill, read_weights
+    from qpipe.model.torch_export.fidelity import check
 
     module, example = built(factory)
     if weights is not None:
         fill(module, read_weights(weights), weights.name)
     example = example_from(module, data, factory) if example is None else example
     model = from_module(module, example, data)
-    fed, wanted = on_example(module, example, model)
-    error = largest_error(model, fed, wanted)
-    first = first_difference(model, fed) if error > TOLERANCE else None
-    check = ImportCheck(torch=error, first_difference=first, inputs=fed)
-    return model, [judged(factory, check, tolerance)]
+    error = check(module, example, model, None if data is None else data.arrays, deployed=True, tolerance=tolerance)
+    if error is None:
+        return model, ["The module's code does not run in float32, so the import is not held against it."]
+    return model, [f"The import computes what its source does, to {error:.1e} (relative)."]
 
 
 @stage(version=1, check=refuse_sources)

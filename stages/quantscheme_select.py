@@ -173,17 +173,12 @@ def quantscheme_select(
     evaluation, evenly spread. Errors: InputError for data that do not fit the model.
     """
     refuse_trials(locals())
-    from qpipe.methods.placement.calibration import (
-        activation_encodings,
-        observed,
-        observed_groups,
-        weight_encodings,
-    )
+    from qpipe.methods.placement.calibration import activation_encodings, observed, weight_encodings
     from qpipe.methods.placement.placement import place
 
     scheme = with_granularity(scheme, weight_granularity)
     observers = observed(
-        model, thinned(calibration.arrays, limit), observed_groups(place(model, target, scheme)), ctx.memo,
+        model, thinned(calibration.arrays, limit), place(model, target, scheme), ctx.memo,
         batch_size=batch_size, device=ctx.device,
     )  # fmt: skip
     score = scored(model, evaluation or calibration, metric, batch_size, limit, ctx)

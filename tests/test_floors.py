@@ -38,35 +38,38 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
     "model.operators": (
         ("errors",),
         (
-            "registry window float8 host activation conv detection elementwise index matmul integer norm pool "
+            "registry window activation conv detection elementwise index matmul integer norm pool "
             "recurrent reduce resize shape signal unsigned table"
         ),
     ),
     "model.structure": (
         (*VALUE, "numerics.rounding", "model.operators"),
-        "families layers module_lists blocks channels sharing composite geometry",
+        "families opaque layers operands module_lists blocks channels sharing composite geometry",
     ),
     "model.qdq": (
         (*VALUE, "model.operators", "model.structure"),
         "nodes bias weights block_form operator_form reader guards writer",
     ),
-    "model.runtime": ((*VALUE, "model.qdq"), "options external_data session"),
+    "model.runtime": ((*VALUE, "model.qdq"), "options external_data session types"),
     "model.canon": (
         MODEL,
         (
-            "definitions floats given unrolling sequences plain_forms layer_forms attention_forms bound_forms folding "
+            "definitions floats unrolling sequences plain_forms layer_forms attention_forms bound_forms folding "
             "opsets refusals form"
         ),
     ),
-    "model.simulation": (MODEL, "constants samples module watching stream run"),
+    "model.simulation": (MODEL, "constants samples opaque module watching stream run"),
     "model.files": (
         MODEL,
-        "soundness onnx_reader protobuf encodings_writer encodings_reader state_dict onnx_writer",
+        "soundness onnx_reader given protobuf encodings_reader encodings_writer state_dict onnx_writer",
     ),
-    "model.torch_export": ((*VALUE, "model.canon"), "errors names exporter"),
+    "model.torch_export": ((*MODEL, "model.canon", "model.simulation"), "errors names translations exporter fidelity"),
     "model": ((*MODEL, "model.canon", "model.simulation", "model.files", "model.torch_export"), "model"),
     "methods": (VALUE, "preconditions"),
-    "methods.placement": ((*MODEL, "model.simulation"), "joined target filters overrides placement calibration"),
+    "methods.placement": (
+        (*MODEL, "model.simulation"),
+        "joined target filters overrides survival placement calibration remarks",
+    ),
     "methods.equalization": ((*MODEL, "model.simulation"), "links norm_links reach rescaling"),
     "methods.rounding": (
         (*MODEL, "model.simulation", "numerics.rounding", "methods.placement"),

@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Built = tuple[nn.Module, Tensor]
-"""A module in eval mode, and two samples for it."""
+from tests import networks
+
+Example = Tensor | tuple[Tensor, ...]
+Built = tuple[nn.Module, Example]
+"""A module in eval mode, and two samples for it: a tensor, or one for each of its inputs."""
 TOKENS = 90
 
 
@@ -140,6 +143,18 @@ ZOO: dict[str, Callable[[], Built]] = {
     "gru": lambda: (Recurrent("GRU", bidirectional=False), torch.randn(2, 12, 8)),
     "audio": lambda: (audio(), torch.randn(2, 1, 1600)),
     "volume": lambda: (volume(), torch.randn(2, 1, 8, 8, 8)),
+    "gpt2": lambda: (networks.GPT2(), torch.randint(0, TOKENS, (2, 16))),
+    "swiglu": lambda: (nn.Sequential(*(networks.Gated(16, swish=True) for _ in range(2))), torch.randn(2, 6, 16)),
+    "glu": lambda: (nn.Sequential(*(networks.Gated(16, swish=False) for _ in range(2))), torch.randn(2, 6, 16)),
+    "shufflenet": lambda: (networks.shufflenet(), torch.randn(2, 3, 64, 64)),
+    "yolo": lambda: (networks.Detector(), torch.randn(2, 3, 64, 64)),
+    "bidirectional_gru": lambda: (networks.StatefulGRU(), torch.randn(2, 12, 8)),
+    "efficientnet": lambda: (networks.efficientnet(), torch.randn(2, 3, 32, 32)),
+    "mamba": lambda: (nn.Sequential(networks.Mamba(), networks.Mamba()), torch.randn(2, 8, 16)),
+    "detr": lambda: (networks.DETR(), torch.randn(2, 3, 32, 32)),
+    "clip": lambda: (networks.CLIP(), (torch.randn(2, 3, 32, 32), torch.randint(0, TOKENS, (2, 16)))),
+    "conformer": lambda: (networks.Conformer(), torch.randn(2, 32, 8)),
+    "attention_unet": lambda: (networks.AttentionUNet(), torch.randn(2, 3, 32, 32)),
 }  # fmt: skip
 """By name: who builds the network and two samples."""
 
@@ -149,6 +164,11 @@ def built(name: str) -> Built:
     torch.manual_seed(0)
     module, example = ZOO[name]()
     return module.eval(), example
+
+
+def inputs(example: Example) -> tuple[Tensor, ...]:
+    """One tensor for each input of the network."""
+    return example if isinstance(example, tuple) else (example,)
 
 
 def samples(example: Tensor, count: int, seed: int) -> Tensor:

@@ -305,7 +305,7 @@ def remove_folder(folder: Path) -> None:
     if folder.resolve() == Path.cwd():
         return
     for name in LEFT_BY_US:
-        with suppress(OSError):
+        with suppress(OSError):  # it is not there, or cannot be: what ended the run was told
             (folder / name).unlink()
     for place in [folder / ".hydra", folder, *folder.parents]:
         if place.resolve() == Path.cwd() or not place.resolve().is_relative_to(Path.cwd()):

@@ -10,20 +10,24 @@ formula runs, and the format of its artifacts has a version of its own in every 
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import SOURCE_SUFFIXES, ModuleSpec, PathFinder
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qpipe.errors import ConfigError
 from qpipe.keys.hashing import Memo, digest, digest_file, file_identity
 from qpipe.keys.syntax import EVERY, Analysis, Import, analyse, bound_names
+
+if TYPE_CHECKING:
+    from importlib.metadata import Distribution
 
 FORMULA = frozenset({"", "demo", "mapped", "methods", "model", "numerics", "stages"})
 """The parts of qpipe that results are made by; the others decide when a formula runs, never what it gives."""
@@ -43,6 +47,7 @@ class CodeIndex:
         self._memo = memo
         self._finders: dict[Path | None, _Finder] = {}
         self._analyses: dict[str, Analysis] = {}
+        self._known_versions: dict[str, str] = {}
         self._reached: dict[tuple[str, Path | None, bool], _Reach] = {}
 
     def digest(self, *module_names: str) -> str:
@@ -149,14 +154,19 @@ class CodeIndex:
     def _versions(self, reach: _Reach) -> dict[str, str]:
         """Distribution name -> version."""
         return {
-            name: _version(name)
+            name: self._version(name)
             for top, location in sorted(reach.libraries.items())
             for name in self._distributions(top, location)
         }
 
+    def _version(self, name: str) -> str:
+        if name not in self._known_versions:
+            self._known_versions[name] = _version(name, self._memo)
+        return self._known_versions[name]
+
     def _distributions(self, top: str, location: str) -> list[str]:
         """The distributions that a top-level import name, found in the folder `location`, may come from."""
-        key = f"{_FORM}|distributions|{top}|{location}|{os.stat(location).st_mtime_ns}"
+        key = f"{_FORM}|brought by|{top}|{location}|{os.stat(location).st_mtime_ns}"
         names = self._memo.get(key)
         if not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
             names = _distributions(top) or [_NONE]
@@ -382,19 +392,35 @@ def _stdlib_folders() -> frozenset[str]:
 
 
 def _distributions(top: str) -> list[str]:
-    """The distributions that a top-level import name may come from."""
-    from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
+    """The distributions that a top-level import name may come from: that of this name, where it brings a package of the
+    name or says of none what it brings, and all others that bring one."""
+    from importlib.metadata import PackageNotFoundError, distribution
 
     try:
-        return [distribution(_DISTRIBUTIONS.get(top, top)).name]
+        found = distribution(_DISTRIBUTIONS.get(top, top))
     except PackageNotFoundError:
-        return sorted(set(packages_distributions().get(top, [])))
+        return sorted(set(_brought().get(top, [])))
+    brings = _brings(found)
+    return [found.name] if not brings or top in brings else sorted(set(_brought().get(top, [])))
 
 
 @cache
-def _version(name: str) -> str:
-    """The version; of what was installed from a folder or file of this machine, where a version says little, with a
-    digest of its files."""
+def _brought() -> Mapping[str, list[str]]:
+    from importlib.metadata import packages_distributions
+
+    return packages_distributions()
+
+
+def _brings(found: Distribution) -> set[str]:
+    """The top-level import names of a distribution, as far as it says."""
+    rows = (found.read_text("RECORD") or "").splitlines()
+    tops = {row.split(",")[0].split("/")[0].partition(".")[0] for row in rows if ".dist-info/" not in row}
+    return tops | set((found.read_text("top_level.txt") or "").split())
+
+
+def _version(name: str, memo: Memo) -> str:
+    """The version, and what else says which code it is: of what was installed from a folder or file of this machine a
+    digest of its files, as they are now; of what came from a repository the commit, from an address the hash."""
     from importlib.metadata import PackageNotFoundError, distribution
 
     try:
@@ -402,11 +428,33 @@ def _version(name: str) -> str:
     except PackageNotFoundError:
         return "unversioned"
     version = _BUILD.sub("", found.version)
-    if '"file:' not in (found.read_text("direct_url.json") or ""):
-        return version
-    rows = (line.split(",") for line in (found.read_text("RECORD") or "").splitlines())
-    files = [row for row in rows if ".dist-info/" not in row[0] and not row[0].startswith("..") and any(row[1:])]
-    return f"{version} {digest('files', sorted(files))[:16]}"
+    origin = _origin(found)
+    commit, archive = origin.get("vcs_info", {}).get("commit_id"), origin.get("archive_info", {})
+    if commit:
+        return f"{version} {commit}"
+    if not str(origin.get("url", "")).startswith("file:"):
+        hashes = archive.get("hashes") or archive.get("hash")
+        return f"{version} {digest('hashes', hashes)[:16]}" if hashes else version
+    rows = [line.split(",") for line in (found.read_text("RECORD") or "").splitlines()]
+    files = sorted(row for row in rows if ".dist-info/" not in row[0] and not row[0].startswith("..") and any(row[1:]))
+    contents = [_content(Path(str(found.locate_file(row[0]))), memo) for row in files]
+    return f"{version} {digest('files', files, contents)[:16]}"
+
+
+def _origin(found: Distribution) -> dict[str, Any]:
+    """What `direct_url.json` says: where a distribution came from, if not from an index."""
+    try:
+        said = json.loads(found.read_text("direct_url.json") or "{}")
+    except ValueError:
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
+def _content(file: Path, memo: Memo) -> str | None:
+    try:
+        return digest_file(file, memo)
+    except OSError:
+        return None
 
 
 def _to_json(analysis: Analysis) -> Any:

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 from qpipe.keys.hashing import Memo, digest, digest_file, file_identity, tree_contents
+from qpipe.mapped import beside
 
 _LOCATION = re.compile(rb"\x0a\x08location\x12")
 """StringStringEntryProto: field 1 (key) = "location", then field 2 (value), a length and the text."""
@@ -29,12 +30,11 @@ def content(path: Path, memo: Memo | None = None) -> tuple[str, dict[str, str | 
     own = digest_file(path, memo)
     if not path.is_file() or not _may_be_onnx(path):
         return own, {path.name: own}
-    folder = path.resolve().parent  # as the reader: what a link names lies beside the file, not beside the link
-    files = {name: folder / name for name in _remembered_locations(path, memo)}
+    files = {name: beside(path, name) for name in _remembered_locations(path, memo) if _inside(path, name)}
     if not files:
         return own, {path.name: own}
-    beside = {name: digest_file(file, memo) if file.is_file() else None for name, file in files.items()}
-    return digest("onnx", own, beside), {path.name: own, **beside}
+    others = {name: digest_file(file, memo) if file.is_file() else None for name, file in files.items()}
+    return digest("onnx", own, others), {path.name: own, **others}
 
 
 def locations(path: Path) -> list[str]:
@@ -43,8 +43,16 @@ def locations(path: Path) -> list[str]:
         return []
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         found = {_text(content, match.end()) for match in _LOCATION.finditer(content)}
-    folder = path.resolve().parent
-    return sorted(name for name in found if name and (folder / name).resolve().is_relative_to(folder))
+    return sorted(name for name in found if name and _inside(path, name))
+
+
+def _inside(path: Path, name: str) -> bool:
+    """Whether the reader would open a file of that name: those elsewhere it refuses."""
+    try:
+        beside(path, name)
+    except (ValueError, OSError):
+        return False
+    return True
 
 
 def _may_be_onnx(path: Path) -> bool:

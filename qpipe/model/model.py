@@ -36,9 +36,10 @@ class Model(Network):
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """The model in an ONNX file (external data beside it). Raises InputError with the reason."""
-        from qpipe.model.files.onnx_reader import read_onnx
+        from qpipe.model.files.onnx_reader import read_onnx, told_as_input
 
-        return cls.from_proto(read_onnx(Path(path)))
+        with told_as_input(Path(path)):
+            return cls.from_proto(read_onnx(Path(path)))
 
     @classmethod
     def from_proto(cls, proto: onnx.ModelProto | onnx_ir.Model) -> Self:
@@ -62,10 +63,14 @@ class Model(Network):
         """The module as it computes in eval mode; dimension 0 of every input is dynamic and called `batch`.
 
         `example_inputs` is a tensor, a tuple of them or a dict by argument name; `dynamic_shapes`, if given,
-        goes to torch.export as it is. Raises InputError where torch cannot export the module."""
+        goes to torch.export as it is. Raises InputError where torch cannot export the module, and where the
+        import does not compute what the module does on these inputs."""
         from qpipe.model.torch_export.exporter import from_torch
+        from qpipe.model.torch_export.fidelity import check
 
-        return cls.of(from_torch(module, example_inputs, dynamic_shapes, input_names))
+        model = from_torch(module, example_inputs, dynamic_shapes, input_names)
+        check(module, example_inputs, model)
+        return cls.of(model)
 
     def with_encodings_file(self, path: str | Path) -> Self:
         """The model with exactly the grids of an AIMET encodings file (0.6.1, 1.0.0, 2.0.0), those of weights

@@ -122,7 +122,8 @@ def encoding_from_range(
 
     `lo` and `hi` have the shape of the scale to be: () per tensor, (C,) per channel, the tensor's shape with
     the blocked axis counted in blocks per block. Symmetric: scale = max(|lo|, |hi|) / qmax, unsigned from 0
-    up when lo >= 0. Asymmetric: scale = (hi - lo) / (qmax - qmin). A scale of 0 becomes the smallest normal.
+    up when lo >= 0. Asymmetric: scale = (hi - lo) / (qmax - qmin). A scale of 0 becomes the smallest normal; at the
+    other end of float32 it is so small that every code stands for a finite number.
     Raises InputError, with the tensor's `name`, for a bound that is not finite.
     """
     low = np.minimum(np.asarray(lo, np.float64), 0.0)
@@ -137,6 +138,7 @@ def encoding_from_range(
     else:
         scale = usable_scale((high - low) / (qmax - qmin), scheme.power_of_two)
         zero_point = np.clip(np.rint(qmin - low / scale), qmin, qmax)
+    scale = _finite(scale, np.maximum(zero_point - qmin, qmax - zero_point), scheme.power_of_two)
     return Encoding(
         bitwidth=scheme.bitwidth,
         signed=scheme.signed,
@@ -155,6 +157,15 @@ def usable_scale(scale: Array, power_of_two: bool = False) -> npt.NDArray[np.flo
         mantissa, exponent = np.frexp(bounded.astype(np.float32))
         bounded = np.ldexp(1.0, np.minimum(np.where(mantissa == 0.5, exponent - 1, exponent), 127))
     return bounded.astype(np.float32)
+
+
+def _finite(scale: Array, steps: Array, power_of_two: bool) -> npt.NDArray[np.float32]:
+    """`scale`, or the largest one of which `steps` are no infinity."""
+    # One place down: the product must not round up to it.
+    largest = np.nextafter((_LARGEST_SCALE / steps).astype(np.float32), np.float32(0))
+    if power_of_two:
+        largest = np.ldexp(np.float32(0.5), np.frexp(largest)[1])
+    return np.asarray(np.minimum(scale, largest), np.float32)
 
 
 def broadcast(e: Encoding, shape: tuple[int, ...]) -> tuple[Array, Array]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from qpipe.errors import ConfigError
-from qpipe.keys.code import FORMULA, CodeIndex, _version
+from qpipe.keys.code import FORMULA, CodeIndex, _brought
 
 Write = Callable[[dict[str, str]], None]
 
@@ -281,16 +282,54 @@ def test_a_package_installed_from_a_folder_counts_by_its_files(
     versions = []
     for record in ("zq_mine.py,sha256=aaa,1\nzq_mine-1.0.dist-info/direct_url.json,sha256=y,1\n",
                    "zq_mine.py,sha256=bbb,1\n"):  # fmt: skip
-        _version.cache_clear()
         versions.append(CodeIndex(Notes()).libraries("zq_user")["zq_mine"])
         write({info + "RECORD": record})
-    _version.cache_clear()
     versions.append(CodeIndex(Notes()).libraries("zq_user")["zq_mine"])
     assert versions[0] == versions[1] != versions[2]
     assert all(version.startswith("1.0 ") for version in versions)
+    write({"site-packages/zq_mine.py": "x = 'edited where it is installed'"})
+    assert CodeIndex(Notes()).libraries("zq_user")["zq_mine"] not in versions
     write({info + "direct_url.json": '{"url": "https://example.org/mine-1.0.whl"}'})
-    _version.cache_clear()
     assert CodeIndex(Notes()).libraries("zq_user") == {"zq_mine": "1.0"}
+
+
+def test_where_a_package_came_from_belongs_to_its_version(write: Write, tmp_path: Path, monkeypatch: Any) -> None:
+    """A branch installed again, a wheel at an address put in another's place: the version stays the same."""
+    monkeypatch.syspath_prepend(tmp_path / "site-packages")
+    info = "site-packages/zq_mine-1.0.dist-info/"
+    write({"zq_user.py": "import zq_mine", "site-packages/zq_mine.py": ""})
+    write({info + "METADATA": "Name: zq_mine\nVersion: 1.0"})
+    origins = [
+        {"url": "https://example.org/mine", "vcs_info": {"vcs": "git", "commit_id": "aaa"}},
+        {"url": "https://example.org/mine", "vcs_info": {"vcs": "git", "commit_id": "bbb"}},
+        {"url": "https://example.org/mine.whl", "archive_info": {"hashes": {"sha256": "ccc"}}},
+        {"url": "https://example.org/mine.whl", "archive_info": {"hash": "sha256=ddd"}},
+    ]
+    found = []
+    for origin in origins:
+        write({info + "direct_url.json": json.dumps(origin)})
+        found.append(CodeIndex(Notes()).libraries("zq_user")["zq_mine"])
+    assert len(set(found)) == 4
+    assert found[0] == "1.0 aaa"
+    assert all(version.startswith("1.0 ") for version in found)
+
+
+def test_a_distribution_that_bears_another_s_import_name_is_not_taken_for_it(
+    write: Write, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """As `attr` and `attrs`: the package comes from the distribution whose files it is among."""
+    monkeypatch.syspath_prepend(tmp_path / "site-packages")
+    write({
+        "zq_user.py": "import zq_attr",
+        "site-packages/zq_attr/__init__.py": "",
+        "site-packages/zq_attr-9.0.dist-info/METADATA": "Name: zq_attr\nVersion: 9.0",
+        "site-packages/zq_attr-9.0.dist-info/RECORD": "zq_other.py,sha256=a,1\n",
+        "site-packages/zq_attrs-1.0.dist-info/METADATA": "Name: zq_attrs\nVersion: 1.0",
+        "site-packages/zq_attrs-1.0.dist-info/RECORD": "zq_attr/__init__.py,sha256=b,1\n",
+    })  # fmt: skip
+    _brought.cache_clear()
+    assert CodeIndex(Notes()).libraries("zq_user") == {"zq_attrs": "1.0"}
+    _brought.cache_clear()
 
 
 def test_a_folder_that_pip_installs_into_is_no_folder_of_the_users(write: Write, tmp_path: Path) -> None:

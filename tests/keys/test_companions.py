@@ -49,6 +49,23 @@ def test_one_changed_byte_in_a_companion_changes_the_digest(tmp_path: Path) -> N
     assert digest_of(path) != before
 
 
+def test_a_model_that_is_links_into_a_cache_counts_by_what_they_lead_to(tmp_path: Path) -> None:
+    """The cache's folder names the files by something else, as those of model hubs do."""
+    path = write(tmp_path, external=True)
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    for file in (path, tmp_path / "weights.bin"):
+        file.rename(tmp_path / "blobs" / f"blob of {file.name}")
+        (tmp_path / "snapshot" / file.name).symlink_to(tmp_path / "blobs" / f"blob of {file.name}")
+    linked = tmp_path / "snapshot" / path.name
+    before = digest_of(linked)
+    assert content(linked)[1].keys() == {path.name, "weights.bin"}
+    held = bytearray((tmp_path / "blobs" / "blob of weights.bin").read_bytes())
+    held[100] ^= 1
+    (tmp_path / "blobs" / "blob of weights.bin").write_bytes(held)
+    assert digest_of(linked) != before
+
+
 def test_a_model_in_one_file_and_any_other_file_count_as_themselves(tmp_path: Path) -> None:
     path = write(tmp_path, external=False)
     assert locations(path) == []

@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import onnx
+import onnxruntime
 import yaml
 
 from qpipe.methods.placement.placement import place
 from qpipe.methods.placement.target import Target
 from qpipe.model import Model
+from qpipe.model.qdq.writer import to_qdq
 from qpipe.numerics.grid import Encoding, encoding_from_range
+from qpipe.numerics.metrics import sqnr_db
 from qpipe.numerics.observers import weight_encoding
 from qpipe.numerics.scheme import Scheme, TensorScheme
 from qpipe.param import coerce
@@ -71,3 +75,13 @@ def quantized(
     for name, (tensor_scheme, axis) in placement.weights.items():
         encodings[name] = weight_encoding(model.param(name), tensor_scheme, axis, name)
     return model.with_encodings(encodings)
+
+
+def deployed_db(model: Model, proto: onnx.ModelProto, arrays: Arrays) -> float:
+    """How near the first output of the file that `model` is exported to comes to that of `proto`, the float model that
+    it was made of: both in onnxruntime as it is, without an option. SQNR in dB."""
+    outputs = []
+    for each in (to_qdq(model), proto):
+        session = onnxruntime.InferenceSession(each.SerializeToString(), providers=["CPUExecutionProvider"])
+        outputs.append(session.run(None, dict(arrays))[0])
+    return sqnr_db(*outputs)

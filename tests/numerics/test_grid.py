@@ -141,6 +141,21 @@ def test_zero_is_exact_the_scale_usable_and_the_range_covered(
         assert np.frexp(e.scale)[0] == 0.5
 
 
+LARGEST = float(np.finfo(np.float32).max)
+anywhere = st.one_of(st.sampled_from([-LARGEST, LARGEST, -LARGEST / 2, 0.0]), st.floats(-LARGEST, LARGEST, width=32))
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(scheme=schemes, a=anywhere, b=anywhere)
+def test_every_code_of_a_grid_stands_for_a_finite_number(scheme: TensorScheme, a: float, b: float) -> None:
+    e = encoding_from_range(min(a, b), max(a, b), scheme)
+    with np.errstate(over="raise"):
+        ends = dequantize(np.array([e.qmin, e.qmax]), e)
+    assert np.isfinite(ends).all()
+    if not (scheme.power_of_two or scheme.symmetric or scheme.bitwidth < 8):
+        assert float(ends[1]) - float(ends[0]) >= 0.99 * (max(a, b, 0.0) - min(a, b, 0.0))
+
+
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(scheme=schemes, seed=st.integers(0, 2**16))
 def test_rounding_twice_is_rounding_once_and_never_off_by_more_than_half_a_step(

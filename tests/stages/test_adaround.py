@@ -361,3 +361,18 @@ def test_models_without_anything_to_tune_are_refused(net, target):
         adaround(net, data)
     with pytest.raises(InputError, match="Every weight of the model was tuned before"):
         adaround(nearest(calibrate(net, data, scheme=W4, target=target)), data)
+
+
+def test_where_calibrate_was_there_already_nothing_tells_to_put_it_before(network, target):
+    """A weight of rank 3 has a grid, and is no layer that could be tuned; a network without a weight has neither."""
+    data = Samples({"x": np.random.default_rng(0).normal(size=(8, 4, 6, 8)).astype(np.float32)})
+    graph = "n (float[N,4,6,8] x) => (float[N,4,6,5] y) { y = MatMul(x, w) }"
+    calibrated = calibrate(network(graph, {"w": (4, 8, 5)}), data, scheme=W4, target=target)
+    with pytest.raises(InputError, match=r"weight has 3 dimensions.*put 'nearest' in the place of") as caught:
+        adaround(calibrated, data)
+    assert "calibrate" not in str(caught.value)
+    assert nearest(calibrated).encodings["w"].frozen
+    graph = "n (float[N,4,6,8] x) => (float[N,4,6,8] y) { y = Relu(x) }"
+    bare = calibrate(network(graph, {}), data, scheme=W4A8, target=target)
+    with pytest.raises(InputError, match=r"there is no layer.*left every weight in float.*leave 'adaround' out"):
+        adaround(bare, data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import zipfile
 
 import numpy as np
 import pytest
@@ -228,6 +229,36 @@ def test_exactly_one_source_is_taken(tmp_path):
         load_data(path=tmp_path, images=tmp_path)
     with pytest.raises(InputError, match="`labels` goes with `images`"):
         load_data(path=tmp_path, labels=tmp_path)
+
+
+def member(shape, data=b"", descr="<f4"):
+    """An array file that claims a shape."""
+    text = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}"
+    text += " " * (63 - (len(text) + 10) % 64) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode() + data
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        member((2**40, 4), bytes(100)),
+        member((2**70,)),
+        member((-4, 4), bytes(64)),
+        member((20,), bytes(10)),
+        member((2,), bytes(16), "|O"),
+        member("(" * 500 + ")" * 500),
+        b"hello",
+        b"",
+    ],
+    ids=["2**40 rows", "2**70 rows", "negative", "cut off", "objects", "deep", "no array", "empty"],
+)
+def test_an_npz_whose_header_lies_is_told_in_a_line(tmp_path, content):
+    with zipfile.ZipFile(tmp_path / "d.npz", "w") as archive:
+        archive.writestr("x.npy", content)
+    with pytest.raises(InputError) as caught:
+        load_data(path=tmp_path / "d.npz")
+    assert str(caught.value).startswith(str(tmp_path / "d.npz"))
+    assert "\n" not in str(caught.value)
 
 
 def test_samples_may_lie_along_another_axis_and_a_number_is_every_sample_s(tmp_path):

@@ -236,6 +236,8 @@ def test_the_import_of_a_file_is_checked_on_samples_and_to_a_tolerance(tmp_path,
     data = Samples({"x": np.random.default_rng(0).normal(size=(3, 3, 8, 8)).astype(np.float32)})
     load_model(data, path=tmp_path / "net.onnx", ctx=notes)
     assert notes.notes[-1].startswith("The import computes what its source does, to ")
+    other = Samples({"image": np.zeros((3, 1, 8, 8), np.float32)})
+    load_model(other, path=tmp_path / "net.onnx", ctx=notes)  # of another model: `prepare` will say so
     with pytest.raises(InputError, match=r"computes something else than its source.*`tolerance` of load_model"):
         load_model(data, path=tmp_path / "net.onnx", tolerance=1e-12)
 

@@ -22,7 +22,7 @@ from qpipe.stages.calibrate import calibrate
 from qpipe.stages.cle import cle
 from qpipe.stages.prepare import prepare
 from tests.model.quantized import ONNXRUNTIME, scheme
-from tests.zoo import ZOO, built, samples
+from tests.zoo import ZOO, Example, built, inputs, samples
 
 Array = np.ndarray[Any, Any]
 Imported = Callable[[str], Model]
@@ -34,9 +34,21 @@ def relative(found: Array, wanted: Array) -> float:
     return float(np.abs(found - wanted).max() / np.abs(wanted).max())
 
 
-def quantized(model: Model, name: str, calibration: Array) -> Model:
+def fed(model: Model, example: Example, count: int, seed: int) -> dict[str, Array]:
+    """`count` samples for every input of the model."""
+    given = zip(model.inputs, inputs(example), strict=True)
+    return {spec.name: samples(each, count, seed + 100 * i).numpy() for i, (spec, each) in enumerate(given)}
+
+
+def computed(module: torch.nn.Module, arrays: dict[str, Array]) -> list[Array]:
+    with torch.no_grad():
+        returned = module(*(torch.from_numpy(array) for array in arrays.values()))
+    return [each.numpy() for each in (returned if isinstance(returned, tuple) else (returned,))]
+
+
+def quantized(model: Model, calibration: dict[str, Array]) -> Model:
     """W8A8 per channel, after prepare, bnf and cle."""
-    data = Samples({name: calibration})
+    data = Samples(calibration)
     return calibrate(cle(bnf(prepare(model)), data), data, scheme=scheme(), target=ONNXRUNTIME)
 
 
@@ -52,21 +64,21 @@ def assert_agrees(report: ParityReport) -> None:
 def test_from_torch_to_onnxruntime(imported: Imported, net: str) -> None:
     module, example = built(net)
     model = imported(net)
-    (entry,) = model.inputs
-    assert entry.shape[0] == "batch"
-    three = samples(example, 3, seed=1)  # another batch size than the example's
-    with torch.no_grad():
-        wanted = module(three).numpy()
-        simulated = model.to_torch(quantized=False)(three).numpy()
-    (deployed,) = model.session(mode="deploy", quantized=False).run(None, {entry.name: three.numpy()})
-    assert relative(simulated, wanted) < 1e-4
-    assert relative(deployed, wanted) < 1e-4
+    assert {entry.shape[0] for entry in model.inputs} == {"batch"}
+    three = fed(model, example, 3, seed=1)  # another batch size than the example's
+    wanted = computed(module, three)
+    simulated = computed(model.to_torch(quantized=False), three)
+    deployed = model.session(mode="deploy", quantized=False).run(None, three)
+    assert max(map(relative, simulated, wanted)) < 1e-4
+    assert max(map(relative, deployed, wanted)) < 1e-4
 
-    small = quantized(model, entry.name, samples(example, 24, seed=2).numpy())
+    small = quantized(model, fed(model, example, 24, seed=2))
     assert {layer.weight for layer in small.layers()} <= set(small.encodings)
-    assert_agrees(parity(small, {entry.name: samples(example, 12, seed=3).numpy()}))
+    assert_agrees(parity(small, fed(model, example, 12, seed=3)))
     # As on an accelerator, no value of the meta device is read on the way, and none of the host's mixes with them.
-    assert small.to_torch().to("meta")(three.to("meta")).shape == wanted.shape
+    returned = small.to_torch().to("meta")(*(torch.from_numpy(array).to("meta") for array in three.values()))
+    found = returned if isinstance(returned, tuple) else (returned,)
+    assert [each.shape for each in found] == [each.shape for each in wanted]
 
 
 @pytest.mark.slow
@@ -74,8 +86,7 @@ def test_from_torch_to_onnxruntime(imported: Imported, net: str) -> None:
 def test_a_mix_of_bitwidths_is_deployed_as_it_is_simulated(imported: Imported, net: str) -> None:
     _, example = built(net)
     model = bnf(imported(net))
-    (entry,) = model.inputs
-    data = [Samples({entry.name: samples(example, 8, seed=seed).numpy()}) for seed in (2, 3)]
+    data = [Samples(fed(model, example, 8, seed=seed)) for seed in (2, 3)]
     found = amp(
         model, *data, scheme=scheme(), target=ONNXRUNTIME, metric="sqnr_db", method="gram", max_drop=None, budget=0.6,
         conversion_slack=0.0,

@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Literal
 
 from qpipe.methods.mixing.work import FLOAT_BITS, Array, Work, measure_work
 from qpipe.methods.placement.joined import Joined
-from qpipe.model.structure.layers import find_layers
+from qpipe.model.structure.operands import find_operands
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from qpipe.methods.placement.placement import Placement
     from qpipe.model.network.network import Network
-    from qpipe.model.structure.layers import Layer
+    from qpipe.model.structure.operands import Operand
     from qpipe.numerics.grid import Encoding
 
 Cost = Literal["bitops", "size"]
@@ -113,14 +113,14 @@ def find_choices(
     """
     bits = {name: tuple(_bits(e, name) for e in grids.values()) for name in _names(grids)}
     open_tensors = {name for name, found in bits.items() if len(set(found)) > 1}
-    layers, work = find_layers(model), measure_work(model, placement, arrays)
-    tied = _tied(model, placement, layers, [name for name in bits if name in open_tensors])
+    operands, work = find_operands(model), measure_work(model, placement, arrays)
+    tied = _tied(model, placement, operands, [name for name in bits if name in open_tensors])
     groups = tuple(_group(model, names, grids, bits, work) for names in tied)
     settled = {
         name: e for encodings in grids.values() for name, e in encodings.items() if name not in open_tensors
     }
     fixed = {name: found[0] for name, found in bits.items() if name not in open_tensors}
-    left = {layer.weight: FLOAT_BITS for layer in layers if layer.weight not in bits}
+    left = {each.weight: FLOAT_BITS for each in operands if each.weight not in bits}
     return Choices(
         groups,
         grids,
@@ -132,9 +132,9 @@ def find_choices(
 
 
 def _tied(
-    model: Network, placement: Placement, layers: Sequence[Layer], names: Sequence[str]
+    model: Network, placement: Placement, operands: Sequence[Operand], names: Sequence[str]
 ) -> list[list[str]]:
-    """The tensors `names`, which have a choice, in groups that must make the same one: those of layers come first."""
+    """The tensors `names`, which have a choice, in groups that must make the same one: those of weights come first."""
     open_tensors, joined = set(names), Joined[str]()
 
     def join(together: Iterable[str]) -> None:
@@ -144,12 +144,12 @@ def _tied(
     # The factors of a product are never in two groups, so that costs add up.
     for shared in placement.grids:
         join(shared)
-    for layer in layers:
-        join((layer.weight, layer.input))
+    for operand in operands:
+        join((operand.weight, operand.input))
     for node in model.graph:
         join(str(value.name) for value in node.inputs if value is not None and not value.is_initializer())
     members: dict[str, list[str]] = {}
-    in_order = [name for layer in layers for name in (layer.input, layer.weight)]
+    in_order = [name for each in operands for name in (each.input, each.weight)]
     for name in dict.fromkeys((*in_order, *placement.activations, *names)):
         if name in open_tensors:
             members.setdefault(joined.leader(name), []).append(name)

@@ -90,11 +90,13 @@ class GramSensitivity:
             return 0.0
 
         def run(*_: Any) -> float:
-            return sum(
+            known = {layer.weight for layer in self._layers}
+            of_layers = (
                 self._weight_loss(number, layer, weights[layer.weight])
                 for number, layer in enumerate(self._layers)
                 if layer.weight in weights
             )
+            return sum(of_layers) + sum(self._plain_loss(name, weights[name]) for name in sorted(set(weights) - known))
 
         return float(self._memo("gram", run, self._content, grids_fingerprint(weights), self._seed))
 
@@ -112,6 +114,12 @@ class GramSensitivity:
         second = torch.tensor(self._moments[f"{number}.second"], dtype=torch.float64)
         noise, signal = (_energy(unfold, array, second) for array in (error, weight))
         return noise / signal if signal > 0.0 else 0.0
+
+    def _plain_loss(self, name: str, encoding: Encoding) -> float:
+        """|dW|^2 / |W|^2, for the weight of a node that is no layer: as if all its inputs were alike."""
+        weight = self._model.param(name).astype(np.float64)
+        error = quantize_dequantize(self._model.param(name), encoding, name) - weight
+        return float(np.square(error).sum() / max(np.square(weight).sum(), 1e-300))
 
     def _collect(self, *_: Any) -> dict[str, Array]:
         """H of every layer, and the size of its inputs, where its geometry depends on that."""

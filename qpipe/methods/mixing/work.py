@@ -12,7 +12,7 @@ import numpy.typing as npt
 from qpipe.model.simulation.module import to_torch
 from qpipe.model.simulation.samples import batches
 from qpipe.model.simulation.watching import watched
-from qpipe.model.structure.layers import find_layers
+from qpipe.model.structure.operands import find_operands
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,18 +57,18 @@ def measure_work(model: Network, placement: Placement, arrays: Mapping[str, Arra
         return math.prod(shapes.get(name, (0,))) // samples
 
     products = []
-    layers = {layer.name: layer for layer in find_layers(model)}
+    operands = {operand.name: operand for operand in find_operands(model)}
     for node in model.graph:
-        output, layer = str(node.outputs[0].name), layers.get(str(node.name))
-        if layer and layer.op_type == "ConvTranspose":  # at its inputs: each meets all weights of its channel
-            times = count(layer.input) * math.prod(layer.weight_shape[1:])
-        elif layer:
-            times = count(output) * (math.prod(layer.weight_shape) // layer.channels)
+        output, operand = str(node.outputs[0].name), operands.get(str(node.name))
+        if operand and operand.op_type == "ConvTranspose":  # at its inputs: each meets all weights of its channel
+            times = count(operand.input) * math.prod(operand.shape[1:])
+        elif operand:
+            times = count(output) * operand.inner
         elif node.op_type == "MatMul":
             times = count(output) * shapes.get(str(node.inputs[0].name), (0,))[-1]  # type: ignore[union-attr]
         else:
             continue
-        a, b = (layer.input, layer.weight) if layer else (str(v.name) for v in node.inputs if v is not None)
+        a, b = (operand.input, operand.weight) if operand else (str(v.name) for v in node.inputs if v is not None)
         products.append((times, a, b))
     elements = [(max(map(count, grid)), grid[0]) for grid in placement.grids]
     return Work(tuple(products), tuple(elements))

@@ -5,12 +5,13 @@ Values that must share one grid are seen by one observer, so the grid fits them 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from qpipe.methods.placement.survival import Survivors
 from qpipe.model.simulation.module import to_torch
 from qpipe.model.simulation.samples import batches, sample_count
 from qpipe.model.simulation.watching import watched
@@ -28,42 +29,48 @@ Group = tuple[str, ...]
 Observers = dict[Group, HistogramObserver]
 
 
-def observed_groups(placement: Placement) -> tuple[Group, ...]:
-    """The activations that need data, in groups that share one grid; most groups are one value.
+def observed_groups(placement: Placement, also: Iterable[str] = ()) -> tuple[Group, ...]:
+    """The activations that need data, in groups that share one grid; most groups are one value. `also` are values that
+    are watched alone besides.
 
     A value that is cut down to another one of its group is left out: its range does not count.
     """
     grouped = {name for group in placement.shared for name in group}
     watched = (tuple(name for name in group if name not in placement.follows) for group in placement.shared)
-    return (*watched, *((name,) for name in placement.activations if name not in grouped))
+    groups = (*watched, *((name,) for name in placement.activations if name not in grouped))
+    return tuple(dict.fromkeys((*groups, *((name,) for name in also))))
 
 
 def observe(
     model: Network,
     arrays: Mapping[str, Array],
-    groups: Sequence[Group],
+    placement: Placement,
     *,
     batch_size: int,
+    also: Sequence[str] = (),
     device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> Observers:
-    """An observer per group that has seen every value of it, in one pass of the float simulation.
+    """An observer per group that has seen all that counts of its values, in one pass of the float simulation.
 
     Memory is that of one batch and the observers. Raises InputError for data that do not fit, and for a nan,
     with the name of the value.
     """
-    observers = {group: HistogramObserver(name=group[0]) for group in groups}
-    by_value = {name: observer for group, observer in observers.items() for name in group}
+    observers = {group: HistogramObserver(name=group[0]) for group in observed_groups(placement, also)}
+    by_value: dict[str, list[HistogramObserver]] = {}
+    for group, observer in observers.items():
+        for name in group:
+            by_value.setdefault(name, []).append(observer)
     module = to_torch(model, quantized=False, device=device, shared=True)
 
-    def see(name: str, value: Tensor) -> None:
-        if name in by_value:
-            by_value[name].update(value)
+    def count(name: str, elements: Tensor) -> None:
+        for observer in by_value.get(name, ()):
+            observer.update(elements)
 
     total = sample_count(model, arrays)
     done = 0
     for batch in batches(model, arrays, batch_size):
-        watched(module, batch.arrays, see, device)
+        watched(module, batch.arrays, Survivors(placement.survives, count).see, device)
         done += batch.count
         if progress:
             progress(done, total)
@@ -73,24 +80,27 @@ def observe(
 def observed(
     model: Network,
     arrays: Mapping[str, Array],
-    groups: Sequence[Group],
+    placement: Placement,
     memo: Callable[..., Any],
     *,
     batch_size: int,
+    also: Sequence[str] = (),
     device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> Observers:
     """What `observe` returns, through `memo(name, function, *inputs)`: made once for a model and data."""
+    groups = observed_groups(placement, also)
     if not groups:
         return {}
 
     def run(*_: Any) -> dict[str, Array]:
-        found = observe(model, arrays, groups, batch_size=batch_size, device=device, progress=progress)
+        found = observe(
+            model, arrays, placement, batch_size=batch_size, also=also, device=device, progress=progress
+        )
         return pack_observers(found)
 
-    states = memo(
-        "observers", run, content(model), dict(arrays), [list(group) for group in groups], batch_size
-    )
+    counted = [[list(group) for group in groups], placement.survives]
+    states = memo("observers", run, content(model), dict(arrays), counted, batch_size)
     return unpack_observers(groups, states)
 
 
@@ -116,8 +126,8 @@ def unpack_observers(groups: Sequence[Group], arrays: Mapping[str, Array]) -> Ob
 def activation_encodings(placement: Placement, observers: Observers) -> dict[str, Encoding]:
     """The grid of every activation: fixed by the placement, or over the range of its group's observer."""
     found = dict(placement.fixed)
-    for group, observer in observers.items():
-        encoding = observer.encoding(placement.activations[group[0]])
+    for group in observed_groups(placement):
+        encoding = observers[group].encoding(placement.activations[group[0]])
         found.update(dict.fromkeys(group, encoding))
     found.update({name: found[last] for name, last in placement.follows.items()})
     return found

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from qpipe.errors import InputError
 from qpipe.methods.placement.filters import matched
-from qpipe.model.structure.layers import find_layers
+from qpipe.model.structure.operands import find_operands
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -37,7 +37,7 @@ class Overridden:
             address = f"scheme.overrides[{index}].nodes"
             nodes, values = matched(model.graph, override.nodes, address)
             read = {str(value.name) for node in nodes for value in _data(node)}
-            weights = {layer.weight for layer in find_layers(model) if model.graph.node(layer.name) in nodes}
+            weights = {each.weight for each in find_operands(model) if model.graph.node(each.name) in nodes}
             self._weights.append(weights | (values & initializers))
             self._activations.append(read | (values - initializers))
             if override.activation is None and not self._weights[-1]:

@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING
 
 from qpipe.methods.placement.joined import Joined
 from qpipe.methods.placement.overrides import Overridden
+from qpipe.methods.placement.survival import Links, decided, survivals
 from qpipe.model.network.invariants import constant_tensor
-from qpipe.model.structure.layers import find_layers
+from qpipe.model.structure.layers import find_layers, initializers_behind
+from qpipe.model.structure.opaque import read_values
+from qpipe.model.structure.operands import computed_factors, find_operands
 from qpipe.numerics.scheme import Scheme, TensorScheme, code_bounds
 
 if TYPE_CHECKING:
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
 
     from qpipe.methods.placement.target import Target
     from qpipe.model.network.network import Network
-    from qpipe.model.structure.layers import Layer
+    from qpipe.model.structure.operands import Operand
     from qpipe.numerics.grid import Encoding
 
 
@@ -34,18 +37,25 @@ class Placement:
 
     - `weights`: initializer -> its scheme, and the axis of the channels (per_channel) or of the blocks
       (per_block; a weight that cannot be cut into whole blocks is per_channel instead);
+    - `in_float`: the other weights, each with the reason, in a clause;
+    - `turned`: weights whose channels not all that multiply by them count along one axis -> these nodes, the one
+      whose axis it is first;
     - `activations`: value -> its scheme, for those whose range has to be observed, in the graph's order;
     - `grids`: all activations that get one, in groups that must have the same;
     - `shared`: the groups among `activations` of more than one value;
-    - `follows`: value -> the value of its group whose range alone counts: what a Min or a Relu cuts off
-      needs no code;
+    - `follows`: value -> the value of its group whose range alone counts: what a Min or a Relu cuts off, or a
+      MaxPool passes over, needs no code;
+    - `survives`: value -> what counts of it, where those that read it pick or cut off (`survival`);
     - `fixed`: value -> the grid that the target prescribes; no value is both here and in `activations`.
     """
 
     weights: dict[str, tuple[TensorScheme, int]] = field(default_factory=dict)
+    in_float: dict[str, str] = field(default_factory=dict)
+    turned: dict[str, tuple[str, ...]] = field(default_factory=dict)
     activations: dict[str, TensorScheme] = field(default_factory=dict)
     grids: tuple[tuple[str, ...], ...] = ()
     follows: dict[str, str] = field(default_factory=dict)
+    survives: dict[str, Links] = field(default_factory=dict)
     fixed: dict[str, Encoding] = field(default_factory=dict)
 
     @property
@@ -57,42 +67,61 @@ def place(model: Network, target: Target, scheme: Scheme) -> Placement:
     """The quantizers that `target` wants in `model`, with the grids of `scheme`."""
     marks = _Marks(model, target)
     schemes = Overridden(model, scheme)
-    weights = {
-        layer.weight: weight_scheme(layer, schemes.weight(layer.weight))
-        for layer in reversed(find_layers(model))
-        if not (marks.left.has(model.graph.node(layer.name)) or layer.weight in marks.left.values)
-        and layer.op_type in target.weights
-        and marks.is_data(layer.input)
-    }
-    ordered = {name: weights[name] for name in sorted(weights)}
+    chosen: dict[str, list[tuple[str, TensorScheme, int]]] = {}
+    in_float = marks.in_float(model)
+    for operand in find_operands(model):
+        why = marks.why_float(operand)
+        if why is None:
+            given = (operand.name, *weight_scheme(operand, schemes.weight(operand.weight)))
+            chosen.setdefault(operand.weight, []).append(given)
+        else:
+            in_float.setdefault(operand.weight, why)
+    weights = Placement(
+        weights={name: each[0][1:] for name, each in sorted(chosen.items())},
+        in_float={name: why for name, why in in_float.items() if name not in chosen},
+        turned={
+            name: tuple(node for node, _, _ in each)
+            for name, each in chosen.items()
+            if each[0][1].granularity != "per_tensor" and len({axis for _, _, axis in each}) > 1
+        },
+    )
     if scheme.activation is None:
-        return Placement(ordered)
+        return weights
     marks.place()
     groups = marks.groups()
     grids = {name: each for group in groups if (each := schemes.activation(group)) for name in group}
     fixed = marks.fixed(grids, groups)
     in_order = {name: grids[name] for name in marks.names if name in grids and name not in fixed}
     follows = {name: last for name, last in marks.follows(groups).items() if name not in fixed}
-    return Placement(ordered, in_order, groups, follows, fixed)
+    survives = _reached(marks.survives, [name for name in in_order if name not in follows])
+    return replace(weights, activations=in_order, grids=groups, follows=follows, survives=survives, fixed=fixed)
 
 
-def weight_scheme(layer: Layer, scheme: TensorScheme) -> tuple[TensorScheme, int]:
-    """The scheme of a layer's weight and its axis: that of the output channels, or that of the blocks.
+def _reached(survives: dict[str, Links], names: list[str]) -> dict[str, Links]:
+    """Of `survives` what tells of `names`, at once or by way of others."""
+    found: dict[str, Links] = {}
+    while names:
+        name = names.pop()
+        if name in survives and name not in found:
+            found[name] = survives[name]
+            names += [link.other for link in survives[name] if link.other]
+    return {name: found[name] for name in survives if name in found}
 
-    A grouped transposed convolution has no axis of its own for all output channels: axis 1 counts those of
-    one group and serves them all, unless each group has one channel (depthwise), which axis 0 counts.
+
+def weight_scheme(operand: Operand, scheme: TensorScheme) -> tuple[TensorScheme, int]:
+    """The scheme of a weight and its axis: that of the output channels, or that of the blocks.
+
+    What cannot be cut into whole blocks is per channel, and what has no channels of its own per tensor.
     """
     if scheme.granularity == "per_block":
-        axis = 1 - layer.channel_axis
-        pointwise = all(size == 1 for size in layer.kernel_shape)
-        if pointwise and layer.weight_shape[axis] % scheme.block_size == 0:
+        axis = operand.inner_axis
+        if axis is not None and operand.shape[axis] % scheme.block_size == 0:
             return scheme, axis
         # ONNX blocks along one axis only: each place of a 3x3 kernel would have scales of its own.
         scheme = replace(scheme, granularity="per_channel", block_size=0)
-    one_each = layer.op_type == "ConvTranspose" and layer.weight_shape[1] == 1
-    if one_each and layer.weight_shape[0] == layer.groups:
-        return scheme, 0
-    return scheme, layer.channel_axis
+    if scheme.granularity == "per_channel" and operand.channel_axis is None:
+        scheme = replace(scheme, granularity="per_tensor")
+    return scheme, operand.channel_axis or 0
 
 
 class _Marks:
@@ -114,11 +143,32 @@ class _Marks:
         self.joined: Joined[ir.Value] = Joined()
         self.softmax: list[ir.Value] = []
         self.cut: dict[ir.Value, ir.Value] = {}
+        self.survives = survivals(self.graph, self.data)
         self.names = [str(value.name) for value in self._values()]
 
-    def is_data(self, name: str) -> bool:
-        """Whether the value called `name` comes from the data."""
-        return name in self.data_names
+    def why_float(self, operand: Operand) -> str | None:
+        """Why a weight has no grid, in a clause; None where it gets one."""
+        if operand.op_type not in self.target.weights:
+            return f"the target '{self.target.name}' quantizes no weight of {operand.op_type}"
+        if self.left.has(self.graph.node(operand.name)) or operand.weight in self.left.values:
+            return "target.nodes leaves it in float"
+        if operand.input not in self.data_names:
+            return "what it multiplies does not come from the data"
+        return None
+
+    def in_float(self, model: Network) -> dict[str, str]:
+        """Weights that are computed, and those of operators whose weights no target quantizes, each with the reason."""
+        found = dict.fromkeys(computed_factors(model), "it is computed in the graph")
+        for node in self.graph:
+            if node.domain or not any(output in self.data for output in node.outputs):
+                continue
+            for value in (node.inputs[place] for place in _WITHOUT_GRID.get(node.op_type, ())):
+                for source in initializers_behind(value) if value is not None else ():
+                    tensor = constant_tensor(source)
+                    if tensor is not None and _is_float(source) and len(tensor.shape) > 1 and tensor.size > 1:
+                        why = f"the target '{self.target.name}' quantizes no weight of {node.op_type}"
+                        found.setdefault(str(source.name), why)
+        return found
 
     def place(self) -> None:
         """Marks every value that the target wants quantized, and joins those that share a grid."""
@@ -126,7 +176,7 @@ class _Marks:
         for composite in self.composites:
             if not any(self.left.has(node) for node in composite.nodes):
                 self._mark([composite.root, composite.result])
-        scores = self._scores()
+        scores = decided(self.graph, self.target.share)
         for node in self.graph:
             if node in inside or node in scores or self.left.has(node):
                 continue
@@ -215,10 +265,16 @@ class _Marks:
             self._share(node, data)
 
     def follows(self, groups: Iterable[tuple[str, ...]]) -> dict[str, str]:
-        """What is cut off afterwards, and the last value of its group that it is cut down to."""
+        """What is cut off or passed over afterwards, and the last value of its group that it comes down to."""
         found = {}
-        cut = {str(value.name): str(after.name) for value, after in self.cut.items()}
+        bounded = {str(value.name): str(after.name) for value, after in self.cut.items()}
         for group in groups:
+            picked = {
+                name: self.survives[name][0].other
+                for name in group
+                if name in self.survives and all(link.same and link.other in group for link in self.survives[name])
+            }
+            cut = picked | bounded
             for name in group:
                 last = name
                 while last in cut:
@@ -227,22 +283,14 @@ class _Marks:
                     found[name] = last
         return found
 
-    def _scores(self) -> set[ir.Node]:
-        """The sums, and what only moves them, whose every reader leads to a Softmax."""
-        scores: set[ir.Node] = set()
-        for node in reversed(list(self.graph)):
-            readers = node.outputs[0].consumers()
-            leads = readers and all(r.op_type == "Softmax" or r in scores for r in readers)
-            if leads and (
-                node.op_type == "Add" or (node.op_type in self.target.share and scores & set(readers))
-            ):
-                scores.add(node)
-        return scores
-
     def _values(self) -> list[ir.Value]:
         """All activations in the graph's order."""
         produced = (output for node in self.graph for output in node.outputs)
         return [value for value in [*self.graph.inputs, *produced] if value in self.data]
+
+
+_WITHOUT_GRID = {"Gather": (0,), "LSTM": (1, 2), "GRU": (1, 2), "RNN": (1, 2), "DeformConv": (1,)}
+"""Operators whose weights no target quantizes: which of their inputs."""
 
 
 def _unit_grid(scheme: TensorScheme) -> Encoding:
@@ -270,7 +318,7 @@ def counted_values(graph: ir.Graph) -> set[ir.Value]:
     others = _following(graph, set())
     counted = {value for value in graph.inputs if value.dtype is not None and value.dtype.is_integer()}
     for node in graph:
-        if node.op_type not in _MEASURES and any(value in counted for value in node.inputs):
+        if node.op_type not in _MEASURES and any(value in counted for value in read_values(node)):
             counted.update(value for value in node.outputs if value.name and value not in others)
     layers = [node for node in graph if node.op_type in _LAYERS and not node.domain]
     angles = _leading(counted, [value for node in graph if node.op_type in _ANGLES for value in node.inputs])
@@ -309,7 +357,7 @@ def _following(graph: ir.Graph, more: set[ir.Value]) -> set[ir.Value]:
         table = constant_tensor(node.inputs[0]) if node.op_type == "Gather" and node.inputs else None
         embedding = table is not None and table.size > 1
         decoded = node.op_type == "DequantizeLinear"
-        if embedding or decoded or any(value in data for value in node.inputs):
+        if embedding or decoded or any(value in data for value in read_values(node)):
             data.update(value for value in node.outputs if value.name and _is_float(value))
     return {value for value in data if _is_float(value)}
 

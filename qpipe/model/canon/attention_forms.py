@@ -146,6 +146,7 @@ def _broadcasts_to(values: list[ir.Value | None], output: ir.Value) -> bool:
     if shape is None or _has_unknown(list(shape)):
         return False
     result: list[int | ir.SymbolicDim] = [1] * len(shape)
+    rank = 0
     for value in values:
         if (
             value is None
@@ -154,7 +155,8 @@ def _broadcasts_to(values: list[ir.Value | None], output: ir.Value) -> bool:
             or _has_unknown(list(value.shape))
         ):
             return False
+        rank = max(rank, len(value.shape))
         for axis, dim in enumerate(list(value.shape), start=len(shape) - len(value.shape)):
             if dim != 1:
                 result[axis] = dim
-    return result == list(shape)
+    return rank == len(shape) and result == list(shape)

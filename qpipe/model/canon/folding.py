@@ -51,10 +51,7 @@ def fold_weights(model: ir.Model) -> list[str]:
     """Replace each weight or bias that is computed from parameters by one initializer, in place; the notes.
 
     A parameter that is only transposed is left to whoever shares it: its copy would be a second parameter."""
-    constants = set(model.graph.initializers.values())
-    for node in model.graph:
-        if _computable(node) and all(value is None or value in constants for value in node.inputs):
-            constants.update(node.outputs)
+    constants = _from_parameters(model)
     slots: dict[ir.Value, str] = {}
     for node in model.graph:
         for value, slot in zip(node.inputs, _SLOTS.get(node.op_type, ()), strict=False):
@@ -67,6 +64,30 @@ def fold_weights(model: ir.Model) -> list[str]:
         notes.append(f"The parameter {name!r} is what the model computes from {_sources(value)}.")
         _replace(model.graph, value, array, name)
     return notes
+
+
+def fold_quantized(model: ir.Model) -> list[str]:
+    """Replace what is computed from parameters and then quantized by one initializer of its name, in place; the notes.
+
+    So its grid is that of a weight."""
+    constants = _from_parameters(model)
+    read = [node.inputs[0] for node in model.graph if quantizes(node)]
+    values = dict.fromkeys(v for v in read if v in constants and v is not None and not v.is_initializer())
+    notes = []
+    for value, array in _evaluated(model.graph, list(values)):
+        name = str(value.name)
+        notes.append(f"The parameter {name!r} is what the model computes from {_sources(value)}.")
+        _replace(model.graph, value, array, name)
+    return notes
+
+
+def _from_parameters(model: ir.Model) -> set[ir.Value]:
+    """The initializers, and all that follows from them alone."""
+    constants = set(model.graph.initializers.values())
+    for node in model.graph:
+        if _computable(node) and all(value is None or value in constants for value in node.inputs):
+            constants.update(node.outputs)
+    return constants
 
 
 def _computable(node: ir.Node) -> bool:

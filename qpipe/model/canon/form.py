@@ -12,14 +12,14 @@ Parameters keep the names and values that the source gives them; equal ones are 
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import onnx_ir as ir
 from onnx_ir.passes import common
 
 from qpipe.model.canon import attention_forms, bound_forms, layer_forms, plain_forms, sequences, unrolling
 from qpipe.model.canon.floats import to_float32
-from qpipe.model.canon.folding import fold_constants, fold_weights
+from qpipe.model.canon.folding import fold_constants, fold_quantized, fold_weights
 from qpipe.model.canon.opsets import to_canonical_opset
 from qpipe.model.canon.refusals import check_supported, refuse_unfit
 from qpipe.model.network.invariants import lift_constants, remove_dead_nodes, restore
@@ -28,9 +28,11 @@ from qpipe.model.network.network import Network
 from qpipe.model.network.rewriting import Rule, apply
 from qpipe.model.network.shapes import believe_graph, infer_shapes
 from qpipe.model.qdq.nodes import scale_sources, standard_nodes
-from qpipe.model.qdq.operator_form import write_out
+from qpipe.model.qdq.operator_form import unreadable, write_out
 from qpipe.model.qdq.reader import left_on_codes, read_activations, skip_clips
 from qpipe.model.qdq.weights import Grids, read_weights
+from qpipe.model.runtime.types import learn_types
+from qpipe.model.structure.opaque import opaque_nodes
 
 SIMPLIFICATIONS: tuple[Rule, ...] = (
     plain_forms.trim_inputs,
@@ -91,6 +93,7 @@ def canonicalize(
     read_weights(graph, grids)  # the rules look for weights among the float initializers
     simplify(model, kept | grids.names)
     notes += write_out(graph)  # whose scales had to be folded first
+    notes += fold_quantized(model)
     while read_weights(graph, grids):  # scales that had to be folded first
         simplify(model, kept | grids.names)
     while apply(graph, (unrolling.choose_between,)):  # only now it is known what cannot be decided
@@ -101,11 +104,27 @@ def canonicalize(
     remove_dead_nodes(model)
     restore(model)
     infer_shapes(model)
+    opaque = opaque_nodes(graph)
+    complaint = learn_types(model) if opaque else None
     for value in model.graph.outputs:
         if value.shape is None:  # what nobody finds is as the file says
             value.shape = declared.get(str(value.name))
-    check_supported(model)
-    return model, [*notes, *grids.notes, *left_on_codes(graph)], grids
+    check_supported(model, complaint)
+    return model, [*notes, *grids.notes, *left_on_codes(graph), *_left_opaque(opaque)], grids
+
+
+def _left_opaque(nodes: Sequence[ir.Node]) -> list[str]:
+    """One sentence for each reason: the nodes are as many as the model has layers."""
+    found: dict[str, list[str]] = {}
+    for node in nodes:
+        reason = unreadable(node)
+        why = f"torch cannot compute {{}}: {reason}." if reason else "torch cannot compute {}."
+        found.setdefault(why, []).append(f"'{node.name}' ({node.op_type})")
+    told = []
+    for why, names in found.items():
+        few = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        told.append(f"{why.format(few)} It stays as it is, and runs through onnxruntime.")
+    return told
 
 
 def _in_one_dialect(model: ir.Model) -> tuple[ir.Model, list[str], dict[str, ir.Shape]]:

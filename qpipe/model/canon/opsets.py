@@ -43,6 +43,8 @@ def to_canonical_opset(model: ir.Model) -> ir.Model:
     """
     _one_default_domain(model)
     version = model.opset_imports.get("")
+    if version is None and not any(True for _ in _nodes(model)):
+        version = model.opset_imports[""] = OPSET  # of other domains' operators alone
     if version is None:
         raise InputError(f"The model imports no ONNX opset. Export it again, with opset {OPSET}.")
     if not OLDEST <= version <= NEWEST:

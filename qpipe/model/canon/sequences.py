@@ -5,8 +5,10 @@
     SequenceAt(sequence, i)          its element i
     ConcatFromSequence(sequence)     Concat of its elements
     SequenceLength(sequence)         a number
+    SequenceMap(sequence)            its body once for each element
 
-torch's exporter writes `split` and `chunk` so. A sequence whose length depends on the data stays, and is refused.
+torch's exporter writes `split`, `chunk` and `hstack` so. A sequence whose length depends on the data stays, and is
+refused.
 """
 
 from __future__ import annotations
@@ -14,12 +16,13 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from qpipe.model.canon.unrolling import inserted
 from qpipe.model.network.naming import fresh_name
 from qpipe.model.network.rewriting import add_constant, bypass, constant, replace
 
 SEQUENCES = frozenset(
     {"SequenceAt", "SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert", "SequenceLength"}
-    | {"SplitToSequence", "ConcatFromSequence"}
+    | {"SplitToSequence", "ConcatFromSequence", "SequenceMap"}
 )
 """The operators that these rules take out."""
 
@@ -148,9 +151,35 @@ def known_length(graph: ir.Graph, node: ir.Node) -> bool:
     return replace(graph, node, ir.node("Identity", [length], name=node.name))
 
 
+def mapped(graph: ir.Graph, node: ir.Node) -> bool:
+    """SequenceMap over a known sequence; its other inputs are such sequences too, or tensors that every pass reads."""
+    held = elements(node.inputs[0]) if node.op_type == "SequenceMap" and not node.domain else None
+    if not held:
+        return False
+    others = [elements(value) for value in node.inputs[1:]]
+    if any(
+        others[i] is None and (value is None or isinstance(value.type, ir.SequenceType))
+        for i, value in enumerate(node.inputs[1:])
+    ):
+        return False
+    passes = []
+    for i, each in enumerate(held):
+        more = [value if known is None else known[i] for known, value in zip(others, node.inputs[1:], strict=True)]
+        passes.append(inserted(graph, node, node.attributes["body"].as_graph(), [each, *more]))
+    for output, made in zip(node.outputs, zip(*passes, strict=True), strict=True):
+        sequence = ir.node("SequenceConstruct", made, name=fresh_name(graph, f"{node.name}_sequence"))
+        sequence.outputs[0].name, sequence.outputs[0].type = fresh_name(graph, f"{node.name}_held"), output.type
+        graph.insert_before(node, sequence)
+        output.replace_all_uses_with(sequence.outputs[0])
+    if any(output.is_graph_output() for output in node.outputs):
+        return False  # a sequence goes out of the model, and is refused
+    graph.remove(node, safe=True)
+    return True
+
+
 def _construct(graph: ir.Graph, node: ir.Node, held: list[ir.Value]) -> bool:
     made = ir.node("SequenceConstruct", held, name=node.name)
     return replace(graph, node, made)
 
 
-RULES = (split_to_sequence, changed_sequence, element, concatenated, known_length)
+RULES = (split_to_sequence, changed_sequence, mapped, element, concatenated, known_length)

@@ -24,7 +24,7 @@ def inline_decided_if(graph: ir.Graph, node: ir.Node) -> bool:
     if condition is None:
         return False
     branch = node.attributes["then_branch" if condition.all() else "else_branch"].as_graph()
-    _hand_over(graph, node, _inserted(graph, node, branch, []))
+    _hand_over(graph, node, inserted(graph, node, branch, []))
     return True
 
 
@@ -44,7 +44,7 @@ def unroll_loop(graph: ir.Graph, node: ir.Node) -> bool:
     true = add_constant(graph, f"{node.name}_goes_on", np.array(True))
     for number in range(passes):
         count = add_constant(graph, f"{node.name}_pass", np.array(number, np.int64))
-        results = _inserted(graph, node, body, [count, true, *carried])
+        results = inserted(graph, node, body, [count, true, *carried])
         carried = results[1 : 1 + carried_count]
         for scan, value in zip(scans, results[1 + carried_count :], strict=True):
             scan.append(value)
@@ -73,7 +73,7 @@ def unroll_scan(graph: ir.Graph, node: ir.Node) -> bool:
             _slice(graph, node, value, axis, passes - 1 - number if back else number)
             for value, axis, back in zip(scanned, axes, backwards, strict=True)
         ]
-        results = _inserted(graph, node, body, [*states, *slices])
+        results = inserted(graph, node, body, [*states, *slices])
         states = results[: len(states)]
         for scan, value in zip(scans, results[len(states) :], strict=True):
             scan.append(value)
@@ -107,7 +107,7 @@ def _size(value: ir.Value | None, axis: int) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def _inserted(
+def inserted(
     graph: ir.Graph, node: ir.Node, body: ir.Graph, inputs: Sequence[ir.Value | None]
 ) -> list[ir.Value | None]:
     """A copy of `body`'s nodes before `node`, reading `inputs`; the values of its outputs."""
@@ -188,7 +188,7 @@ def choose_between(graph: ir.Graph, node: ir.Node) -> bool:
         for o in node.outputs
     ):
         return False
-    results = [_inserted(graph, node, branch, []) for branch in branches]
+    results = [inserted(graph, node, branch, []) for branch in branches]
     condition = node.inputs[0]
     chosen = [
         _made(graph, node, ir.node("Where", [condition, a, b]), f"{node.name}_chosen")

@@ -2,7 +2,8 @@
 
 0.6.1 and 1.0.0 write a grid by its first code, counted from zero: offset = qmin - zero_point, so -128 for a
 symmetric int8, and -zero_point for an unsigned type. 2.0.0 speaks ONNX: output_dtype, y_scale, y_zero_point.
-Names are those of the values in the ONNX graph. Biases are listed with their int32 grids.
+Names are those of the values in the ONNX graph. Biases are listed with their int32 grids. The older formats do not say
+along which axis scales run: what a reader would take for another grid is refused.
 
 Source: the AIMET documentation, "Encoding Format Specification", and the files that AIMET 2 writes.
 """
@@ -18,8 +19,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from qpipe.errors import InputError
+from qpipe.model.files.encodings_reader import first_operands, one_entry, read_entry
 from qpipe.model.qdq.bias import bias_scale, effective_encodings, quantized_biases
-from qpipe.numerics.grid import Encoding
+from qpipe.numerics.grid import Encoding, spread
 
 if TYPE_CHECKING:
     from qpipe.model.network.network import Network
@@ -29,8 +31,10 @@ Version = Literal["0.6.1", "1.0.0", "2.0.0"]
 
 def write_encodings(model: Network, path: Path, version: Version = "1.0.0") -> None:
     """Writes the grids of `model` as JSON to `path`, a tensor a line, each made when its turn comes: a scale of a
-    block takes many times its bytes as an object of Python. Errors: those of `_document`."""
+    block takes many times its bytes as an object of Python. Raises InputError for another version, for what 0.6.1
+    cannot express, and for a grid that would be read back as another one."""
     document = _document(model, version)
+    _refuse_unreadable(model, version)
     with path.open("w", encoding="utf-8") as file:
         for i, (key, value) in enumerate(document.items()):
             file.write(f"{',' if i else '{'}\n  {json.dumps(key)}: ")
@@ -85,6 +89,31 @@ def _document(model: Network, version: Version) -> dict[str, Any]:
         "param_encodings": {name: _aimet_0_6_1(name, e) for name, e in params.items()},
         "quantizer_args": arguments,
     }
+
+
+def _refuse_unreadable(model: Network, version: Version) -> None:
+    """Raises InputError for a grid that a reader of `version` takes for another one."""
+    operands, encodings = first_operands(model), effective_encodings(model)
+    for name, e in sorted(encodings.items()) if version != "2.0.0" else ():
+        entry = _aimet_1_0_0(e) if version == "1.0.0" else one_entry(_aimet_0_6_1(name, e))
+        shape = model.params[name].shape if name in model.params else None
+        try:
+            found = read_entry(entry, shape, operands.get(name))
+        except ValueError:
+            found = None
+        if found is None or not _same_numbers(e, found, shape or ()):
+            raise InputError(
+                f"encodings.json {version} does not say that the scales of '{name}' run along axis {e.axis}: they "
+                "would be read as those of another. Use encodings_format 2.0.0."
+            )
+
+
+def _same_numbers(a: Encoding, b: Encoding, shape: tuple[int, ...]) -> bool:
+    """Whether both hold the same numbers at each place of a tensor of `shape`."""
+    pairs = [(a.scale, b.scale), (_offset(a), _offset(b))]
+    if (a.axis, a.block_size) != (b.axis, b.block_size):
+        pairs = [(spread(x, a, shape), spread(y, b, shape)) for x, y in pairs]
+    return a.bitwidth == b.bitwidth and all(bool(np.all(x == y)) for x, y in pairs)
 
 
 def _bias_encodings(model: Network) -> dict[str, Encoding]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 
-from qpipe.errors import InputError
+from qpipe.errors import InputError, QpipeError
+from qpipe.mapped import beside, map_file
 from qpipe.model.files.soundness import refuse_broken
+from qpipe.model.network.packing import attached
 
 
 def read_onnx(path: Path) -> ir.Model:
@@ -31,8 +36,32 @@ def read_onnx(path: Path) -> ir.Model:
 def deserialized(proto: onnx.ModelProto) -> ir.Model:
     """`proto` as an onnx_ir model. Raises InputError for a graph that is none, its defects listed."""
     refuse_broken(proto)
-    model: ir.Model = ir.from_proto(proto)
+    try:
+        model: ir.Model = ir.from_proto(proto)
+    except Exception as error:  # onnx_ir's SerdeError, around whatever else
+        raise InputError(f"The model's graph cannot be read ({_root(error)}). {_EXPORT}") from error
     return model
+
+
+@contextmanager
+def told_as_input(path: Path) -> Iterator[None]:
+    """Within, whatever a file that nobody thought of makes fail is an InputError: files come from anywhere."""
+    try:
+        yield
+    except QpipeError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"{path} cannot be taken ({_root(error)}). If onnxruntime runs it, that is qpipe's fault: please report it."
+        ) from error
+
+
+def _root(error: BaseException) -> str:
+    """The kind and the first line of what an error goes back to."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0][:200]}" if said else type(error).__name__
 
 
 def _parsed(path: Path, data: bytes) -> onnx.ModelProto:
@@ -51,24 +80,48 @@ _EXPORT = "Export the model to ONNX again."
 
 
 def _attach_external(model: ir.Model, path: Path) -> None:
-    """Look beside the file for what it refers to, now rather than at first use."""
-    folder = path.resolve().parent
-    ir.external_data.set_base_dir(model.graph, folder)
-    for name, value in model.graph.initializers.items():
-        tensor = value.const_value
-        if not isinstance(tensor, ir.ExternalTensor):
-            continue
-        file = folder / str(tensor.location)
-        if not file.resolve().is_relative_to(folder):
-            raise InputError(f"{path}: the data of tensor {name!r} lie outside its folder, in {file}.")
-        if not file.is_file():
-            raise InputError(
-                f"{path}: the data of tensor {name!r} are missing; expected the file {file}. "
-                "Copy it beside the model."
-            )
-        needed = (tensor.offset or 0) + tensor.nbytes
-        if file.stat().st_size < needed:
-            raise InputError(
-                f"{path}: the data file {file} is cut off: tensor {name!r} ends at byte {needed}, "
-                f"the file has {file.stat().st_size}."
-            )
+    """Map what the file refers to, now rather than at first use: each file beside it once."""
+    mapped: dict[Path, memoryview] = {}
+    for graph in model.graphs():
+        for name, value in graph.initializers.items():
+            tensor = value.const_value
+            if isinstance(tensor, ir.ExternalTensor):
+                file = _beside(path, name, str(tensor.location))
+                if file not in mapped:
+                    mapped[file] = _mapped(path, name, file)
+                value.const_value = _part(path, name, file, tensor, mapped[file])
+
+
+def _beside(path: Path, name: str, location: str) -> Path:
+    """The file of a tensor's data, which has to lie in the model's folder."""
+    if "\0" in location:
+        raise InputError(f"{path}: the data of tensor {name!r} are in no file, but in {location!r}.")
+    try:
+        return beside(path, location)
+    except ValueError as error:
+        raise InputError(f"{path}: the data of tensor {name!r} lie outside its folder, in {error}.") from error
+    except OSError as error:
+        raise InputError(f"{path}: the data of tensor {name!r} are in no file, but in {location!r}.") from error
+
+
+def _mapped(path: Path, name: str, file: Path) -> memoryview:
+    if not file.is_file():
+        raise InputError(
+            f"{path}: the data of tensor {name!r} are missing; expected the file {file}. Copy it beside the model."
+        )
+    try:
+        with open(file, "rb") as opened:
+            size = os.fstat(opened.fileno()).st_size
+            return map_file(opened.fileno(), size, file) if size else memoryview(b"")
+    except OSError as error:
+        raise InputError(f"{path}: {file} cannot be read: {error.strerror or error}.") from error
+
+
+def _part(path: Path, name: str, file: Path, tensor: ir.ExternalTensor, data: memoryview) -> ir.TensorProtocol:
+    offset = tensor.offset or 0
+    end = offset + tensor.nbytes
+    if offset < 0 or len(data) < end:
+        raise InputError(
+            f"{path}: the data file {file} is cut off: tensor {name!r} ends at byte {end}, the file has {len(data)}."
+        )
+    return attached(tensor, data[offset:end])

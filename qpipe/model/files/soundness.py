@@ -5,6 +5,7 @@ onnx's own checker stops at the first defect, and names it in its own terms.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import onnx
@@ -26,7 +27,69 @@ def broken(proto: onnx.ModelProto) -> list[str]:
     that do not fit their operator's definition."""
     versions = {item.domain: item.version for item in proto.opset_import}
     version = versions.get("", versions.get("ai.onnx", 0))
-    return [*_wiring(proto.graph, frozenset()), *_definitions(proto.graph, version)]
+    unreadable = [*_texts(proto.graph), *_tensors(proto.graph)]
+    return unreadable or [*_recursion(proto), *_wiring(proto.graph, frozenset()), *_definitions(proto.graph, version)]
+
+
+def _texts(graph: onnx.GraphProto) -> Iterator[str]:
+    """Names that are no text: protobuf hands out the bytes where they are no UTF-8."""
+    for index, node in enumerate(graph.node):
+        names = [node.name, node.op_type, node.domain, *node.input, *node.output, *(a.name for a in node.attribute)]
+        yield from (f"node {index}: {name!r} is no text" for name in names if isinstance(name, bytes))
+        for part in _parts(node):
+            yield from _texts(part)
+    values = [value.name for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer)]
+    dims = [
+        dim.dim_param
+        for value in (*graph.input, *graph.output, *graph.value_info)
+        for dim in value.type.tensor_type.shape.dim
+    ]
+    yield from (f"the name {name!r} is no text" for name in [graph.name, *values, *dims] if isinstance(name, bytes))
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[str]:
+    """Initializers that hold another number of elements than their shape has, or refer to a place that is none."""
+    for tensor in graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            for entry in tensor.external_data:
+                if entry.key in ("offset", "length") and not str(entry.value).isdecimal():
+                    yield f"initializer {tensor.name!r}: {entry.key} {entry.value!r} of its data is no number"
+        elif tensor.HasField("raw_data") and tensor.data_type in _BITS:
+            wanted = (math.prod(tensor.dims) * _BITS[tensor.data_type] + 7) // 8
+            if min(tensor.dims, default=0) < 0 or len(tensor.raw_data) != wanted:
+                shape = list(tensor.dims)
+                yield f"initializer {tensor.name!r} of shape {shape} holds {len(tensor.raw_data)} bytes, not {wanted}"
+    for node in graph.node:
+        for part in _parts(node):
+            yield from _tensors(part)
+
+
+_BITS = {
+    number: onnx.helper.tensor_dtype_to_np_dtype(number).itemsize * 8
+    for number in onnx.TensorProto.DataType.values()
+    if number not in (onnx.TensorProto.UNDEFINED, onnx.TensorProto.STRING)
+    and not any(word in onnx.TensorProto.DataType.Name(number) for word in ("INT2", "INT4", "FLOAT4"))
+}
+
+
+def _parts(node: onnx.NodeProto) -> list[onnx.GraphProto]:
+    """The graphs in a node's attributes."""
+    given = (each for a in node.attribute for each in [*a.graphs, *([a.g] if a.HasField("g") else [])])
+    return list(given)
+
+
+def _recursion(proto: onnx.ModelProto) -> Iterator[str]:
+    """Functions that call themselves, by themselves or by way of others."""
+    calls = {(f.domain, f.name): {(n.domain, n.op_type) for n in f.node} for f in proto.functions}
+    for start in calls:
+        reached, pending = set[tuple[str, str]](), [start]
+        while pending:
+            fresh = (calls.get(pending.pop(), set()) & calls.keys()) - reached
+            reached |= fresh
+            pending += fresh
+        if start in reached:
+            yield f"the function {start[1]!r} calls itself"
+            return
 
 
 def _wiring(graph: onnx.GraphProto, outer: frozenset[str]) -> Iterator[str]:
@@ -45,9 +108,8 @@ def _wiring(graph: onnx.GraphProto, outer: frozenset[str]) -> Iterator[str]:
         for name in dict.fromkeys(filter(None, node.input)):
             if name not in visible:
                 yield f"{_title(node, index)} reads {name!r}, which nothing produces"
-        for attribute in node.attribute:
-            for part in [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]:
-                yield from _wiring(part, visible)
+        for part in _parts(node):
+            yield from _wiring(part, visible)
     yield from _cycle(graph, outer | given)
     outputs = [value.name for value in graph.output]
     for name in dict.fromkeys(outputs):
@@ -84,9 +146,8 @@ def _cycle(graph: onnx.GraphProto, known: frozenset[str]) -> Iterator[str]:
 
 def _definitions(graph: onnx.GraphProto, version: int) -> Iterator[str]:
     for index, node in enumerate(graph.node):
-        for attribute in node.attribute:
-            for part in [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]:
-                yield from _definitions(part, version)
+        for part in _parts(node):
+            yield from _definitions(part, version)
         if node.domain not in ("", "ai.onnx"):
             continue
         try:

@@ -153,7 +153,7 @@ def unpack(
     model = ir.from_proto(proto)
     for name, value in model.graph.initializers.items():
         if isinstance(value.const_value, ir.ExternalTensor):
-            value.const_value = _attached(value.const_value, read(f"tensor/{name}"))
+            value.const_value = attached(value.const_value, read(f"tensor/{name}"))
     _refuse_external(model)
     encodings = _encodings(meta["encodings"], read) if meta["encodings"] else {}
     metadata = {name: value for name, value in meta["metadata"].items() if name not in NAMES}
@@ -182,7 +182,8 @@ def _refuse_external(model: ir.Model) -> None:
             )
 
 
-def _attached(tensor: ir.ExternalTensor, data: memoryview) -> ir.TensorProtocol:
+def attached(tensor: ir.ExternalTensor, data: memoryview) -> ir.TensorProtocol:
+    """A tensor whose bytes are elsewhere, with these bytes."""
     shape, dtype, name = tensor.shape, tensor.dtype, tensor.name
     if dtype.bitwidth < 8:
         return ir.PackedTensor(np.frombuffer(data, dtype=np.uint8), dtype, shape=shape, name=name)

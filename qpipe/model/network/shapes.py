@@ -33,6 +33,7 @@ def believe_graph(model: ir.Model) -> dict[str, ir.Shape]:
     """Let what the graph computes decide over the shapes that the file declares, in place. A declared size inside stays
     where inference finds none. Those of outputs, which people write by hand, go: they are returned, by name, for what
     nobody finds. A negative size, which some exporters write for an open dimension, is none."""
+    model.graph.sort()
     for value in model.graph.inputs:
         value.shape = _opened(value.shape)
     outputs = {str(value.name): _opened(value.shape) for value in model.graph.outputs if value.producer()}

@@ -8,8 +8,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from qpipe.model.operators.float8 import converted
-from qpipe.model.operators.registry import TORCH_DTYPES, Ints, number, operator
+from qpipe.model.operators.registry import TORCH_DTYPES, Ints, converted, number, operator
 
 _PLAIN: dict[str, Callable[..., Tensor]] = {
     "Abs": torch.abs,

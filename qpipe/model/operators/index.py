@@ -83,12 +83,12 @@ def scatter_nd(x: Tensor, indices: Tensor, updates: Tensor, *, reduction: str = 
     """x with `updates` set, added, … at the index tuples in the last dimension of `indices`."""
     depth = indices.shape[-1]
     index = indices.reshape(-1, depth)
-    rest = x.shape[depth:]
+    size = torch.Size(x.shape[depth:]).numel()
     flat = torch.zeros(index.shape[0], dtype=torch.int64, device=x.device)
     for i in range(depth):
         flat = flat * x.shape[i] + _wrapped(index[:, i], x.shape[i])
-    rows = x.reshape(-1, torch.Size(rest).numel())
-    values = updates.reshape(index.shape[0], -1)
+    rows = x.reshape(-1, size)
+    values = updates.reshape(index.shape[0], size)  # of no index at all, too
     spread = flat.unsqueeze(1).expand_as(values)
     if reduction == "none":
         return rows.scatter(0, spread, values).reshape(x.shape)

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from qpipe.model.operators.conv import conv
-from qpipe.model.operators.float8 import FLOAT8, converted
-from qpipe.model.operators.registry import TORCH_DTYPES, operator
+from qpipe.model.operators.registry import FLOAT8, TORCH_DTYPES, converted, operator
 
 _UINT8 = 2
 

@@ -3,11 +3,12 @@
 Given DQ -> Conv, ConvTranspose or Gemm with a float weight -> Q (Relu or Clip may stand in front of the Q),
 onnxruntime rounds the weight to 8 bits per tensor by itself (WeightBiasQuantization, at every level of optimization
 from basic on): a layer that a target's filters leave in float, or one whose bias is computed, would run on integers
-and nobody would have said so. Its integer Softmax wraps where 1 is beyond its grid, and over a single element, a graph
+and nobody would have said so. Scales of a Conv's or a Gemm's weight along another axis than that of the output channels
+it takes for scales of these. Its integer Softmax wraps where 1 is beyond its grid, and over a single element, a graph
 with a quantized AveragePool that has dilations does not load, and a GlobalAveragePool whose output has a far finer
 grid than its input, since nothing of it passes a Relu, say, does not run. It sees DQ -> node -> Q there also once it
-has taken out what changes nothing between them, a mask of zeros, say. A Clip without bounds in front of the node
-changes no value either, and stays.
+has taken out what changes nothing between them, a mask of zeros, say. Of all this codes of 16 bits have the rounded
+weights alone. A Clip without bounds in front of the node changes no value either, and stays.
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ def guard_float_layers(graph: ir.Graph, names: Names) -> None:
         if value is None:
             continue
         before, after = _dequantizer(value), _quantizer(node)
-        if before is None or after is None or not (_has_float_weight(node) or _wrong(before, node, after)):
+        if before is None or after is None:
+            continue
+        on_integers = _is_8_bit(before) and _is_8_bit(after) and (_has_other_axis(node) or _wrong(before, node, after))
+        if not (on_integers or _has_float_weight(node)):
             continue
         result = ir.Value(name=names.fresh(f"{node.name}__input"), type=value.type, shape=value.shape)
         guard = ir.node("Clip", [value], outputs=[result], name=names.fresh(f"{node.name}__guard"))
@@ -42,9 +46,28 @@ def guard_float_layers(graph: ir.Graph, names: Names) -> None:
         node.replace_input_with(0, result)
 
 
+def _is_8_bit(node: ir.Node) -> bool:
+    """Whether a quantizer's codes have 8 bits: onnxruntime has no integer kernels for 16."""
+    point = node.inputs[2] if len(node.inputs) > 2 else None
+    return point is None or point.dtype is None or point.dtype.bitwidth == 8
+
+
 def _has_float_weight(node: ir.Node) -> bool:
     weight = node.inputs[1] if node.op_type in _ROUNDED else None
     return weight is not None and weight.is_initializer() and weight.dtype == ir.DataType.FLOAT
+
+
+def _has_other_axis(node: ir.Node) -> bool:
+    """Whether the weight's codes have several scales along another axis than that of the output channels."""
+    weight = node.inputs[1] if node.op_type in ("Conv", "Gemm") else None
+    source = None if weight is None else weight.producer()
+    if source is None or source.op_type != "DequantizeLinear":
+        return False
+    scale = constant_tensor(source.inputs[1])
+    if scale is None or len(scale.shape) != 1 or scale.size == 1:
+        return False
+    channels = 0 if node.op_type == "Conv" or node.attributes.get_int("transB", 0) == 1 else 1
+    return bool(source.attributes.get_int("axis", 1) != channels)
 
 
 def _wrong(before: ir.Node, node: ir.Node, after: ir.Node) -> bool:

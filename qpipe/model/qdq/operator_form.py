@@ -65,16 +65,6 @@ def unreadable(node: ir.Node) -> str | None:
     return f"it computes on integer codes in a way that cannot be read. {FORM}"
 
 
-def not_constant(node: ir.Node) -> str | None:
-    """Why a node on codes of onnxruntime's that could be read was left, and the way out; None for others."""
-    if not on_codes(node) or _standard(node):
-        return None
-    return (
-        unreadable(node)
-        or f"its scales, zero points or packed weight are computed while the model runs. {FORM}"
-    )
-
-
 def write_out(graph: ir.Graph) -> list[str]:
     """The QDQ form of all nodes that can be read, in place; sentences about what that leaves out.
 

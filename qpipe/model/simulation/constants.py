@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import lru_cache
 from typing import Any
 
 import ml_dtypes
@@ -96,3 +97,14 @@ def keywords(attribute: ir.Attr) -> list[tuple[str, Any]]:
     if isinstance(value, (list, tuple)):
         value = tuple(v.decode() if isinstance(v, bytes) else v for v in value)
     return [(attribute.name, value.decode() if isinstance(value, bytes) else value)]
+
+
+@lru_cache(maxsize=4096)
+def host_constant(data: Any, dtype: torch.dtype) -> torch.Tensor:
+    """A small constant of shape arithmetic, on the CPU; the same tensor each time, never written to."""
+    return torch.tensor(data, dtype=dtype)
+
+
+def to_device(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """x where `like` lives."""
+    return x.to(like.device)

@@ -26,13 +26,12 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from qpipe.errors import InputError
 from qpipe.model.network.invariants import constant_of
 from qpipe.model.network.naming import Names
-from qpipe.model.operators.host import host_constant, to_device
-from qpipe.model.operators.table import OPERATORS, supported_ops
+from qpipe.model.operators.table import OPERATORS
 from qpipe.model.qdq.bias import BIAS_MAX, BIAS_MIN, QuantizedBias, effective_encodings, quantized_biases
 from qpipe.model.simulation.constants import (
+    host_constant,
     host_values,
     keywords,
     literal,
@@ -40,8 +39,11 @@ from qpipe.model.simulation.constants import (
     statistics,
     stays,
     tensor_of,
+    to_device,
 )
+from qpipe.model.simulation.opaque import RuntimePart
 from qpipe.model.structure.families import MOVING, WIDE_UNSIGNED
+from qpipe.model.structure.opaque import Part, units
 from qpipe.numerics.fake_quantize import FakeQuantize, fake_quantize
 from qpipe.numerics.grid import Encoding, same_grid
 
@@ -66,8 +68,8 @@ def to_torch(
 
     `quantized` inserts fake-quantize at the model's encodings. Parameters whose ONNX names are in `trainable`
     require gradients. All tensors are copies, unless `shared`: then they are the model's own memory, to be
-    read alone (what is mapped from a file cannot be written to, and an attempt ends the process). Raises
-    InputError for unsupported operators, all listed, and ValueError for a trainable name that is no float
+    read alone (what is mapped from a file cannot be written to, and an attempt ends the process). What torch cannot
+    compute runs through onnxruntime, without a gradient. Raises ValueError for a trainable name that is no float
     initializer, or for any together with `shared`.
     """
     trainable = tuple(trainable)
@@ -88,13 +90,6 @@ def build(
 ) -> fx.GraphModule:
     """`graph` as a torch.fx module on the CPU; see `to_torch`. `shared`: its tensors are the graph's own memory, which
     nobody may write to."""
-    unsupported = [
-        f"node {node.name!r} ({node.domain or 'ai.onnx'}.{node.op_type})"
-        for node in graph
-        if (_domain(node), node.op_type) not in supported_ops()
-    ]
-    if unsupported:
-        raise InputError(f"Operators that cannot be computed in torch: {'; '.join(unsupported)}.")
     builder = _Builder(graph, encodings or {}, biases or {}, trainable, shared)
     return builder.module()
 
@@ -151,9 +146,11 @@ class _Builder:
         for value in self.onnx.inputs:
             node = self.graph.placeholder(self._free(str(value.name)))
             self._provide(value, node)
-        for onnx_node in self.onnx:
-            if onnx_node.op_type != "Constant":
-                self._node(onnx_node)
+        for unit in units(self.onnx):
+            if isinstance(unit, Part):
+                self._opaque(unit)
+            elif unit.op_type != "Constant":
+                self._node(unit)
         outputs = tuple(self._output(value) for value in self.onnx.outputs)
         self.graph.output(outputs[0] if len(outputs) == 1 else outputs)
         module = fx.GraphModule(self.root, self.graph, class_name="OnnxModule")
@@ -197,6 +194,19 @@ class _Builder:
                 name=self._free(str(node.outputs[i].name)),
             )
             self._provide(node.outputs[i], item)
+
+    def _opaque(self, part: Part) -> None:
+        """A part that runs through onnxruntime; it is named as its last node is."""
+        last = str(part.nodes[-1].name)
+        attribute = self._attribute_name(last)
+        self.root.add_module(attribute, RuntimePart(self.onnx, part))
+        args = tuple(self._device(value) for value in part.inputs)
+        call = self.graph.create_node("call_module", attribute, args, name=sanitize(last))
+        call.meta["onnx_name"] = last
+        for i, output in enumerate(part.outputs):
+            item = (call, i)
+            name = self._free(str(output.name))
+            self._provide(output, self.graph.create_node("call_function", python_operator.getitem, item, name=name))
 
     def _argument(self, node: ir.Node, position: int, value: ir.Value | None, number: bool) -> Any:
         if value is None:
@@ -313,7 +323,3 @@ class _Builder:
 
 def _wanted(output: ir.Value) -> bool:
     return bool(output.uses()) or output.is_graph_output()
-
-
-def _domain(node: ir.Node) -> str:
-    return "" if node.domain == "ai.onnx" else node.domain

@@ -158,10 +158,7 @@ def _refuse_missing(model: Network, arrays: Mapping[str, Array]) -> None:
 
 
 def _as_input(spec: ValueSpec, axis: int | None, array: Array) -> Array:
-    wanted = np.dtype(spec.dtype)
-    kinds = {"f": "f", "i": "iu", "u": "iu", "b": "b"}
-    if array.dtype != wanted and array.dtype.kind not in kinds.get(wanted.kind, ""):
-        raise InputError(f"The model's input '{spec.name}' is {wanted}, the data give {array.dtype}.")
+    _refuse_kind(spec, array)
     shape = [dim for place, dim in enumerate(spec.shape) if place != axis]
     fits = array.ndim == len(shape) + 1 and all(
         isinstance(dim, str) or dim == size for dim, size in zip(shape, array.shape[1:], strict=True)
@@ -174,12 +171,26 @@ def _as_input(spec: ValueSpec, axis: int | None, array: Array) -> Array:
             way_out = f" Its whole input is [{taken}]; the data count the samples along their first axis"
             way_out += f" (data.batch_axis={{{spec.name}: {axis}}} says that they lie along another)." if axis else "."
         raise InputError(f"One sample of '{spec.name}' has shape ({found}), the model takes ({asked}).{way_out}")
-    return array if array.dtype == wanted else _converted(spec, array, wanted)
+    return in_type(spec, array)
 
 
-def _converted(spec: ValueSpec, array: Array, wanted: np.dtype[Any]) -> Array:
+def _refuse_kind(spec: ValueSpec, array: Array) -> None:
+    wanted = np.dtype(spec.dtype)
+    kinds = {"f": "f", "i": "iu", "u": "iu", "b": "b"}
+    if array.dtype != wanted and array.dtype.kind not in kinds.get(wanted.kind, ""):
+        raise InputError(f"The model's input '{spec.name}' is {wanted}, the data give {array.dtype}.")
+
+
+def in_type(spec: ValueSpec, array: Array) -> Array:
+    """`array` in the type of an input. Raises InputError for one of another kind, and for numbers that the type cannot
+    hold."""
+    _refuse_kind(spec, array)
+    wanted = np.dtype(spec.dtype)
+    computed = np.dtype(np.float32) if wanted == np.float64 else wanted  # an input of doubles is cast inside
+    if array.dtype == computed == wanted:
+        return array
     with np.errstate(over="ignore"):
-        converted = array.astype(wanted)
-    if wanted.kind == "f" and (np.isinf(converted) & np.isfinite(array)).any():
-        raise InputError(f"The data for '{spec.name}' hold numbers that {wanted} cannot hold. Scale them.")
-    return converted
+        narrow = array.astype(computed, copy=False)
+    if computed.kind == "f" and (np.isinf(narrow) & np.isfinite(array)).any():
+        raise InputError(f"The data for '{spec.name}' hold numbers that {computed} cannot hold. Scale them.")
+    return array.astype(wanted, copy=False)

@@ -103,7 +103,7 @@ def _layer(node: ir.Node) -> Layer | str | None:
     if data.is_initializer():
         return None if weight.is_initializer() else "its weight stands on the left of the input"
     if not weight.is_initializer():
-        computed = "Conv" in node.op_type or _from_initializers(weight)
+        computed = "Conv" in node.op_type or from_initializers(weight)
         return "its weight is computed in the graph" if computed else None
     if "Conv" in node.op_type:
         return _conv(node, data, weight)
@@ -225,7 +225,7 @@ def following_activation(value: ir.Value) -> tuple[tuple[str, ...], str]:
 def _candidates(inside: set[ir.Value], region: list[ir.Node]) -> Iterator[ir.Node]:
     for value in [*(output for node in reversed(region) for output in node.outputs), *inside]:
         for node in value.consumers():
-            known = all(v is None or v in inside or _from_initializers(v) for v in node.inputs)
+            known = all(v is None or v in inside or from_initializers(v) for v in node.inputs)
             if node not in region and not node.domain and node.op_type in NONLINEAR | LINEAR and known:
                 yield node
 
@@ -257,7 +257,7 @@ def _with_trailing_bounds(region: list[ir.Node]) -> list[ir.Node]:
     """A Clip with one bound per channel is written as Relu, then Min with a constant: the bounds belong to it."""
     while (after := _only_consumer(region[-1].outputs[0])) is not None:
         others = [value for value in after.inputs if value is not region[-1].outputs[0]]
-        bounds = all(value is not None and _from_initializers(value) for value in others)
+        bounds = all(value is not None and from_initializers(value) for value in others)
         if after.domain or after.op_type not in ("Min", "Max") or not bounds:
             break
         region = [*region, after]
@@ -269,20 +269,26 @@ def _only_consumer(value: ir.Value) -> ir.Node | None:
     return consumers[0] if len(consumers) == 1 and not value.is_graph_output() else None
 
 
-def _from_initializers(value: ir.Value) -> bool:
+def from_initializers(value: ir.Value) -> bool:
     """Whether `value` follows from initializers alone."""
-    stack, seen = [value], {value}
+    return bool(initializers_behind(value))
+
+
+def initializers_behind(value: ir.Value) -> list[ir.Value]:
+    """The initializers that `value` follows from, or is; none where anything else is behind it."""
+    stack, seen, found = [value], {value}, list[ir.Value]()
     while stack:
         current = stack.pop()
         if current.is_initializer():
+            found.append(current)
             continue
         producer = current.producer()
         if producer is None:
-            return False
+            return []
         fresh = [other for other in producer.inputs if other is not None and other not in seen]
         seen.update(fresh)
         stack += fresh
-    return True
+    return found
 
 
 def _is_bias(value: ir.Value, channels: int) -> bool:

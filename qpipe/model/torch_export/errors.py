@@ -8,6 +8,7 @@ import re
 import sysconfig
 import traceback
 from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def explain(
     twin, own = _run(module, args, kwargs)
     if isinstance(own, BaseException):
         return (
-            f"{name} does not run on its example inputs: {_reason(own)}{_place(twin, [own])}. Give inputs that it "
+            f"{name} does not run on its example inputs: {reason(own)}{_place(twin, [own])}. Give inputs that it "
             f"takes ({_signature(module)}); the example has {_described(args, kwargs)}."
         )
     if strange := _strange_output(own):
@@ -74,8 +75,50 @@ def explain(
             f"module in one that does; {_OTHERWISE}."
         )
     chain = _chain(error)
-    said = f"torch cannot export {name} to ONNX: {_reason(chain[-1])}{_place(module, chain)}. "
-    return said + _way_out(chain)
+    if foreign := _missing_part(chain):
+        return (
+            f"torch {torch.__version__} exports by way of onnxscript, and the installed onnxscript "
+            f"{version('onnxscript')} lacks {foreign}. Install another one: pip install --upgrade onnxscript."
+        )
+    place = _place(module, chain)
+    if operator := lacking_operator(error):
+        return (
+            f"ONNX has no operator for {operator}, which {name} calls{place or ' in its forward'}. "
+            f"Replace it by others; {_OTHERWISE}."
+        )
+    told = f" (torch says {reason(_cause(error)).split('. ')[0]}.)"
+    if _decides_by_values(chain):
+        return (
+            f"{name} decides by the values of a tensor{place}, which an ONNX graph cannot follow. Use torch.where or "
+            f"torch.cond, and sizes that do not depend on values; {_OTHERWISE}.{told}"
+        )
+    node = next((found for each in reversed(chain) if (found := _node(each))), None)
+    stops = f"it stops{f' at {operator_name(node)}' if node else ''}{place}" if node or place else "it says not where"
+    return (
+        f"torch cannot export {name} to ONNX: {stops}. Rewrite what depends on the "
+        f"values of tensors or calls operators that ONNX lacks; {_OTHERWISE}.{told}"
+    )
+
+
+def _missing_part(chain: list[BaseException]) -> str | None:
+    """The module of onnxscript that torch asks for in vain: each goes with some versions of the other."""
+    names = (error.name or "" for error in chain if isinstance(error, ImportError))
+    return next((name for name in names if name.partition(".")[0] == "onnxscript"), None)
+
+
+def lacking_operator(error: BaseException) -> str | None:
+    """The operator of torch that has no form in ONNX, for which the export failed; None where it failed otherwise."""
+    found = _NO_OPERATOR.search(_said(_chain(error)))
+    return found[1].removeprefix("aten.").strip("_") if found else None
+
+
+def _decides_by_values(chain: list[BaseException]) -> bool:
+    said = _said(chain)
+    return "DataDependent" in said or "data-dependent" in said
+
+
+def _said(chain: list[BaseException]) -> str:
+    return "\n".join(f"{type(error).__name__} {error}" for error in chain)
 
 
 def _chain(error: BaseException) -> list[BaseException]:
@@ -86,39 +129,64 @@ def _chain(error: BaseException) -> list[BaseException]:
     return chain
 
 
-def _reason(error: BaseException) -> str:
+def _cause(error: BaseException) -> BaseException:
+    """The error that was the first cause, without what happened to be handled when it was raised."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def reason(error: BaseException) -> str:
     lines = (line.strip() for line in str(error).splitlines())
     return f"{type(error).__name__}: {next(filter(None, lines), 'no reason given').rstrip('.')}"
 
 
-def _way_out(chain: list[BaseException]) -> str:
-    said = "\n".join(f"{type(error).__name__} {error}" for error in chain)
-    if found := _NO_OPERATOR.search(said):
-        operator = found[1].removeprefix("aten.").strip("_")
-        return f"ONNX has no operator for {operator}: replace it by others; {_OTHERWISE}."
-    if "DataDependent" in said or "data-dependent" in said:
-        return (
-            "Its code decides by the values of a tensor, which an ONNX graph cannot follow: use torch.where or "
-            f"torch.cond, and sizes that do not depend on values; {_OTHERWISE}."
-        )
-    return f"Rewrite what depends on the values of tensors or calls operators that ONNX lacks; {_OTHERWISE}."
+def node_place(node: fx.Node) -> str:
+    """` in its part 'a.b' at `code``, of a node of an exported program, as far as it is known."""
+    path = next(reversed([*_stack(node)]), "")
+    code = _told_line(str(node.meta.get("stack_trace")))
+    return (f" in its part {path!r}" if path else "") + (f" at `{code}`" if code else "")
 
 
 def _place(module: nn.Module, chain: list[BaseException]) -> str:
     """ in its part 'a.b' at `code`, as far as it is known."""
     places = [place for error in chain if (place := _deepest_module(module, error))]
     where = f" in its part {places[-1]!r}" if places else ""
-    code = next((line for error in reversed(chain) if (line := _own_line(error))), "")
+    lines = (line for error in reversed(chain) for line in (_own_line(error), _line_of_node(error)))
+    code = next(filter(None, lines), "")
     return where + (f" at `{code}`" if code else "")
 
 
 def _own_line(error: BaseException) -> str:
     """The last line of code outside torch that was running, or that torch says was."""
-    told = [code.strip() for file, code in _CALL.findall(str(error)) if _is_theirs(file)]
-    if told:
-        return str(told[-1])
+    if told := _told_line(str(error)):
+        return told
     own = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_theirs(frame.filename)]
     return str(own[-1].line or "") if own else ""
+
+
+def _told_line(trace: str) -> str:
+    """The last line of code outside torch in a text that holds a stack."""
+    told = [code.strip() for file, code in _CALL.findall(trace) if _is_theirs(file)]
+    return str(told[-1]) if told else ""
+
+
+def _line_of_node(error: BaseException) -> str:
+    """The line that the operator stands in which was being translated."""
+    node = _node(error)
+    return "" if node is None else _told_line(str(node.meta.get("stack_trace")))
+
+
+def _node(error: BaseException) -> fx.Node | None:
+    """The node of the exported program that was being translated."""
+    found = (frame.f_locals.get("node") for frame, _ in traceback.walk_tb(error.__traceback__))
+    nodes = [node for node in found if isinstance(node, fx.Node) and node.op == "call_function"]
+    return nodes[-1] if nodes else None
+
+
+def operator_name(node: fx.Node) -> str:
+    """What torch's users call the operator of a node: `avg_pool2d`."""
+    return str(node.meta.get("torch_fn", ("", str(node.target)))[1]).rpartition(".")[2]
 
 
 def _is_theirs(file: str) -> bool:
@@ -144,7 +212,7 @@ def _deepest_module(module: nn.Module, error: BaseException) -> str | None:
 def _stack(node: fx.Node) -> Iterator[str]:
     """The paths of the modules that a node of an exported program came from, the innermost last."""
     for path, _ in (node.meta.get("nn_module_stack") or {}).values():
-        if isinstance(path, str) and path:
+        if isinstance(path, str) and path and "metadata_hook" not in path:  # that is torch's own bookkeeping
             yield path.removeprefix("L['self'].")
 
 

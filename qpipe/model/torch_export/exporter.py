@@ -7,6 +7,7 @@ equal parameters. `torch_names` names what it leaves after the torch modules.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 import re
@@ -19,14 +20,16 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
 
 from qpipe.errors import InputError
 from qpipe.model.canon.form import canonicalize
 from qpipe.model.network.invariants import OPSET
 from qpipe.model.network.naming import MODULE_CLASS, SCOPE
 from qpipe.model.network.network import Network
-from qpipe.model.torch_export.errors import explain, refuse_unfit_module, unwrapped
+from qpipe.model.torch_export.errors import explain, lacking_operator, refuse_unfit_module, unwrapped
 from qpipe.model.torch_export.names import rename
+from qpipe.model.torch_export.translations import TRANSLATIONS
 
 BATCH = "batch"
 _KIND = "pkg.torch.export.graph_signature.InputSpec.kind"
@@ -44,13 +47,8 @@ def from_torch(
     goes to torch.export as it is. Raises InputError where torch cannot export the module."""
     module = unwrapped(module)
     refuse_unfit_module(module)
-    args, kwargs = _arguments(module, example_inputs)
-    notes: list[str] = []
-    with _evaluating(module):
-        if dynamic_shapes is not None:
-            source = _exported(module, args, kwargs, dynamic_shapes)
-        else:
-            source, notes = _exported_with_batch(module, args, kwargs)
+    program, notes = exported(module, *arguments(module, example_inputs), dynamic_shapes)
+    source: ir.Model = program.model
     if not source.graph.outputs:
         raise InputError(f"{type(module).__name__} returns no tensor. Let its forward return what it computes.")
     parameters = [name for name, value in source.graph.initializers.items() if _is_parameter(value)]
@@ -79,7 +77,7 @@ def _tied(module: torch.nn.Module, kept: set[str]) -> dict[str, str]:
     return dict(sorted(tied.items()))
 
 
-def _arguments(module: torch.nn.Module, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments(module: torch.nn.Module, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The example as positional and named arguments, on the module's device."""
     device = next((p.device for p in [*module.parameters(), *module.buffers()]), torch.device("cpu"))
 
@@ -95,7 +93,7 @@ def _arguments(module: torch.nn.Module, example: Any) -> tuple[tuple[Any, ...], 
 
 
 @contextlib.contextmanager
-def _evaluating(module: torch.nn.Module) -> Iterator[None]:
+def evaluating(module: torch.nn.Module) -> Iterator[None]:
     """Every submodule in eval mode for the while, and back in its own mode after."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
@@ -106,29 +104,55 @@ def _evaluating(module: torch.nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-def _exported_with_batch(
+def exported(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any = None
+) -> tuple[torch.onnx.ONNXProgram, list[str]]:
+    """torch's raw export of the module in eval mode, and notes on what it fixed. Raises InputError with the part at
+    fault and the way out."""
+    with evaluating(module):
+        try:
+            if dynamic_shapes is not None:
+                return _export(module, args, kwargs, dynamic_shapes), []
+            return _export_with_batch(module, args, kwargs)
+        except Exception as error:  # the exporter raises its own errors around torch's and python's
+            raise InputError(explain(module, args, kwargs, error)) from error
+
+
+def _export_with_batch(
     module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[ir.Model, list[str]]:
+) -> tuple[torch.onnx.ONNXProgram, list[str]]:
     """The export with dimension 0 dynamic; with the example's own shapes, and a note, if that is refused."""
-    tensors = [value for value in [*args, *kwargs.values()] if isinstance(value, torch.Tensor)]
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     sizes = {tensor.shape[0] if tensor.dim() else 0 for tensor in tensors}
     if len(sizes) != 1 or 0 in sizes:
         note = "Shapes are fixed to the example's: its inputs do not share their first dimension."
-        return _exported(module, args, kwargs, None), [note]
+        return _export(module, args, kwargs, None), [note]
     # torch.export takes a dimension of 1 for a constant, so a batch of one becomes a batch of two.
-    args, kwargs = tuple(map(_doubled, args)), {name: _doubled(value) for name, value in kwargs.items()}
-    dim = torch.export.Dim(BATCH, min=1)
-    dims: Any = tuple({0: dim} if isinstance(value, torch.Tensor) else None for value in args)
-    if kwargs:
-        dims = {name: {0: dim} if isinstance(v, torch.Tensor) else None for name, v in kwargs.items()}
+    two_args, two_kwargs = pytree.tree_map_only(torch.Tensor, _doubled, (args, kwargs))
+    program: torch.onnx.ONNXProgram | None
     try:
-        model = _exported(module, args, kwargs, dims)
-    except InputError:
-        model = _exported(module, args, kwargs, None)
-    size = max(next(iter(sizes)), 2)
-    if _has_open_batch(model):
-        return model, []
-    return model, [f"The batch size is fixed to {size}: the module does not export with an open one."]
+        program = _export(module, two_args, two_kwargs, _open_batch(module, two_args, two_kwargs))
+    except Exception as error:
+        if lacking_operator(error):  # which fixed shapes do not bring
+            raise
+        program = None
+    if program is None:  # not above: the error of the first try says nothing about the second
+        program = _export(module, args, kwargs, None)
+    if _has_open_batch(program.model):
+        _name_batch(program.model)
+        return program, []
+    size = next(value.shape[0] for value in program.model.graph.inputs if value.shape)
+    return program, [f"The batch size is fixed to {size}: the module does not export with an open one."]
+
+
+def _open_batch(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Dimension 0 of every tensor, by the name of the argument that holds it, however deep; `*args` hold a tuple."""
+    dim = torch.export.Dim(BATCH, min=1)
+    arguments = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+    return {
+        name: pytree.tree_map(lambda leaf: {0: dim} if isinstance(leaf, torch.Tensor) else None, value)
+        for name, value in arguments.items()
+    }
 
 
 def _has_open_batch(model: ir.Model) -> bool:
@@ -137,34 +161,42 @@ def _has_open_batch(model: ir.Model) -> bool:
     return all(shape is not None and len(shape) > 0 and not isinstance(shape[0], int) for shape in shapes)
 
 
-def _doubled(value: Any) -> Any:
-    single = isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == 1
-    return torch.cat([value, value]) if single else value
+def _name_batch(model: ir.Model) -> None:
+    """torch calls the dimension `s97` where constants stand among the inputs; in a size made from it as well."""
+    shape = model.graph.inputs[0].shape
+    name = shape[0].value if shape is not None and isinstance(shape[0], ir.SymbolicDim) else None
+    if name is None or name == BATCH:
+        return
+    for value in [*model.graph.inputs, *(output for node in model.graph for output in node.outputs)]:
+        if value.shape is not None:
+            dims = [dim if isinstance(dim, int) else dim.value for dim in value.shape]
+            named = [re.sub(rf"\b{name}\b", BATCH, dim) if isinstance(dim, str) else dim for dim in dims]
+            value.shape = ir.Shape(named)
 
 
-def _exported(
+def _doubled(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.cat([tensor, tensor]) if tensor.shape[0] == 1 else tensor
+
+
+def _export(
     module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
-) -> ir.Model:
-    """torch's raw export. Raises InputError with torch's reason and the module that it names."""
-    try:
-        # The fused kernels lay their result out otherwise than the form that the exporter takes attention
-        # apart into, and a view that was traced over the one does not fit the other.
-        with _quiet(), sdpa_kernel(SDPBackend.MATH):
-            program = torch.onnx.export(
-                module,
-                args,
-                kwargs=kwargs or None,
-                dynamo=True,
-                optimize=False,
-                verbose=False,
-                opset_version=OPSET,
-                dynamic_shapes=dynamic_shapes,
-            )
-    except Exception as error:  # the exporter raises its own errors around torch's and python's
-        raise InputError(explain(module, args, kwargs, error)) from error
+) -> torch.onnx.ONNXProgram:
+    # The fused kernels lay their result out otherwise than the form that the exporter takes attention
+    # apart into, and a view that was traced over the one does not fit the other.
+    with _quiet(), sdpa_kernel(SDPBackend.MATH):
+        program = torch.onnx.export(
+            module,
+            args if kwargs else (*args, {}),  # it takes a dict at the end for named arguments
+            kwargs=kwargs or None,
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+            opset_version=OPSET,
+            custom_translation_table=TRANSLATIONS,
+            dynamic_shapes=dynamic_shapes,
+        )
     assert program is not None
-    model: ir.Model = program.model
-    return model
+    return program
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from qpipe.model import Model
 from qpipe.model.network.network import Network
 from qpipe.model.simulation.module import to_torch
 from qpipe.model.structure.families import MOVING
-from tests.model.nets import Mobile, UNet, exported, normal
+from tests.model.nets import Mobile, UNet, exported, normal, parsed
 from tests.model.qdq.test_writer import X, cnn
 from tests.model.quantized import quantized, scheme
 from tests.model.simulation.test_module import attention
@@ -156,3 +156,18 @@ def test_the_report_has_the_largest_distance() -> None:
     report = ParityReport((*units, Steps("c", (), 8, (10, 0, 0, 0), 0)), (), (), 1)
     assert report.to_json()["tie_distance"] == 1e-5
     assert ParityReport((), (), (), 1).tie_distance is None
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_the_lowest_number_on_a_grid_stays_one_in_both(bits: int) -> None:
+    """On a scale that is rounded up, the first of 65536 codes would be minus infinity."""
+    text = "m (float[N,4] x) => (float[N,4] y) { a = Relu(x)  b = Add(x, a)  y = Mul(b, half) }"
+    model = Model.from_proto(parsed(text, half=np.float32(0.5)))
+    x = normal(16, 4)
+    x[3] = np.finfo(np.float32).min
+    calibrated = quantized(model, {"x": x}, scheme(activation=bits))
+    (y,) = calibrated.session().run(None, {"x": x})
+    assert np.isfinite(y).all()
+    report = parity(calibrated, {"x": x})
+    assert report.agree
+    assert max(tensor.largest for tensor in report.end_to_end) <= 1

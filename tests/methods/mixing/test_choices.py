@@ -15,7 +15,6 @@ from qpipe.methods.mixing.work import measure_work
 from qpipe.methods.placement.calibration import (
     activation_encodings,
     observe,
-    observed_groups,
     weight_encodings,
 )
 from qpipe.methods.placement.placement import place
@@ -39,7 +38,7 @@ def found(
     }
     placements = {name: place(model, ONNXRUNTIME, scheme) for name, scheme in schemes.items()}
     first = next(iter(placements.values()))
-    observers = observe(model, arrays, observed_groups(first), batch_size=8)
+    observers = observe(model, arrays, first, batch_size=8)
     grids = {
         name: {**activation_encodings(p, observers), **weight_encodings(model, p)}
         for name, p in placements.items()
@@ -96,6 +95,16 @@ def test_multiplications_of_every_kind_of_layer(
     placement = place(model, ONNXRUNTIME, Scheme(WEIGHT, ACTIVATION))
     work = measure_work(model, placement, {"x": normal(3, *sample)})
     assert work.products == ((multiplications, "x", "w"),)
+
+
+def test_the_weight_of_a_node_that_is_no_layer_goes_with_what_it_multiplies() -> None:
+    text = """n (float[N,3,5,8] x) => (float[N,3,5,2] y) {
+        h = MatMul(x, w)  y = Einsum<equation="bhtd,de->bhte">(h, v) }"""
+    model = Model.from_proto(parsed(text, w=normal(3, 8, 4), v=normal(4, 2)))
+    choices, _ = found(model, {"x": normal(8, 3, 5, 8)})
+    assert [group.tensors for group in choices.groups] == [("w", "x"), ("v", "h"), ("y",)]
+    work = measure_work(model, place(model, ONNXRUNTIME, Scheme(WEIGHT, ACTIVATION)), {"x": normal(8, 3, 5, 8)})
+    assert work.products == ((3 * 5 * 4 * 8, "x", "w"), (3 * 5 * 2 * 4, "h", "v"))
 
 
 def test_a_fixed_batch_counts_one_sample() -> None:

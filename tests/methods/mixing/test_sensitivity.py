@@ -49,3 +49,14 @@ def test_the_estimate_of_a_weight_is_its_error_on_the_samples_means_included(mea
     wanted = ((samples @ error) ** 2).sum() / ((samples @ w.astype(np.float64)) ** 2).sum()
     assert 10 ** (-gram.score(group, grids) / 10) == pytest.approx(wanted, rel=1e-4)
     assert gram.score(group, {}) == 300.0  # no noise at all
+
+
+def test_the_estimate_of_a_weight_of_no_layer_is_its_own_error() -> None:
+    w = normal(3, 6, 4, seed=1)
+    model = Model.from_proto(parsed("m (float[N,3,5,6] x) => (float[N,3,5,4] y) { y = MatMul(x, w) }", w=w))
+    x = {"x": normal(8, 3, 5, 6)}
+    grids = {"w": quantized(model, x, scheme(weight=4)).encodings["w"]}
+    gram = GramSensitivity(model, x, {}, lambda name, fn, *inputs: fn(*inputs), seed=0)
+    group: Any = SimpleNamespace(weights=("w",))
+    wanted = ((quantize_dequantize(w, grids["w"]) - w) ** 2).sum() / (w**2).sum()
+    assert 10 ** (-gram.score(group, grids) / 10) == pytest.approx(wanted, rel=1e-4)

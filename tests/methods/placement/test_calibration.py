@@ -19,7 +19,7 @@ from qpipe.methods.placement.calibration import (
     unpack_observers,
     weight_encodings,
 )
-from qpipe.methods.placement.placement import place
+from qpipe.methods.placement.placement import Placement, place
 from qpipe.model import Model
 from qpipe.numerics.grid import encoding_from_range, same_grid
 from qpipe.numerics.observers import weight_encoding
@@ -37,19 +37,19 @@ def model() -> Model:
     return Model.from_proto(parsed(TEXT, w=normal(4, 3, 3, 3), bound=bound))
 
 
-def test_a_group_is_seen_by_one_observer_without_what_is_cut_off_later() -> None:
+def test_a_group_is_seen_by_one_observer_without_what_is_cut_off_or_passed_over_later() -> None:
     placement = place(model(), ONNXRUNTIME, scheme())
     assert placement.shared == (("r", "m", "p"),)
-    assert observed_groups(placement) == (("m", "p"), ("x",), ("y",))
+    assert observed_groups(placement) == (("p",), ("x",), ("y",))
 
 
 def test_grids_are_over_the_values_of_the_group_and_fixed_ones_stay() -> None:
     net = model()
     placement = place(net, ONNXRUNTIME, scheme())
-    observers = observe(net, X, observed_groups(placement), batch_size=3)
+    observers = observe(net, X, placement, batch_size=3)
     found = activation_encodings(placement, observers)
-    values = dict(zip("mp", net.session(quantized=False, outputs=["m", "p"]).run(None, X), strict=True))
-    wanted = encoding_from_range(min(v.min() for v in values.values()), 0.5, placement.activations["m"])
+    (pooled,) = net.session(quantized=False, outputs=["p"]).run(None, X)
+    wanted = encoding_from_range(pooled.min(), pooled.max(), placement.activations["m"])
     assert all(same_grid(found[name], wanted) for name in ("r", "m", "p"))
     assert same_grid(found["s"], placement.fixed["s"])
     assert set(found) == {"x", "r", "m", "p", "s", "y"}
@@ -57,12 +57,12 @@ def test_grids_are_over_the_values_of_the_group_and_fixed_ones_stay() -> None:
 
 def test_the_order_and_the_size_of_batches_do_not_count() -> None:
     net = model()
-    groups = observed_groups(place(net, ONNXRUNTIME, scheme()))
+    placement = place(net, ONNXRUNTIME, scheme())
     told: list[tuple[int, int]] = []
-    one = observe(net, X, groups, batch_size=3, progress=lambda *at: told.append(at))
-    other = observe(net, {"x": X["x"][::-1]}, groups, batch_size=10)
+    one = observe(net, X, placement, batch_size=3, progress=lambda *at: told.append(at))
+    other = observe(net, {"x": X["x"][::-1]}, placement, batch_size=10)
     assert told == [(3, 10), (6, 10), (9, 10), (10, 10)]
-    for group in groups:
+    for group in observed_groups(placement):
         # float32 sums of another batch may differ in their last bit
         np.testing.assert_allclose(one[group].state()["numbers"][:2], other[group].state()["numbers"][:2], rtol=1e-6)
         assert one[group].count == other[group].count
@@ -70,8 +70,9 @@ def test_the_order_and_the_size_of_batches_do_not_count() -> None:
 
 def test_observers_are_packed_as_arrays_and_come_back() -> None:
     net = model()
-    groups = observed_groups(place(net, ONNXRUNTIME, scheme()))
-    observers = observe(net, X, groups, batch_size=10)
+    placement = place(net, ONNXRUNTIME, scheme())
+    groups = observed_groups(placement)
+    observers = observe(net, X, placement, batch_size=10)
     again = unpack_observers(groups, pack_observers(observers))
     for group in groups:
         assert again[group].name == group[0]
@@ -80,17 +81,18 @@ def test_observers_are_packed_as_arrays_and_come_back() -> None:
 
 def test_observers_are_remembered_by_what_the_float_model_computes_on_which_data() -> None:
     net, made = model(), dict[str, dict[str, np.ndarray]]()
-    groups = observed_groups(place(net, ONNXRUNTIME, scheme()))
+    placement = place(net, ONNXRUNTIME, scheme())
+    fewer = replace(placement, grids=placement.grids[:1], activations={n: placement.activations[n] for n in "rmp"})
 
     def memo(name: str, fn: Callable[..., Any], *inputs: object) -> Any:
         return made.setdefault(digest(name, list(inputs)), fn(*inputs))
 
-    assert observed(net, X, (), memo, batch_size=4) == {}
+    assert observed(net, X, Placement(), memo, batch_size=4) == {}
     for same in (net, quantized(net, X), net.with_metadata({"notes": ["other words"]})):
-        assert list(observed(same, X, groups, memo, batch_size=4)) == list(groups)
+        assert tuple(observed(same, X, placement, memo, batch_size=4)) == observed_groups(placement)
     assert len(made) == 1
     other = net.with_params({"w": 2 * net.param("w")})
-    for model_, arrays, chosen in ((other, X, groups), (net, {"x": X["x"][1:]}, groups), (net, X, groups[:1])):
+    for model_, arrays, chosen in ((other, X, placement), (net, {"x": X["x"][1:]}, placement), (net, X, fewer)):
         observed(model_, arrays, chosen, memo, batch_size=4)
     assert len(made) == 4
     assert digest(content(net)) == digest(content(quantized(net, X))) != digest(content(other))

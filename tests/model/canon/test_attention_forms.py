@@ -55,6 +55,18 @@ def test_zeros_that_may_be_a_position_bias_or_a_bias_stay() -> None:
         assert "Add" in op_types(Model.from_proto(proto))
 
 
+def test_an_expansion_by_dimensions_of_one_stays_where_nothing_else_brings_them() -> None:
+    proto = parsed(
+        "net (float c) => (float[1,1] y) { s = Constant<value_ints=[1,1]>()  e = Expand(c, s)  y = Add(e, two) }",
+        two=np.float32(2),
+    )
+    model = Model.from_proto(proto)
+    assert model.outputs[0].shape == (1, 1)
+    assert model.session().run(None, {"c": np.array(3, np.float32)})[0].tolist() == [[5]]
+    assert error_of_import(proto, model) == 0
+
+
+
 def test_an_expansion_that_the_reader_needs_stays() -> None:
     proto = parsed(
         "net (float[N,4] x, float[1,4] c) => (float[N,4] y) { s = Shape(x)  e = Expand(c, s)  y = Add(e, c) }"

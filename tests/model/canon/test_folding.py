@@ -6,9 +6,12 @@ from collections.abc import Collection
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 
+from qpipe.model import Model
 from qpipe.model.canon import folding
 from qpipe.model.canon.folding import fold_constants, fold_weights
 from qpipe.model.network.invariants import lift_constants
@@ -109,3 +112,21 @@ def test_what_is_computed_for_no_layer_stays_computed() -> None:
     model, notes = weights("m (float[N,4] x) => (float[N,4] y) { e = Exp(w)  y = Mul(x, e) }", w=normal(4))
     assert notes == []
     assert [node.op_type for node in model.graph] == ["Exp", "Mul"]
+
+
+@pytest.mark.parametrize("scale", [np.float32(0.05), np.array([0.01, 0.02, 0.03, 0.04, 0.05], np.float32)])
+def test_a_computed_weight_that_is_quantized_has_the_grid_of_a_weight(scale: Any) -> None:
+    text = """m (float[N,8] x) => (float[N,5] y) {
+        w = Mul(v, g)  q = QuantizeLinear(w, c, z)  d = DequantizeLinear(q, c, z)  y = MatMul(x, d) }"""
+    proto = parsed(text, v=normal(8, 5), g=normal(8, 1, seed=1), c=scale, z=np.zeros(scale.shape, np.int8))
+    model = Model.from_proto(proto)
+    assert [node.op_type for node in model.graph] == ["MatMul"]
+    encoding = model.encodings["w"]
+    assert (encoding.frozen, encoding.axis) == (True, 1 if scale.ndim else None)
+    np.testing.assert_array_equal(encoding.scale, scale)
+    np.testing.assert_allclose(model.param("w"), normal(8, 5) * normal(8, 1, seed=1), rtol=1e-6)
+    assert model.metadata["notes"] == ["The parameter 'w' is what the model computes from 'g' and 'v'."]
+    proto.graph.output.append(onnx.helper.make_tensor_value_info("d", onnx.TensorProto.FLOAT, [8, 5]))
+    x = normal(16, 8, seed=2)
+    (rounded,) = onnxruntime.InferenceSession(proto.SerializeToString()).run(["d"], {"x": x})
+    np.testing.assert_allclose(model.session().run(None, {"x": x})[0], x @ rounded, atol=1e-5)

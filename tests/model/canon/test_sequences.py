@@ -9,13 +9,30 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qpipe.errors import InputError
 from qpipe.methods.comparison.check import verify_import
 from qpipe.model import Model
 from tests.model.nets import parsed
 
 HEAD = "n (float[N,7,4] x) => (float[a,b,c] y)"
 BODIES = {
+    "a body for each element": (
+        (
+            "k = Constant<value = int64 {3}>() s = SplitToSequence<axis = 1>(x, k) a = Constant<value = float {2.0}>() "
+            "t = SequenceMap<body = b (float[N,l,4] e, float f) => (float[N,l,4] r) { h = Mul(e, f) r = Relu(h) }>"
+            "(s, a) y = ConcatFromSequence<axis = 1>(t)"
+        ),
+        ["Split", "Mul", "Relu", "Mul", "Relu", "Mul", "Relu", "Concat"],
+    ),
+    "a body for pairs": (
+        (
+            "k = Constant<value = int64 {3}>() s = SplitToSequence<axis = 1>(x, k) n = Neg(x) "
+            "m = SplitToSequence<axis = 1>(n, k) "
+            "t, u = SequenceMap<body = b (float[N,l,4] e, float[N,l,4] f) => (float[N,l,4] r, float[N,l,4] q) "
+            "{ r = Mul(e, f) q = Add(e, r) }>(s, m) i = Constant<value = int64 {1}>() p = SequenceAt(t, i) "
+            "o = SequenceAt(u, i) y = Concat<axis = 2>(p, o)"
+        ),
+        None,
+    ),
     "equal parts and a rest": (
         (
             "k = Constant<value = int64 {3}>() s = SplitToSequence<axis = 1>(x, k) "
@@ -97,9 +114,11 @@ def test_a_known_sequence_is_the_tensors_that_it_holds(name: str) -> None:
     ],
     ids=["as many parts as samples", "whichever the batch says"],
 )
-def test_what_depends_on_the_data_is_refused(body: str) -> None:
-    with pytest.raises(InputError, match="what it holds depends on the data"):
-        Model.from_proto(parsed(f"{HEAD} {{ {body} }}"))
+def test_what_depends_on_the_data_stays_and_runs(body: str) -> None:
+    proto = parsed(f"{HEAD} {{ {body} }}")
+    model = Model.from_proto(proto)
+    assert any("Sequence" in node.op_type for node in model.graph)
+    assert verify_import(model, proto.SerializeToString()).equal
 
 
 class Gated(nn.Module):

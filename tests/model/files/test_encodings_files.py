@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from qpipe.errors import InputError
 from qpipe.model import Model
 from qpipe.model.files.encodings_reader import read_encodings
 from qpipe.model.files.encodings_writer import write_encodings
-from qpipe.numerics.grid import Encoding, same_grid
+from qpipe.numerics.grid import Encoding, broadcast, same_grid
+from qpipe.numerics.observers import weight_encoding
+from qpipe.numerics.scheme import code_bounds
 from tests.model.nets import normal, parsed
 from tests.model.qdq.test_writer import X, cnn
 from tests.model.quantized import quantized, scheme
@@ -134,6 +139,10 @@ def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 VERSIONS = ("0.6.1", "1.0.0", "2.0.0")
+THOROUGH = settings(
+    deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+"""Of the folder, each example writes its own file anew."""
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -207,3 +216,157 @@ def test_floats_are_passed_over_and_what_is_no_file_is_refused(tmp_path: Path) -
     (tmp_path / "text").write_text("no json")
     with pytest.raises(InputError, match="is no encodings file"):
         cnn().with_encodings_file(tmp_path / "text")
+
+
+NETS = {
+    "MatMul": ("(float[N,6,4] x) => (float[N,6,4] y) { y = MatMul(x, w) }", (4, 4)),
+    "Gemm": ("(float[N,4] x) => (float[N,4] y) { y = Gemm<transB=1>(x, w) }", (4, 4)),
+    "MatMul of rank 3": ("(float[N,4,6,4] x) => (float[N,4,6,4] y) { y = MatMul(x, w) }", (4, 4, 4)),
+    "Conv": ("(float[N,4,6,6] x) => (float[N,4,a,b] y) { y = Conv(x, w) }", (4, 4, 3, 3)),
+    "pointwise Conv": ("(float[N,4,6,6] x) => (float[N,4,a,b] y) { y = Conv(x, w) }", (4, 4, 1, 1)),
+    "ConvTranspose": ("(float[N,4,6,6] x) => (float[N,2,a,b] y) { y = ConvTranspose(x, w) }", (4, 2, 3, 3)),
+    "tied": ("(float[N,4] x) => (float[N,4] y) { a = MatMul(x, w)  y = Gemm<transB=1>(a, w) }", (4, 4)),
+    "tied head": (
+        "(int64[N,6] x) => (float[N,6,6] y) { e = Gather(w, x)  t = Transpose<perm=[1,0]>(w)  y = MatMul(e, t) }",
+        (6, 4),
+    ),
+    "on the left": ("(float[N,4,6] x) => (float[N,4,6] y) { y = MatMul(w, x) }", (4, 4)),
+}  # fmt: skip
+MODELS = {name: Model.from_proto(parsed(f"m {text}", w=normal(*shape))) for name, (text, shape) in NETS.items()}
+
+
+@st.composite
+def grids(draw: st.DrawFn, shape: tuple[int, ...] | None) -> Encoding:
+    """Any grid that a tensor of `shape` can have; None: an activation."""
+    bitwidth, signed = draw(st.sampled_from([2, 4, 7, 8, 16])), draw(st.booleans())
+    axis = None if shape is None else draw(st.sampled_from([None, *range(len(shape))]))
+    block = None if axis is None else draw(st.sampled_from([None, 1, 2, 3]))
+    size: tuple[int, ...] = ()
+    if shape is not None and axis is not None:
+        size = (shape[axis],) if block is None else tuple(
+            -(-n // block) if i == axis else n for i, n in enumerate(shape)
+        )  # fmt: skip
+    rng = np.random.default_rng(draw(st.integers(0, 99)))
+    scale = np.exp(rng.normal(size=size)) if draw(st.booleans()) else np.full(size, 0.5)
+    low, high = code_bounds(bitwidth, signed)
+    zero_point = rng.integers(low, high + 1, size) if draw(st.booleans()) else np.full(size, (low + high + 1) // 2)
+    return Encoding(bitwidth, signed, False, scale, zero_point, axis, block)
+
+
+def numbers(encoding: Encoding, shape: tuple[int, ...]) -> list[Any]:
+    """The lowest number of the grid at each place of a tensor of `shape`, and the step."""
+    scale, zero_point = broadcast(encoding, shape)
+    found = (encoding.qmin - zero_point.astype(np.int64), scale)
+    return [encoding.bitwidth, *(np.broadcast_to(array, shape).tolist() for array in found)]
+
+
+def refusal(act: Callable[..., Any], *args: Any) -> str:
+    """What `act` is refused with; empty where it is not."""
+    try:
+        act(*args)
+    except InputError as refused:
+        return str(refused)
+    return ""
+
+
+@settings(THOROUGH, max_examples=300)
+@given(data=st.data(), name=st.sampled_from(sorted(NETS)), version=st.sampled_from(VERSIONS))
+def test_what_is_read_back_is_what_was_written_or_it_was_refused(
+    data: st.DataObject, name: str, version: Any, tmp_path: Path
+) -> None:
+    model, shape = MODELS[name], NETS[name][1]
+    value = str(model.graph[0].outputs[0].name)
+    chosen = {"w": data.draw(grids(shape)), value: data.draw(grids(None))}
+    path = tmp_path / "e.json"
+    path.unlink(missing_ok=True)
+    if said := refusal(write_encodings, model.with_encodings(chosen), path, version):
+        assert version != "2.0.0"
+        assert "2.0.0" in said
+        assert not path.exists()
+        return
+    found = read_encodings(model, path)
+    assert set(found) == set(chosen)
+    assert numbers(found["w"], shape) == numbers(chosen["w"], shape)
+    assert numbers(found[value], ()) == numbers(chosen[value], ())
+
+
+@pytest.mark.parametrize("version", ["0.6.1", "1.0.0"])
+def test_scales_along_an_axis_that_no_word_says_are_refused(version: Any, tmp_path: Path) -> None:
+    model = MODELS["MatMul"]
+    inputs, outputs = (weight_encoding(model.param("w"), scheme().weight, axis) for axis in (0, 1))
+    write_encodings(model.with_encodings({"w": outputs}), tmp_path / "e.json", version)
+    assert refusal(write_encodings, model.with_encodings({"w": inputs}), tmp_path / "f.json", version) == (
+        f"encodings.json {version} does not say that the scales of 'w' run along axis 0: they would be read as those "
+        "of another. Use encodings_format 2.0.0."
+    )
+    write_encodings(model.with_encodings({"w": inputs}), tmp_path / "f.json", "2.0.0")
+    assert same_grid(read_encodings(model, tmp_path / "f.json")["w"], inputs)
+
+
+HOSTILE = st.one_of(
+    st.sampled_from([None, True, False, -1, 0, 3, 10**12, 10**400, -(10**400), 1e308, float("nan"), float("inf")]),
+    st.sampled_from(["", "x", "8", "int8", "\ud800", "int99999", "float", [], {}, [[]], [{}], [None], {"name": "w"}]),
+    st.sampled_from([["1.0"], [1e400], [[1.0], [2.0, 3.0]]]),
+    st.integers(),
+    st.floats(),
+    st.lists(st.integers(-3, 300), max_size=5),
+)
+
+
+def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The way to everything in a JSON value, but for the value itself."""
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in children:
+        yield (*at, key)
+        yield from places(child, (*at, key))
+
+
+@settings(THOROUGH, max_examples=400)
+@given(data=st.data(), name=st.sampled_from(["MatMul", "pointwise Conv"]), version=st.sampled_from(VERSIONS))
+def test_whatever_stands_in_a_file_is_read_or_refused_in_one_line(
+    data: st.DataObject, name: str, version: Any, tmp_path: Path
+) -> None:
+    model = MODELS[name]
+    block = data.draw(st.sampled_from([0, 2])) if version != "0.6.1" else 0
+    wanted = scheme(4, 8, "per_block" if block else "per_channel", block)
+    sizes = [n if isinstance(n, int) else 3 for n in model.inputs[0].shape]
+    document = document_of(quantized(model, {"x": normal(*sizes)}, wanted), tmp_path, version)
+    for _ in range(data.draw(st.integers(1, 2))):
+        *way, last = data.draw(st.sampled_from(list(places(document))))
+        parent = document
+        for key in way:
+            parent = parent[key]
+        if data.draw(st.booleans()):
+            parent[last] = data.draw(HOSTILE)
+        elif isinstance(parent, dict):
+            parent.pop(last, None)
+    path = tmp_path / "hostile.json"
+    path.write_text(json.dumps(document))
+    said = refusal(read_encodings, model, path)
+    assert "\n" not in said
+    assert len(said) < 500
+
+
+DEEP, DIGITS = "[" * 900 + "]" * 900, "1" + "0" * 4000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("[" * 100_000, f'{{"version": {DEEP}}}', f'{{"version": {DIGITS}}}', '{"version": ["2.0.0"]}'),
+        *('{"version": {"2.0.0": 1}}', "3", '"text"', ""),
+        *(f'{{"version": "2.0.0", "encodings": [{{"name": "w", {part}}}]}}' for part in (
+            f'"output_dtype": {DEEP}', f'"output_dtype": "int8", "y_scale": {DEEP}', f'"output_dtype": "int{DIGITS}"',
+            f'"output_dtype": "int8", "y_scale": 1, "y_zero_point": {DIGITS}',
+        )),
+        *(f'{{"version": "1.0.0", "param_encodings": [{{"name": "w", "dtype": "INT", "bw": {digits}}}]}}'
+          for digits in (DIGITS, f"{DIGITS}{DIGITS}")),
+    ],
+)  # fmt: skip
+def test_what_nobody_would_write_is_refused_in_one_line(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "e.json"
+    path.write_text(text)
+    said = refusal(read_encodings, MODELS["MatMul"], path)
+    assert said
+    assert "\n" not in said
+    assert len(said) < 500

@@ -143,7 +143,7 @@ def test_without_saturation_what_is_too_large_is_no_number(kind: str) -> None:
     import ml_dtypes
     import torch
 
-    from qpipe.model.operators.float8 import converted
+    from qpipe.model.operators.registry import converted
 
     # Not onnxruntime here: it makes 480, which float8_e4m3fn has not, a number.
     wanted = EDGES.astype(getattr(ml_dtypes, kind)).astype(np.float32)

@@ -314,3 +314,18 @@ def test_unsigned_numbers_of_every_size(op: str, dtype: type[np.unsignedinteger[
     found = build(graph)(torch.tensor(a), torch.tensor(b)).numpy()
     assert found.dtype == wanted.dtype
     assert np.array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 100.0])
+@pytest.mark.parametrize("reduction", ["none", "add"])
+def test_a_mask_may_choose_nothing(threshold: float, reduction: str) -> None:
+    """What torch makes of `x[mask] = 2` and `x[mask]`: for some data there is no index at all."""
+    proto = parsed(
+        "n (float[N,4] x) => (float[N,4] y) { s = ReduceMax<keepdims=0>(x, one)  m = Greater(s, t) "
+        "i = NonZero(m)  p = Transpose(i)  g = GatherND(x, p)  v = Mul(g, two) "
+        f'y = ScatterND<reduction="{reduction}">(x, p, v) }}',
+        one=np.array([1]),
+        t=np.float32(threshold),
+        two=np.float32(2),
+    )
+    assert_same(proto, normal(5, 4))

@@ -5,16 +5,13 @@ from __future__ import annotations
 import copy
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
 
-from qpipe.errors import InputError
 from qpipe.model import Model
-from qpipe.model.operators.host import host_constant
-from qpipe.model.simulation.constants import host_values
-from qpipe.model.simulation.module import build, sanitize, value_nodes
+from qpipe.model.simulation.constants import host_constant, host_values
+from qpipe.model.simulation.module import sanitize, value_nodes
 from qpipe.model.simulation.stream import Stream
 from qpipe.numerics.fake_quantize import FakeQuantize
 from qpipe.numerics.grid import Encoding, quantize_dequantize
@@ -164,13 +161,6 @@ def test_names_that_collide_or_that_python_refuses_stay_apart() -> None:
     x = normal(2, 4)
     expected = x * model.param("w.x") * model.param("w_x")
     np.testing.assert_allclose(module(torch.tensor(x)).numpy(), expected, rtol=1e-6)
-
-
-def test_unsupported_operators_are_all_listed() -> None:
-    proto = parsed("n (float[N] x) => (float[N] y) { a = Bernoulli(x)  b = Celu(a)  y = SequenceAt(b, b) }")
-    graph = ir.from_proto(proto).graph
-    with pytest.raises(InputError, match=r"Bernoulli.*SequenceAt"):
-        build(graph)
 
 
 def test_the_module_can_be_copied_and_run_again() -> None:

@@ -8,13 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnxscript
 import pytest
 import torch
 from torch import Tensor, nn
 
 from qpipe.errors import InputError
 from qpipe.model import Model
-from qpipe.stages.load_model import largest_error, on_example
+from qpipe.model.torch_export.fidelity import check as held
 
 X = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
 
@@ -60,10 +61,14 @@ def refused(module: nn.Module, example: Any = X) -> str:
 
 REFUSED: dict[str, tuple[nn.Module, Any, list[str]]] = {
     "values decide": (
-        inside(until_small), X, ["in its part '1.0' at `while x.abs().max() > 0.1", "use torch.where or torch.cond"]
+        inside(until_small), X,
+        ["Sequential decides by the values of a tensor in its part '1.0' at `while x.abs().max() > 0.1",
+         "Use torch.where or torch.cond", "(torch says "]
     ),
     "no operator": (
-        inside(lambda _, x: torch.linalg.svd(x)[1]), X, ["in its part '1.0'", "no operator for linalg_svd"]
+        inside(lambda _, x: torch.linalg.svd(x)[1]), X,
+        ["ONNX has no operator for linalg_svd, which Sequential calls in its part '1.0' at `return self.function",
+         "Replace it by others"]
     ),
     "too many inputs": (
         nn.Linear(4, 4), (X, X), ["does not run on its example", "forward takes input", "has float32 (2, 4), float32"]
@@ -88,6 +93,9 @@ def test_one_line_names_the_part_and_the_way_out(what: str) -> None:
     message = refused(module, example)
     for words in said:
         assert words in message
+    assert what not in ("values decide", "no operator") or message.startswith(said[0])
+    assert "No ONNX function found" not in message
+    assert "IndexError" not in message
 
 
 def in_place(_: nn.Module, x: Tensor) -> Tensor:
@@ -118,7 +126,24 @@ class Modal(nn.Module):
         return x + 1 if mode == "up" else x - 1
 
 
+class AnyNumber(nn.Module):
+    """As many inputs as are given."""
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        return sum(tensors, torch.zeros(()))
+
+
+class Containers(nn.Module):
+    """Its inputs lie in a list and in a dict."""
+
+    def forward(self, pair: list[Tensor], more: dict[str, Tensor]) -> dict[str, Any]:
+        return {"sum": pair[0] + 2 * pair[1], "more": (more["a"] * 2, None)}
+
+
 TAKEN: dict[str, tuple[nn.Module, Any]] = {
+    "any number of inputs": (AnyNumber(), (X, 2 * X, 3 * X)),
+    "inputs in containers": (Containers(), ([X, 2 * X], {"a": 3 * X})),
+    "one sample": (inside(lambda _, x: x), X[:1]),
     "in place": (Doubling(), X),
     "in place inside": (inside(in_place), X),
     "side effects": (inside(counting, seen=0, table=torch.ones(4)), X),
@@ -137,11 +162,12 @@ def test_what_can_be_taken_is_and_computes_the_same(what: str) -> None:
     module, example = TAKEN[what]
     before = [v.clone() for v in torch.utils._pytree.tree_leaves(example) if isinstance(v, Tensor)]
     model = Model.from_torch(module, example)
-    fed, wanted = on_example(module, example, model)
-    assert largest_error(model, fed, wanted) < 1e-5
+    error = held(module, example, model, deployed=True)
+    assert error is not None
+    assert error < 1e-5
     after = [v for v in torch.utils._pytree.tree_leaves(example) if isinstance(v, Tensor)]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    assert not isinstance(model.inputs[0].shape[0], int)  # the batch is open
+    assert {entry.shape[0] for entry in model.inputs} == {"batch"}
 
 
 def test_a_compiled_module_is_the_module_that_was_compiled() -> None:
@@ -169,3 +195,16 @@ def test_the_line_at_fault_is_told_wherever_its_file_lies(tmp_path: Path, folder
     )
     namespace = runpy.run_path(str(file))
     assert "at `while x.abs().max() > 0.1" in refused(namespace["Net"](), X)
+
+
+def test_an_onnxscript_that_does_not_go_with_torch_is_told_as_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    def export(*_: Any, **__: Any) -> None:
+        try:
+            import onnxscript.of_another_time  # type: ignore[import-not-found]  # noqa: F401
+        except ImportError as error:
+            raise RuntimeError("Failed to decompose") from error
+
+    monkeypatch.setattr(torch.onnx, "export", export)
+    message = refused(nn.Linear(4, 4))
+    assert f"the installed onnxscript {onnxscript.__version__} lacks onnxscript.of_another_time" in message
+    assert "pip install --upgrade onnxscript" in message

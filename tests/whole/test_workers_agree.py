@@ -1,0 +1,45 @@
+"""The shipped pipelines give the same with one worker, with many, and with a fresh one for each action."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FRESH = """
+from qpipe.run.isolation import Isolation
+Isolation.spent = property(lambda self: ["each action has its own"], lambda self, reasons: None)
+"""
+"""Put on the path of a worker as sitecustomize: after each action it is replaced."""
+PIPELINES = os.environ.get("QPIPE_TEST_PIPELINES", "ptq").split()
+"""`ptq autoquant adaround amp` are those that are shipped; the long ones are run by hand."""
+
+
+def digests(folder: Path, name: str, *arguments: str, fresh: bool = False) -> dict[str, object]:
+    """What every node gave, by a run in a cache of its own."""
+    environment = dict(os.environ)
+    if fresh:
+        (folder / "fresh").mkdir(exist_ok=True)
+        (folder / "fresh" / "sitecustomize.py").write_text(FRESH)
+        environment["PYTHONPATH"] = str(folder / "fresh")
+    run = subprocess.run(
+        [sys.executable, "-m", "qpipe", *arguments, f"cache.dir={folder / name}", f"hydra.run.dir={name}-run"],
+        cwd=folder, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode in (0, 3), run.stderr
+    record = json.loads((folder / f"{name}-run" / "record.json").read_text())
+    return {node: entry["outputs"] for node, entry in record["nodes"].items() if entry.get("outputs")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_one_worker_many_and_fresh_ones_agree(tmp_path: Path, pipeline: str) -> None:
+    chosen = [f"pipeline={pipeline}", *(["scheme=w4a8"] if pipeline in ("adaround", "amp") else [])]
+    one = digests(tmp_path, "one", *chosen, "run.workers=1")
+    assert len(one) > 10
+    assert digests(tmp_path, "many", *chosen, "run.workers=4") == one
+    assert digests(tmp_path, "fresh", *chosen, "run.workers=2", fresh=True) == one
