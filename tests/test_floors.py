@@ -100,7 +100,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
     "language": (("errors", "keys", "param", "stage", "cache.shared"), "catalog interpolation spec graph labels"),
     "plan": (ENGINE[:-1], "verdicts history keyring decision walk estimate"),
     "run": (ENGINE, "machine checkout context isolation performing workers executor record stores sweep"),
-    "explain": ((*ENGINE, "run"), "past_runs causes runs_apart artifacts verification"),
+    "explain": ((*ENGINE, "run"), "shape past_runs causes runs_apart artifacts verification"),
     "report": ((), "text facts"),
     "report.terminal": (("report",), "table activity closing plain live terminal"),
     "report.drawing": (("report", "report.terminal"), "layout rails picture"),

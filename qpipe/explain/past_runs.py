@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qpipe.errors import ConfigError
+from qpipe.explain.shape import wrong
 from qpipe.param import listed
 from qpipe.run.record import RECORD, SCHEMA
 
@@ -54,14 +55,17 @@ def read_record(path: Path, purpose: str) -> dict[str, Any]:
         record = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise ConfigError(f"{purpose}: no record at '{path}'. Give the folder of a run.") from error
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{purpose}: '{path}' is not a record: {error}.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        said = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+        raise ConfigError(f"{purpose}: '{path}' is not a record: {said}. Give the folder of a run.") from error
     if not isinstance(record, Mapping) or not isinstance(record.get("nodes"), Mapping):
         raise ConfigError(f"{purpose}: '{path}' is not the record of a run. Give the folder of a run.")
     if not isinstance(record.get("schema"), int) or record["schema"] > SCHEMA:
         raise ConfigError(
             f"{purpose}: '{path}' is of schema {record.get('schema')}, and this qpipe reads up to {SCHEMA}. Update it."
         )
+    if found := wrong(record):
+        raise ConfigError(f"{purpose}: '{path}' is not as a run left it: {found}. Mend it, or give another run.")
     return dict(record)
 
 

@@ -246,14 +246,14 @@ def files(record: Record) -> list[tuple[str, str]]:
     return [
         (text.clean(node), text.clean(path))
         for node, paths in _mapping(record.get("files")).items()
-        for path in ([paths] if isinstance(paths, str) else paths)
+        for path in ([paths] if isinstance(paths, str) else paths or ())
     ]
 
 
 def edges(record: Record) -> list[tuple[str, str, str]]:
     """(source, target, port) between nodes that the record knows."""
     known = nodes(record)
-    found = [tuple(map(str, edge)) for edge in record.get("edges") or () if len(edge) == 3]
+    found = [tuple(map(str, edge)) for edge in record.get("edges") or () if edge and len(edge) == 3]
     return [(edge[0], edge[1], edge[2]) for edge in found if edge[0] in known and edge[1] in known]
 
 
@@ -287,7 +287,8 @@ def _parity(name: str, scores: Mapping[str, Any]) -> Parity:
 
 def _distances(rows: Sequence[Mapping[str, Any]]) -> Distances:
     """The counts of all rows together."""
-    columns = zip_longest(*(map(real, row.get("counts") or ()) for row in rows), fillvalue=None)
+    counted = [counts if isinstance(counts := row.get("counts"), list | tuple) else () for row in rows]
+    columns = zip_longest(*(map(real, counts) for counts in counted), fillvalue=None)
     counts = tuple(sum(count or 0.0 for count in column) for column in columns)
     largest = [value for row in rows if (value := real(row.get("largest"))) is not None]
     return Distances(counts, max(largest, default=None))
@@ -299,7 +300,7 @@ def _mappings(value: Any) -> list[Mapping[str, Any]]:
 
 def _text_of(row: Mapping[str, Any], name: str) -> str:
     value = row.get(name) or ""
-    return text.clean(value if isinstance(value, str) else " ".join(map(str, value)))
+    return text.clean(" ".join(map(str, value)) if isinstance(value, list | tuple) else value)
 
 
 def scalars(scores: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -315,7 +316,10 @@ def real(value: Any) -> float | None:
     """`value` as a finite number, or None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if math.isfinite(value) else None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # JSON has integers of any length
+        return None
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -224,6 +224,8 @@ def _conclude(jobs: Sequence[Job], walks: Sequence[Walk], store: Store, watch: W
         own = dataclasses.replace(info, folder=job.folder, finished=time.time())
         try:
             kept.append((job, walk, _leave(job, walk, store, own)))
+        except CacheError:  # what it reads is damaged, and is made again
+            raise
         except (QpipeError, OSError) as error:  # a disk that is full: the other trials have theirs all the same
             watch.message(f"qpipe: {job.label}{_refused(error)} {_NO_RECORD}")
             status = status or QpipeError.exit_code
