@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args
 
 from qpipe.errors import InputError
 from qpipe.methods.placement.target import Target
-from qpipe.numerics.metric_names import Metric
+from qpipe.numerics.metric_names import Metric, least_score
 from qpipe.numerics.scheme import Scheme, with_observers
 from qpipe.numerics.thinning import thin, thinned
 from qpipe.param import load_factory
@@ -91,8 +91,8 @@ def takes(target: Target, scheme: Scheme | None) -> bool:
 def refuse(given: Mapping[str, Any]) -> None:
     """Errors: ValueError, InputError for candidates that are none or that the target forbids, and for no goal."""
     target, candidates = given["target"], given["candidates"]
-    if given["max_drop"] is None and given["budget"] is None:
-        raise ValueError("set max_drop, budget or both: without a goal there is nothing to choose by.")
+    if given["max_drop"] is None and given["min_score"] is None and given["budget"] is None:
+        raise ValueError("set max_drop, min_score or budget: without a goal there is nothing to choose by.")
     if candidates is None:
         target.check(given["scheme"])
         return
@@ -144,17 +144,19 @@ def judge(
     )  # fmt: skip
 
 
-def shortfall(metric: str, max_drop: float | None, budget: float | None, reached: float, score: float) -> str:
+def shortfall(metric: str, least: float | None, budget: float | None, reached: float, score: float) -> str:
     """A sentence about a goal that no mix keeps: what float reached, and what the best mix has."""
     within = "" if budget is None else f" within the budget of {budget:g}"
-    return f"No mix{within} keeps {metric} within {max_drop:g} of float ({reached:.6g}): the best one has {score:.6g}."
+    asked = f"{metric} at {least:.6g} or above (float has {reached:.6g})"
+    return f"No mix{within} keeps {asked}: the best one has {score:.6g}."
 
 
 @stage(
     version=1,
     config={
         "calibration": "calibration", "evaluation": "evaluation", "scheme": "${scheme}", "target": "${target}",
-        "metric": "${goal.metric}", "outputs": "${goal.outputs}", "max_drop": "${goal.max_drop}", "seed": "${seed}",
+        "metric": "${goal.metric}", "outputs": "${goal.outputs}", "max_drop": "${goal.max_drop}",
+        "min_score": "${goal.min_score}", "seed": "${seed}",
     },
     check=refuse,
     not_after={
@@ -175,6 +177,7 @@ def amp(
     metric: Metric | Factory = "top1",
     outputs: tuple[str, ...] = (),
     max_drop: Annotated[float, Range(ge=0)] | None = 0.01,
+    min_score: float | None = None,
     budget: Annotated[float, Range(gt=0)] | None = None,
     cost: Literal["bitops", "size"] = "bitops",
     conversion_slack: Annotated[float, Range(ge=0)] = 0.05,
@@ -189,11 +192,11 @@ def amp(
     `candidates` are bitwidths like w4a8, w4 (weights alone) or float, all else is the scheme's; null: the scheme's
     own, w4a8, w8a8 and w8a16, those that the target takes. `choice` brings the observers of quantscheme_select.
     `method` measures each group by the sqnr of the outputs on `limit` samples of the calibration, by `metric` on
-    `limit` of the evaluation, or estimates it from second moments (gram). `max_drop` may be lost of `metric`
-    against float, on all of the evaluation; null: as good as `budget` allows. `budget` is a share of the costliest
-    candidate's `cost`. `batch_size` samples are run at a time; `seed` draws what is random. `conversion_slack` is
-    the share of the chosen cost that fewer conversions may add. Where no mix keeps max_drop, the best one comes
-    out, with a note.
+    `limit` of the evaluation, or estimates it from second moments (gram). `max_drop` may be lost of `metric` against
+    float, on all of the evaluation, or it has to be `min_score`; null: as good as `budget` allows. `budget` is a share
+    of the costliest candidate's `cost`. `batch_size` samples are run at a time; `seed` draws what is random.
+    `conversion_slack` is the share of the chosen cost that fewer conversions may add. Where no mix keeps the goal, the
+    best one comes out, with a note.
     Errors: InputError for candidates that the target forbids, for data that do not fit or are none, and for a
     budget below the cheapest mix.
     """
@@ -219,13 +222,14 @@ def amp(
     reference = single.float_score() if by != "sqnr_db" else 0.0
     problem = Problem(choices, [[loss_of(by, score, reference) for score in row] for row in alone], cost)
     reached = whole.float_score()
+    least = least_score(metric, reached, max_drop, min_score)
     solution = solve(
         problem, lambda mix: whole.score(choices.encodings(mix)),
-        None if max_drop is None else reached - max_drop, budget, conversion_slack,
+        least, budget, conversion_slack,
     )  # fmt: skip
     said = report(problem, solution, alone)
     if not solution.found.met:
-        ctx.note(shortfall(metric, max_drop, budget, reached, said["score"]))
+        ctx.note(shortfall(metric, least, budget, reached, said["score"]))
     table = {row["group"]: row["candidate"] for row in said["groups"]}
     mixed = model.with_encodings(choices.encodings(solution.choice)).with_metadata({"amp": table})
     told = {"metric": metric, "float": reached, "met": solution.found.met, "cost": cost, "method": method}

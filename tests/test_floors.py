@@ -97,9 +97,15 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
         ("errors", "keys", "artifacts", "cache"),
         "objects remote lease uploads signing promises tier",
     ),
-    "language": (("errors", "keys", "param", "stage", "cache.shared"), "catalog interpolation spec graph labels"),
-    "plan": (ENGINE[:-1], "verdicts history keyring decision walk estimate"),
-    "run": (ENGINE, "machine checkout context isolation performing workers executor record stores sweep"),
+    "language": (
+        ("errors", "keys", "numerics", "param", "stage", "cache.shared"),
+        "catalog interpolation spec graph labels",
+    ),
+    "plan": ((*ENGINE[:-1], "numerics"), "verdicts history keyring decision walk estimate"),
+    "run": (
+        (*ENGINE, "numerics"),
+        "machine checkout context isolation performing workers executor record stores sweep",
+    ),
     "explain": ((*ENGINE, "run"), "shape past_runs causes runs_apart artifacts verification"),
     "report": ((), "text facts"),
     "report.terminal": (("report",), "table activity closing plain live terminal"),

@@ -46,8 +46,8 @@ RECORD_SHAPE: Mapping[str, Any] = {
     "status": TEXT, "run_dir": TEXT, "git": {"commit": TEXT, "dirty": TRUTH},
     "environment": {"python": TEXT, "platform": TEXT, "libraries": Each(TEXT)},
     "goal": {
-        "metric": TEXT, "float": NUMBER, "allowed_drop": NUMBER, "reached": NUMBER, "met": TRUTH, "reference": TEXT,
-        "scores": TEXT,
+        "metric": TEXT, "float": NUMBER, "allowed_drop": NUMBER, "min_score": NUMBER, "reached": NUMBER, "met": TRUTH,
+        "reference": TEXT, "scores": TEXT,
     },
     "best": {"node": TEXT, "score": NUMBER}, "ladder": [STEP], "nodes": Each(NODE), "stages": Each(Each(ANY)),
     "listings": Each(TEXT), "edges": [[TEXT]], "files": Each(Either(TEXT, [TEXT])), "totals": Each(NUMBER),

@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from qpipe.errors import ConfigError, InputError
 from qpipe.language.catalog import MISSING, RESERVED, catalog
 from qpipe.language.interpolation import wrong_interpolation
+from qpipe.numerics.metric_names import least_score
 from qpipe.param import coerce, listed, nearest, of_its_type, parse_size
 from qpipe.stage import REQUIRED, Stage
 
@@ -57,24 +58,32 @@ class Candidate:
 @dataclasses.dataclass(frozen=True)
 class FirstWithin:
     """The lazy form: the first candidate whose score is within `max_drop` of the reference's, else the best one. Where
-    `max_drop` is None there is no goal, and the best of all is taken."""
+    `max_drop` and `min_score` are None there is no goal, and the best of all is taken."""
 
     name: str
     candidates: tuple[Candidate, ...]
     reference: Ref
     max_drop: float | None
+    min_score: float | None = None
     enabled: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
 class GoalSpec:
-    """What the run is for: `scores` is a node whose score may lie at most `max_drop` below that of `reference`; None is
-    no goal."""
+    """What the run is for: `scores` is a node whose score has to be at least `min_score`, or may lie at most `max_drop`
+    below that of `reference`; None is no goal."""
 
     metric: str
     max_drop: float | None
     reference: Ref | None = None
     scores: Ref | None = None
+    min_score: float | None = None
+
+    @property
+    def absolute(self) -> float | None:
+        """The score that is asked for whatever float has; None where the drop from float counts."""
+        least = least_score(self.metric, math.nan, self.max_drop, self.min_score)
+        return None if least is None or math.isnan(least) else least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +143,7 @@ def read_spec(config: DictConfig) -> PipelineSpec:
             max_drop=_drop(goal.get("max_drop"), "goal.max_drop"),
             reference=_optional_ref(goal.get("reference"), "goal.reference"),
             scores=_optional_ref(goal.get("scores"), "goal.scores"),
+            min_score=_drop(goal.get("min_score"), "goal.min_score"),
         ),
         run=coerce(plain.get("run") or {}, RunSpec, "run"),
         targets=coerce(plain.get("targets") or (), tuple[str, ...], "targets"),
@@ -330,7 +340,7 @@ def _optional_ref(value: Any, address: str) -> Ref | None:
     return None if value is None else _ref(value, address)
 
 
-_FORM_KEYS = ("uses", "enabled", "candidates", "reference", "max_drop")
+_FORM_KEYS = ("uses", "enabled", "candidates", "reference", "max_drop", "min_score")
 
 
 def _first_within(name: str, body: Mapping[str, Any]) -> FirstWithin:
@@ -353,6 +363,7 @@ def _first_within(name: str, body: Mapping[str, Any]) -> FirstWithin:
         candidates=tuple(_candidate(item, f"{address}.candidates[{i}]") for i, item in enumerate(candidates)),
         reference=_ref(body["reference"], f"{address}.reference"),
         max_drop=_drop(body["max_drop"], f"{address}.max_drop"),
+        min_score=_drop(body.get("min_score"), f"{address}.min_score"),
         enabled=coerce(body.get("enabled", True), bool, f"{address}.enabled"),
     )
 
@@ -360,7 +371,7 @@ def _first_within(name: str, body: Mapping[str, Any]) -> FirstWithin:
 def _drop(value: Any, address: str) -> float | None:
     found: float | None = coerce(value, float | None, address)
     if found is not None and math.isnan(found):
-        raise ConfigError(f"{address}: expected a number, got nan. Give how much may be lost, or null for no goal.")
+        raise ConfigError(f"{address}: expected a number, got nan. Give a limit, or null for none.")
     return found
 
 

@@ -8,7 +8,6 @@ A `Walk` goes through one graph as far as the cache carries it: every node whose
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -19,6 +18,7 @@ from qpipe.cache.store import Store
 from qpipe.keys.hashing import digest
 from qpipe.language.graph import Graph, Source, outputs_of
 from qpipe.language.spec import FirstWithin, NodeSpec
+from qpipe.numerics.metric_names import least_score
 from qpipe.param import listed
 from qpipe.plan.decision import decide
 from qpipe.plan.history import expected_s
@@ -257,8 +257,9 @@ class Walk:
         asked, found = self._asked[node.name], self._judged.setdefault(node.name, {})
         if asked not in found and (scores := self.scores(wires[f"candidates[{asked}].scores"][0])):
             found[asked] = scores["score"]
-        wanted = math.inf if node.max_drop is None else reference["score"] - node.max_drop
-        met = asked in found and found[asked] >= wanted
+        metric = str(reference.get("metric", self.graph.spec.goal.metric))
+        wanted = least_score(metric, reference["score"], node.max_drop, node.min_score)
+        met = asked in found and wanted is not None and found[asked] >= wanted
         if not met and asked + 1 < len(node.candidates):
             self._asked[node.name] = asked + 1
             self._ask(node.name, wires[f"candidates[{asked + 1}].scores"])
@@ -289,7 +290,7 @@ class Walk:
 
     def _unmet(self, name: str) -> str:
         node = self.graph.node(name)
-        free = isinstance(node, FirstWithin) and node.max_drop is None
+        free = isinstance(node, FirstWithin) and node.max_drop is None and node.min_score is None
         return "there is no goal" if free else "none is within the goal"
 
     def _ask(self, name: str, sources: Iterable[Source]) -> None:

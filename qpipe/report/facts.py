@@ -168,29 +168,42 @@ def goal_met(record: Record) -> bool | None:
     return None if met is None else bool(met)
 
 
+def least(record: Record) -> float | None:
+    """The score that the goal asks for; None where there is none."""
+    goal = _mapping(record.get("goal"))
+    baseline, allowed, asked = (real(goal.get(name)) for name in ("float", "allowed_drop", "min_score"))
+    if asked is not None or baseline is None or allowed is None:
+        return asked
+    return baseline - allowed
+
+
 def goal_sentence(record: Record) -> str | None:
     """Whether the goal was met and by how much, in one sentence; None where the record has no goal."""
     goal = _mapping(record.get("goal"))
     metric = text.clean(goal.get("metric") or "")
     if not metric or goal.get("scores", "") is None:  # no node was named whose score is to be within it
         return None
-    baseline, allowed = real(goal.get("float")), real(goal.get("allowed_drop"))
+    baseline, allowed, least = (real(goal.get(name)) for name in ("float", "allowed_drop", "min_score"))
     best = _mapping(record.get("best"))
     reached = real(best.get("score"))
     limit = "" if allowed is None else f"{text.amount(allowed, metric)} allowed"
+    limit = limit if least is None else f"at least {text.score(least, metric)} asked"
     if reached is None or baseline is None:
         return f"goal not decided: {metric}, {limit or 'no limit'}, but no step has a score"
     drop = baseline - reached
     label = next((step.label for step in steps(record) if step.best), best.get("node", ""))
     side = "below" if drop > 0 else "above"
     distance = f"{text.amount(abs(drop), metric)} {side} float" if drop else "equal to float"
-    fact = f"{metric} {text.score(reached, metric)} with {text.clean(label)}, {distance}"
+    fact = f"{metric} {text.score(reached, metric)} with {text.clean(label)}"
+    if least is None:
+        fact += f", {distance}"
     met = goal_met(record)
-    if met is None or allowed is None:
+    if met is None or (allowed is None and least is None):
         return f"best: {fact}"
     if met:
         return f"goal met: {fact} ({limit})"
-    return f"goal missed by {text.amount(drop - allowed, metric)}: {fact} ({limit})"
+    short = least - reached if least is not None else drop - (allowed or 0.0)
+    return f"goal missed by {text.amount(short, metric)}: {fact} ({limit})"
 
 
 def totals_sentence(record: Record) -> str:

@@ -21,6 +21,7 @@ from qpipe.cache.store import Store
 from qpipe.language import labels
 from qpipe.language.graph import Source
 from qpipe.language.spec import FirstWithin
+from qpipe.numerics.metric_names import least_score
 from qpipe.plan.verdicts import OF_STAGE, Outcome, artifact_json
 from qpipe.plan.walk import Walk
 from qpipe.writing import write_whole
@@ -176,12 +177,13 @@ def _goal(walk: Walk) -> dict[str, Any]:
     goal, refs = walk.graph.spec.goal, walk.graph.resolved_refs
     reference = _score_of(walk, refs.get(str(goal.reference)))
     reached = _score_of(walk, refs.get(str(goal.scores)))
-    judged = reference is not None and reached is not None and goal.max_drop is not None
-    met = reached >= reference - goal.max_drop if judged else None  # type: ignore[operator]  # none of them is None
+    least = None if reference is None else least_score(goal.metric, reference, goal.max_drop, goal.min_score)
+    met = None if reached is None or least is None else reached >= least
     return {
         "metric": goal.metric,
         "float": reference,
-        "allowed_drop": goal.max_drop,
+        "allowed_drop": None if goal.absolute is not None else goal.max_drop,
+        "min_score": goal.absolute,
         "reached": reached,
         "met": met,
         "reference": str(goal.reference) if goal.reference else None,

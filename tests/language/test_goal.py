@@ -11,6 +11,7 @@ import pytest
 from qpipe.errors import ConfigError
 from qpipe.keys.syntax import bound_names
 from qpipe.language.graph import build_graph
+from qpipe.numerics.metric_names import least_score
 from tests.inprocess import carry_out, job
 from tests.language.test_labels import spec_of
 from tests.nursery import Nursery
@@ -23,8 +24,21 @@ def test_a_drop_that_is_no_number_is_refused_and_null_is_no_goal() -> None:
             spec_of(f"pipeline={pipeline}", f"{address}=nan")
     spec = spec_of("pipeline=ptq", "goal.max_drop=null")
     assert spec.goal.max_drop is None
-    with pytest.raises(ConfigError, match=r"^stages.amp: set max_drop, budget or both"):
+    with pytest.raises(ConfigError, match=r"^stages.amp: set max_drop, min_score or budget"):
         spec_of("pipeline=autoquant", "goal.max_drop=null")
+
+
+def test_a_score_may_be_asked_for_itself_and_in_decibels_it_is() -> None:
+    """A drop from float says nothing where float counts as 300 dB."""
+    assert least_score("top1", 0.9, 0.01, None) == pytest.approx(0.89)
+    assert least_score("sqnr_db", 300.0, 0.01, None) == 30
+    assert least_score("sqnr_db", 300.0, 0.01, 35.0) == least_score("cosine", 1.0, None, 35.0) == 35
+    assert least_score("sqnr_db", 300.0, None, None) is None
+    spec = spec_of("pipeline=autoquant", "goal.metric=sqnr_db", "goal.min_score=35")
+    assert (spec.goal.absolute, spec.nodes["best"].min_score) == (35, 35)
+    assert spec_of("pipeline=ptq").goal.absolute is None
+    with pytest.raises(ConfigError, match=r"^goal\.min_score: expected a number, got nan"):
+        spec_of("pipeline=ptq", "goal.min_score=nan")
 
 
 @pytest.fixture

@@ -95,3 +95,15 @@ def test_a_record_that_was_cut_short_can_be_read(broken: dict[str, Any]) -> None
     assert facts.failures(broken) == facts.notes(broken) == facts.files(broken) == []
     assert facts.parities(broken) == []
     assert facts.totals_sentence(broken) == "0 ran, 0 from the cache"
+
+
+def test_a_goal_in_decibels_is_told_by_the_score_that_was_asked_for(record: dict[str, Any]) -> None:
+    goal = {"metric": "sqnr_db", "float": 300.0, "allowed_drop": None, "min_score": 30.0}
+    for reached, met, said in ((45.3, True, "goal met: sqnr_db 45.30 dB"), (27.5, False, "goal missed by 2.50 dB")):
+        told = record | {"goal": goal | {"met": met}, "best": {"node": "x", "score": reached}, "ladder": []}
+        sentence = facts.goal_sentence(told)
+        assert sentence is not None
+        assert sentence.startswith(said)
+        assert sentence.endswith("(at least 30.00 dB asked)")
+        assert "float" not in sentence
+        assert facts.least(told) == 30

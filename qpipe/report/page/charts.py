@@ -14,8 +14,8 @@ PLOT = WIDTH - LABELS - VALUES
 SMALLEST_SHARE = 1e-6
 
 
-def score_chart(steps: Sequence[Step], allowed_drop: float | None) -> str:
-    """One row per step: a dot at its score, and the distance to float; the allowed range is shaded.
+def score_chart(steps: Sequence[Step], limit: float | None) -> str:
+    """One row per step: a dot at its score, and the distance to float; what is at least `limit`, the goal, is shaded.
 
     "" where fewer than two steps have a score.
     """
@@ -23,7 +23,6 @@ def score_chart(steps: Sequence[Step], allowed_drop: float | None) -> str:
     if len(known) < 2:
         return ""
     reference = next((step.score for step in known if step.baseline), None)
-    limit = None if reference is None or allowed_drop is None else reference - allowed_drop
     low, high = _range([value for value in (*(step.score for step in known), limit) if value is not None])
     scale = PLOT / (high - low)
     height = TOP + ROW * len(steps) + 30

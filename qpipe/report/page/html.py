@@ -145,9 +145,9 @@ def _scores(record: Mapping[str, Any]) -> str:
     metrics = sorted({step.metric for step in steps if step.metric})
     points = set(metrics) <= set(text.PERCENT_METRICS)
     head = ("step", _text(", ".join(metrics) or "score"), "points" if points else "change", "verdict", "time")
-    allowed = facts.real((record.get("goal") or {}).get("allowed_drop"))
+    least = facts.least(record)
     best = [index for index, step in enumerate(steps) if step.best]
-    return score_chart(steps, allowed) + _table(head, rows, right=(1, 2, 4), best=best)
+    return score_chart(steps, least) + _table(head, rows, right=(1, 2, 4), best=best)
 
 
 def _table(

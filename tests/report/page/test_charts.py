@@ -15,7 +15,7 @@ from qpipe.report.page.charts import parity_chart, score_chart, ticks
 
 
 def test_a_dot_per_step_in_proportion_to_its_score(record: dict[str, Any]) -> None:
-    root = ElementTree.fromstring(score_chart(facts.steps(record), 0.01))
+    root = ElementTree.fromstring(score_chart(facts.steps(record), facts.least(record)))
     places = [float(dot.attrib["cx"]) for dot in root.iter("circle")]
     scores = [step["score"] for step in record["ladder"]]
     share = [(place - places[1]) / (places[0] - places[1]) for place in places]
@@ -25,7 +25,7 @@ def test_a_dot_per_step_in_proportion_to_its_score(record: dict[str, Any]) -> No
 
 
 def test_the_allowed_range_begins_at_the_goal(record: dict[str, Any]) -> None:
-    chart = score_chart(facts.steps(record), 0.01)
+    chart = score_chart(facts.steps(record), facts.least(record))
     (start,) = (float(x) for x in re.findall(r'class="allowed" x="([\d.]+)"', chart))
     root = ElementTree.fromstring(chart)
     places = [float(dot.attrib["cx"]) for dot in root.iter("circle")]
@@ -36,7 +36,7 @@ def test_the_allowed_range_begins_at_the_goal(record: dict[str, Any]) -> None:
 
 def test_a_step_without_a_score_says_why(record: dict[str, Any]) -> None:
     record["ladder"][2] |= {"score": None, "drop": None, "verdict": "not_needed"}
-    chart = score_chart(facts.steps(record), 0.01)
+    chart = score_chart(facts.steps(record), facts.least(record))
     assert chart.count("<circle") == 3
     assert ">not needed<" in chart
 
