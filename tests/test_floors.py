@@ -38,7 +38,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
     "model.operators": (
         ("errors",),
         (
-            "registry window activation conv detection elementwise index matmul integer norm pool "
+            "registry window conv detection elementwise index matmul integer norm pool "
             "recurrent reduce resize shape signal unsigned table"
         ),
     ),
@@ -58,7 +58,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
             "opsets refusals form"
         ),
     ),
-    "model.simulation": (MODEL, "constants samples opaque module watching stream run"),
+    "model.simulation": (MODEL, "constants samples opaque module stream run"),
     "model.files": (
         MODEL,
         "soundness onnx_reader given protobuf encodings_reader encodings_writer state_dict onnx_writer",
@@ -68,7 +68,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
     "methods": (VALUE, "preconditions"),
     "methods.placement": (
         (*MODEL, "model.simulation"),
-        "joined target filters overrides survival placement calibration remarks",
+        "joined target filters survival placement calibration remarks",
     ),
     "methods.equalization": ((*MODEL, "model.simulation"), "links norm_links reach rescaling"),
     "methods.rounding": (

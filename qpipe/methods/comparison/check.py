@@ -18,8 +18,7 @@ from qpipe.methods.comparison.compare import OWN, first_line, largest_error, rel
 from qpipe.methods.comparison.inputs import trial_inputs
 from qpipe.model.qdq.nodes import computes_codes
 from qpipe.model.runtime.session import make_session
-from qpipe.model.simulation.module import to_torch
-from qpipe.model.simulation.watching import See, watched
+from qpipe.model.simulation.module import See, to_torch, watched
 
 if TYPE_CHECKING:
     import onnxruntime

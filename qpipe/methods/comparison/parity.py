@@ -24,8 +24,7 @@ import numpy.typing as npt
 
 from qpipe.errors import InputError
 from qpipe.model.runtime.session import make_session
-from qpipe.model.simulation.module import to_torch
-from qpipe.model.simulation.watching import watched
+from qpipe.model.simulation.module import to_torch, watched
 
 if TYPE_CHECKING:
     from torch import Tensor

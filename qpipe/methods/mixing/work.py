@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
-from qpipe.model.simulation.module import to_torch
+from qpipe.model.simulation.module import to_torch, watched
 from qpipe.model.simulation.samples import batches
-from qpipe.model.simulation.watching import watched
 from qpipe.model.structure.operands import find_operands
 
 if TYPE_CHECKING:

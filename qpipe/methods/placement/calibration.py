@@ -12,9 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from qpipe.methods.placement.survival import Survivors
-from qpipe.model.simulation.module import to_torch
+from qpipe.model.simulation.module import to_torch, watched
 from qpipe.model.simulation.samples import batches, sample_count
-from qpipe.model.simulation.watching import watched
 from qpipe.numerics.grid import Encoding
 from qpipe.numerics.observers import HistogramObserver, weight_encoding
 

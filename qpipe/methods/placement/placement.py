@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from qpipe.methods.placement.filters import Overridden
 from qpipe.methods.placement.joined import Joined
-from qpipe.methods.placement.overrides import Overridden
 from qpipe.methods.placement.survival import Links, decided, survivals
 from qpipe.model.network.invariants import constant_tensor
 from qpipe.model.structure.layers import find_layers, initializers_behind

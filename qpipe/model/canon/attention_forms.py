@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qpipe.model.network.invariants import constant_tensor
+from qpipe.model.network.invariants import constant, constant_tensor, permutation
 from qpipe.model.network.naming import fresh_name
-from qpipe.model.network.rewriting import bypass, constant, permutation
+from qpipe.model.network.rewriting import bypass
 
 _BROADCASTING = frozenset(
     {"Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "And", "Or", "Xor", "Where", "Equal", "Greater", "Less"}

@@ -15,7 +15,8 @@ from collections.abc import Collection
 import numpy as np
 import onnx_ir as ir
 
-from qpipe.model.network.rewriting import add_constant, constant, replace
+from qpipe.model.network.invariants import constant
+from qpipe.model.network.rewriting import add_constant, replace
 
 _Bounds = tuple[float, float]
 

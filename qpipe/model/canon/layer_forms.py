@@ -13,8 +13,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from qpipe.model.network.invariants import PERMUTATION, SHAPE
-from qpipe.model.network.rewriting import constant, permutation
+from qpipe.model.network.invariants import PERMUTATION, SHAPE, constant, permutation
 
 _WINDOWS = frozenset({"Conv", "ConvTranspose", "MaxPool", "AveragePool", "LpPool"})
 

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from qpipe.model.network.rewriting import add_constant, bypass, constant, permutation, replace
+from qpipe.model.network.invariants import constant, permutation
+from qpipe.model.network.rewriting import add_constant, bypass, replace
 
 
 def skip_nothing(graph: ir.Graph, node: ir.Node) -> bool:

@@ -13,8 +13,7 @@ import onnx_ir as ir
 
 from qpipe.errors import InputError
 from qpipe.model.canon.definitions import has_definition, schema
-from qpipe.model.network.invariants import OPSET
-from qpipe.model.network.rewriting import constant
+from qpipe.model.network.invariants import OPSET, constant
 from qpipe.model.structure.families import RANDOM
 from qpipe.model.structure.opaque import FLOAT8, TYPES, is_opaque
 

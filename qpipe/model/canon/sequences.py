@@ -17,8 +17,9 @@ import numpy as np
 import onnx_ir as ir
 
 from qpipe.model.canon.unrolling import inserted
+from qpipe.model.network.invariants import constant
 from qpipe.model.network.naming import fresh_name
-from qpipe.model.network.rewriting import add_constant, bypass, constant, replace
+from qpipe.model.network.rewriting import add_constant, bypass, replace
 
 SEQUENCES = frozenset(
     {"SequenceAt", "SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert", "SequenceLength"}

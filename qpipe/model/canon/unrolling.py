@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from qpipe.model.network.invariants import constant_of
+from qpipe.model.network.invariants import constant, constant_of
 from qpipe.model.network.naming import fresh_name
-from qpipe.model.network.rewriting import add_constant, constant
+from qpipe.model.network.rewriting import add_constant
 
 _BODIES = frozenset({"then_branch", "else_branch", "body"})
 LARGEST = 20_000

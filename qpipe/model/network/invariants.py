@@ -61,6 +61,11 @@ def constant_of(value: ir.Value | None) -> npt.NDArray[Any] | None:
     return None if tensor is None else np.asarray(tensor.numpy())
 
 
+def constant(node: ir.Node, index: int) -> npt.NDArray[Any] | None:
+    """The array that input `index` always is, None where it is no constant or left out."""
+    return constant_of(node.inputs[index] if index < len(node.inputs) else None)
+
+
 def lift_constants(graph: ir.Graph) -> None:
     """Turn each Constant node into an initializer under the name of its output.
 
@@ -118,3 +123,13 @@ def _check_sources(graph: ir.Graph) -> None:
 def remove_dead_nodes(model: ir.Model) -> None:
     """Remove the nodes whose outputs nobody reads, and the initializers that nothing reads, in place."""
     common.RemoveUnusedNodesPass()(model)
+
+
+def permutation(node: ir.Node) -> tuple[int, ...] | None:
+    """The permutation of a Transpose; None where it is left out and the rank is unknown."""
+    if "perm" in node.attributes:
+        return tuple(node.attributes["perm"].as_ints())
+    source = node.inputs[0]
+    if source is None or source.shape is None:
+        return None
+    return tuple(reversed(range(len(source.shape))))

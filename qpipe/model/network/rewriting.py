@@ -10,7 +10,6 @@ from typing import Any
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qpipe.model.network.invariants import constant_of
 from qpipe.model.network.naming import IN_USE, fresh_name, names_of
 
 Rule = Callable[[ir.Graph, ir.Node], bool]
@@ -46,21 +45,6 @@ def bypass(graph: ir.Graph, node: ir.Node, value: ir.Value) -> bool:
     output.replace_all_uses_with(value)
     graph.remove(node, safe=True)
     return True
-
-
-def permutation(node: ir.Node) -> tuple[int, ...] | None:
-    """The permutation of a Transpose; None where it is left out and the rank is unknown."""
-    if "perm" in node.attributes:
-        return tuple(node.attributes["perm"].as_ints())
-    source = node.inputs[0]
-    if source is None or source.shape is None:
-        return None
-    return tuple(reversed(range(len(source.shape))))
-
-
-def constant(node: ir.Node, index: int) -> npt.NDArray[Any] | None:
-    """The array that input `index` always is, None where it is no constant or left out."""
-    return constant_of(node.inputs[index] if index < len(node.inputs) else None)
 
 
 def add_constant(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:

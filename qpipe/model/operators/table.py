@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from qpipe.model.operators import (
-    activation,
     conv,
     detection,
     elementwise,
@@ -24,7 +23,6 @@ from qpipe.model.operators.registry import OPERATORS, Operator
 __all__ = [
     "OPERATORS",
     "Operator",
-    "activation",
     "conv",
     "detection",
     "elementwise",

@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from qpipe.model.network.invariants import constant
 from qpipe.model.network.naming import Names
-from qpipe.model.network.rewriting import constant, replace
+from qpipe.model.network.rewriting import replace
 from qpipe.model.qdq.nodes import BITWIDTH, Array, dequantized, initializer
 
 FORM = "Give the model in QDQ form (in onnxruntime quant_format=QuantFormat.QDQ), or the float model"

@@ -11,8 +11,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qpipe.errors import InputError
+from qpipe.model.network.invariants import constant
 from qpipe.model.network.naming import Names
-from qpipe.model.network.rewriting import constant
 from qpipe.numerics.grid import SMALLEST_SCALE, Encoding, broadcast, dequantize, spread
 from qpipe.numerics.scheme import code_bounds
 

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from qpipe.model.network.invariants import constant
 from qpipe.model.network.naming import Names, names_of
-from qpipe.model.network.rewriting import constant, replace
+from qpipe.model.network.rewriting import replace
 from qpipe.model.qdq.block_form import FORM, given, has_blocks, strange_blocks, write_blocks
 from qpipe.model.qdq.nodes import dequantized, initializer, on_codes
 

@@ -21,8 +21,8 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
+from qpipe.model.network.invariants import constant
 from qpipe.model.network.naming import Names, names_of
-from qpipe.model.network.rewriting import constant
 from qpipe.model.qdq.nodes import (
     BITWIDTH,
     clip_of_codes,

@@ -20,9 +20,8 @@ import onnx_ir as ir
 
 from qpipe.errors import InputError
 from qpipe.model.network.facts import Facts
-from qpipe.model.network.invariants import PERMUTATION, SHAPE
+from qpipe.model.network.invariants import PERMUTATION, SHAPE, constant
 from qpipe.model.network.naming import Names, names_of
-from qpipe.model.network.rewriting import constant
 from qpipe.model.qdq.nodes import (
     Array,
     clip_of_codes,

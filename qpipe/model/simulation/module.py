@@ -18,13 +18,13 @@ from __future__ import annotations
 import keyword
 import operator as python_operator
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from qpipe.model.network.invariants import constant_of
 from qpipe.model.network.naming import Names
@@ -49,6 +49,7 @@ from qpipe.numerics.grid import Encoding, same_grid
 
 if TYPE_CHECKING:
     from qpipe.model.network.network import Network
+    from qpipe.model.simulation.samples import Array
 
 BOUNDING = frozenset({"Min", "Max", "Clip", "Relu", "Pad", "Concat"})
 """Operators whose output may share the quantizer of their first input, but has to be rounded again."""
@@ -323,3 +324,33 @@ class _Builder:
 
 def _wanted(output: ir.Value) -> bool:
     return bool(output.uses()) or output.is_graph_output()
+
+
+See = Callable[[str, Tensor], object]
+"""Is given the name of an ONNX value, and the tensor."""
+
+
+def watched(
+    module: fx.GraphModule, arrays: Sequence[Array], see: See, device: str = "cpu"
+) -> tuple[Tensor, ...]:
+    """The outputs of `module`, which lives on `device`, for one batch, without gradients.
+
+    `see` is called as soon as a value of the graph is there: an input, a parameter before its first reader, what a node
+    gives. A value with a quantizer is seen twice, before and after. No value is held longer than its readers need it,
+    unless `see` holds it."""
+    with torch.inference_mode():
+        outputs = _Watcher(module, see).run(*(tensor_of(array).to(device) for array in arrays))
+    return tuple(outputs) if isinstance(outputs, tuple | list) else (outputs,)
+
+
+class _Watcher(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule, see: See) -> None:
+        super().__init__(module)
+        self._see = see
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            for name in n.meta.get("outputs", ()):
+                self._see(name, result)
+        return result

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from qpipe.model.network.rewriting import permutation
+from qpipe.model.network.invariants import permutation
 from qpipe.model.structure.layers import find_layers, from_initializers
 
 if TYPE_CHECKING:

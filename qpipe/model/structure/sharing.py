@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from qpipe.model.network.invariants import PERMUTATION
+from qpipe.model.network.invariants import PERMUTATION, permutation
 from qpipe.model.network.naming import SCOPE
-from qpipe.model.network.rewriting import permutation
 
 if TYPE_CHECKING:
     from qpipe.model.network.network import Editor, Network

@@ -8,7 +8,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qpipe.model.network.rewriting import add_constant, apply, bypass, constant, permutation, replace
+from qpipe.model.network.invariants import constant, permutation
+from qpipe.model.network.rewriting import add_constant, apply, bypass, replace
 from tests.model.nets import normal, parsed
 
 CHAIN = "m (float[N,4] x) => (float[N,4] y) { a = Abs(x)  b = Neg(a)  y = Exp(b) }"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qpipe.model import Model
-from qpipe.model.simulation.watching import watched
+from qpipe.model.simulation.module import watched
 from tests.model.nets import normal, parsed
 from tests.model.quantized import quantized
 
