@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 
 _OPTIONS = ("--config-dir", "-cd", "--config-path", "-cp")
-_HEADER = re.compile(r"^\s*#\s*@package\s+(\S+)\s*$")
-_SEARCHED = re.compile(r"file://([^,\]\s'\"]+)")
+_HEADER = r"\s*#\s*@package\s+(\S+)\s*$"
+_SEARCHED = r"file://([^,\]\s'\"]+)"
 
 
 def config_folders(arguments: Sequence[str]) -> list[Path]:
@@ -24,7 +24,7 @@ def config_folders(arguments: Sequence[str]) -> list[Path]:
         if name in _OPTIONS:
             found += [Path(value or arguments[i + 1])] if value or i + 1 < len(arguments) else []
         elif equals and name.lstrip("+") == "hydra.searchpath":
-            found += [Path(each) for each in _SEARCHED.findall(value)]
+            found += [Path(each) for each in re.findall(_SEARCHED, value)]
     return [folder for folder in found if folder.is_dir()]
 
 
@@ -58,7 +58,7 @@ def package(path: Path) -> str:
     """What the header `# @package NAME` of a file says; "" where it has none."""
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
-            if found := _HEADER.match(line):
+            if found := re.match(_HEADER, line):
                 return found[1]
             if line.strip() and not line.lstrip().startswith("#"):
                 break

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from qpipe.errors import ConfigError
-from qpipe.explain.shape import wrong
 from qpipe.param import listed
 from qpipe.run.record import RECORD, SCHEMA
 
@@ -64,6 +63,8 @@ def read_record(path: Path, purpose: str) -> dict[str, Any]:
         raise ConfigError(
             f"{purpose}: '{path}' is of schema {record.get('schema')}, and this qpipe reads up to {SCHEMA}. Update it."
         )
+    from qpipe.explain.shape import wrong  # only where a record is read
+
     if found := wrong(record):
         raise ConfigError(f"{purpose}: '{path}' is not as a run left it: {found}. Mend it, or give another run.")
     return dict(record)

@@ -7,14 +7,14 @@ does not wait for it. No key holds either of them: what a result was made of is 
 
 from __future__ import annotations
 
-import re
-import subprocess
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-_COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
-_REF = re.compile(r"ref: (refs/\S+)")
+if TYPE_CHECKING:
+    import subprocess
+
+_NAMED = "ref: "
 _WAIT_S = 2.0
 """So long a run that is over waits for git's answer."""
 
@@ -31,6 +31,8 @@ class Checkout:
         """Let git look at the tracked files, meanwhile."""
         if self._commit is None or self._asked is not None:
             return
+        import subprocess  # only where something runs
+
         words = ["git", "--no-optional-locks", "status", "--porcelain", "--untracked-files=no"]
         with suppress(OSError):  # no git: then the commit alone
             self._asked = subprocess.Popen(
@@ -43,9 +45,11 @@ class Checkout:
             return None
         if self._asked is None:
             return {"commit": self._commit}
+        from subprocess import TimeoutExpired
+
         try:
             said, _ = self._asked.communicate(timeout=_WAIT_S)
-        except subprocess.TimeoutExpired:
+        except TimeoutExpired:
             self._asked.kill()
             self._asked.communicate()
             return {"commit": self._commit}
@@ -74,20 +78,21 @@ def _git_folder(found: Path) -> Path:
 
 def _head(folder: Path) -> str | None:
     head = (folder / "HEAD").read_text().strip()
-    if (named := _REF.fullmatch(head)) is None:
-        return head if _COMMIT.fullmatch(head) else None
+    if not head.startswith(_NAMED):
+        return _commit_in(head)
+    named = head.removeprefix(_NAMED)
     pointer = folder / "commondir"
     common = folder / pointer.read_text().strip() if pointer.is_file() else folder
     for place in (folder, common):
-        if (loose := place / named[1]).is_file():
+        if (loose := place / named).is_file():
             return _commit_in(loose.read_text().strip())
     packed = common / "packed-refs"
     for line in packed.read_text().splitlines() if packed.is_file() else ():
         made, _, name = line.partition(" ")
-        if name == named[1]:
+        if name == named:
             return _commit_in(made)
     return None
 
 
 def _commit_in(text: str) -> str | None:
-    return text if _COMMIT.fullmatch(text) else None
+    return text if len(text) in (40, 64) and not set(text) - set("0123456789abcdef") else None
