@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 
 
 def remember() -> None:
@@ -21,6 +22,8 @@ def remember() -> None:
         made = functools.cache(ONNXRegistry.from_torchlib)
 
         def copied(opset_version: int) -> ONNXRegistry:
+            # It knows the operators that there are when it is made: these come with torch's quantization.
+            importlib.import_module("torch.ao.quantization.fx._decomposed")
             copy = ONNXRegistry()  # an export adds the caller's own functions to it
             copy._opset_version = opset_version
             copy.functions = {name: [*known] for name, known in made(opset_version).functions.items()}
