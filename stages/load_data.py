@@ -211,7 +211,7 @@ def load_data(
     mean: tuple[float, ...] = (0.0,),
     std: tuple[float, ...] = (1.0,),
     layout: Literal["NCHW", "NHWC"] = "NCHW",
-    batch_axis: dict[str, int] = {},  # noqa: B006 - defaults are copied
+    batch_axis: dict[str, int] | None = None,
     ctx: Context = NULL,
 ) -> Samples:
     """Samples from one source: `path` (npz), `images` (a folder, with `labels`) or `factory` (with `split`).
@@ -225,9 +225,9 @@ def load_data(
     """
     source = source_of(locals())
     if path is not None:
-        arrays = sample_first(source, read_npz(path), batch_axis)
+        arrays = sample_first(source, read_npz(path), batch_axis or {})
     elif factory is not None:
-        arrays = from_factory(factory, split, limit, batch_axis)
+        arrays = from_factory(factory, split, limit, batch_axis or {})
     elif images is not None:
         arrays = from_images(
             images, labels, limit, input_name, ctx,

@@ -176,8 +176,8 @@ def load_model(
     weights: Path | None = None,
     encodings: Path | None = None,
     tolerance: Annotated[float, Range(gt=0)] | None = None,
-    inputs: dict[str, Any] = {},  # noqa: B006 - defaults are copied
-    shapes: Shapes = {},  # noqa: B006
+    inputs: dict[str, Any] | None = None,
+    shapes: Shapes | None = None,
     ctx: Context = NULL,
 ) -> Network:
     """The model in an ONNX file (`path`), or the one that a Python function builds (`factory`), canonical.
@@ -199,7 +199,7 @@ def load_model(
     from qpipe.model.files.encodings_reader import with_encodings_file
 
     if path is not None:
-        model, told = from_file(path, data, tolerance, inputs, shapes)
+        model, told = from_file(path, data, tolerance, inputs or {}, shapes or {})
     else:
         assert factory is not None
         model, told = from_factory(factory, weights, data, tolerance)
