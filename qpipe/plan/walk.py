@@ -39,6 +39,8 @@ class Walk:
         self._missing: dict[str, set[str]] = {}
         self._dependents: dict[str, list[str]] = {}
         self._asked: dict[str, int] = {}
+        self._origins: dict[Source, Source] = {}
+        self._settled = 0
         self._judged: dict[str, dict[int, float]] = {}
         """Of each first_within, the scores of the candidates so far, by their place."""
         self._ready: deque[str] = deque()
@@ -157,14 +159,28 @@ class Walk:
 
     def _size(self, source: Source) -> int:
         """Bytes of an output: its own, or, before it is made, those of what it is made of; 0 where neither is known."""
-        while (outcome := self.outcomes.get(source.node)) is None or not outcome.good:
-            kind = outputs_of(self.graph.node(source.node))[source.output]
-            inputs = (each for sources in self.graph.inputs[source.node].values() for each in sources)
-            same = (each for each in inputs if outputs_of(self.graph.node(each.node))[each.output] == kind)
-            if (before := next(same, None)) is None:
-                return 0
+        if self._settled != len(self.outcomes):
+            self._settled, self._origins = len(self.outcomes), {}
+        passed: list[Source] = []
+        while source not in self._origins and not self._good(source):
+            passed.append(source)
+            before = self._made_of(source)
+            if before is None:
+                break
             source = before
-        return outcome.outputs[source.output].size_bytes
+        source = self._origins.get(source, source)
+        self._origins.update(dict.fromkeys(passed, source))  # else a chain is walked once from each of its nodes
+        return self.outcomes[source.node].outputs[source.output].size_bytes if self._good(source) else 0
+
+    def _good(self, source: Source) -> bool:
+        outcome = self.outcomes.get(source.node)
+        return outcome is not None and outcome.good
+
+    def _made_of(self, source: Source) -> Source | None:
+        """The first output of its own kind that the node of an output reads."""
+        kind = outputs_of(self.graph.node(source.node))[source.output]
+        inputs = (each for sources in self.graph.inputs[source.node].values() for each in sources)
+        return next((each for each in inputs if outputs_of(self.graph.node(each.node))[each.output] == kind), None)
 
     def scores(self, source: Source) -> dict[str, Any] | None:
         """The values of a Scores output, once it is there."""

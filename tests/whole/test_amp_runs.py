@@ -19,7 +19,7 @@ from tests.whole.test_bad_inputs import net
 
 OVERRIDES = (
     "pipeline=amp", "targets=[amp]", "model=onnx_file", "model.path=net.onnx", "data=npz", "data.calibration=c.npz",
-    "data.evaluation=c.npz", "goal.metric=sqnr_db", "goal.max_drop=270", "stages.amp.batch_size=1",
+    "data.evaluation=c.npz", "goal.metric=sqnr_db", "goal.min_score=30", "stages.amp.batch_size=1",
     "run.workers=1", "run.threads=1",
 )  # fmt: skip
 
@@ -67,7 +67,7 @@ def test_a_new_budget_runs_no_new_sensitivity_and_a_killed_run_keeps_what_it_mea
     assert 0 < whole["alone"] <= options
     assert whole["observers"] == 1
 
-    other = finish(tmp_path, "whole", "stages.amp.max_drop=null", "stages.amp.budget=0.6")
+    other = finish(tmp_path, "whole", "stages.amp.max_drop=null", "stages.amp.min_score=null", "stages.amp.budget=0.6")
     assert other["verdict"] == "ran"
     assert kept(tmp_path, "whole") - whole == Counter(
         {"mix": len(other["scores"]["measured"]) - len(shared(first, other))}
@@ -101,7 +101,7 @@ def same(row: dict[str, Any], known: dict[str, Any]) -> bool:
 def test_autoquant_comes_to_amp_where_nothing_before_it_meets_the_goal(tmp_path: Path) -> None:
     write_inputs(tmp_path)
     given = [word for word in OVERRIDES if word.startswith(("model", "data", "run", "goal.metric"))]
-    command = [sys.executable, "-m", "qpipe", *given, "scheme=w4a8", "goal.max_drop=255"]
+    command = [sys.executable, "-m", "qpipe", *given, "scheme=w4a8", "goal.min_score=45"]
     environment = os.environ | {"QPIPE_CACHE_DIR": str(tmp_path / "cache")}
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280
