@@ -84,20 +84,20 @@ def judged(name: str, check: ImportCheck, tolerance: float | None) -> str:
             f"The import could not be held against its source, which onnxruntime runs on no made-up input "
             f"({check.reason}). With samples on the port `data` of load_model it can."
         )
-    where = first = ""
+    where = own = ""
     if check.first_difference is not None:
         node, kind, value, error = (check.first_difference[key] for key in ("node", "op_type", "value", "error"))
         where = f" The first node that differs is '{node}' ({kind}), by {error:.1e} in '{value}'."
     if check.own:
-        first = f" Without optimizations and with all of them, the source differs from itself by {check.own:.1e}."
+        own = f" Without optimizations and with all of them, the source differs from itself by {check.own:.1e}."
     if check.error > (check.bar if tolerance is None else tolerance):
         raise InputError(
             f"The import of {name} computes something else than its source: outputs off by {check.error:.1e}."
-            f"{where}{first} `tolerance` of load_model says how much is allowed."
+            f"{where}{own} `tolerance` of load_model says how much is allowed."
         )
     if check.equal:
         return f"The import computes what its source does, to {check.error:.1e} (relative)."
-    return f"The import's outputs are off by {check.error:.1e} (relative) from its source's.{where}{first}"
+    return f"The import's outputs are off by {check.error:.1e} (relative) from its source's.{where}{own}"
 
 
 def refuse_sources(given: Mapping[str, Any]) -> None:
@@ -116,16 +116,17 @@ def refuse_sources(given: Mapping[str, Any]) -> None:
 
 
 def fitting_arrays(model: Network, data: Samples | None) -> Arrays | None:
-    """The samples, where they are the model's; a stage that needs them says what does not fit."""
+    """The first samples, where they are the model's; a stage that needs them says what does not fit."""
     from qpipe.model.simulation.samples import fitting
 
     if data is None:
         return None
+    few = {name: array[:2] for name, array in data.arrays.items()}  # as many as the check runs
     try:
-        fitting(model, data.arrays)
+        fitting(model, few)
     except InputError:
         return None
-    return dict(data.arrays)
+    return few
 
 
 def from_file(

@@ -432,9 +432,11 @@ def _version(name: str, memo: Memo) -> str:
     commit, archive = origin.get("vcs_info", {}).get("commit_id"), origin.get("archive_info", {})
     if commit:
         return f"{version} {commit}"
+    hashes = archive.get("hashes") or archive.get("hash")
+    if hashes:  # a wheel, which may be torch's with its gigabytes
+        return f"{version} {digest('hashes', hashes)[:16]}"
     if not str(origin.get("url", "")).startswith("file:"):
-        hashes = archive.get("hashes") or archive.get("hash")
-        return f"{version} {digest('hashes', hashes)[:16]}" if hashes else version
+        return version
     rows = [line.split(",") for line in (found.read_text("RECORD") or "").splitlines()]
     files = sorted(row for row in rows if ".dist-info/" not in row[0] and not row[0].startswith("..") and any(row[1:]))
     contents = [_content(Path(str(found.locate_file(row[0]))), memo) for row in files]

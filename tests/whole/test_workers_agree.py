@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 FRESH = """
+from pathlib import Path
+with open(Path(__file__).with_name("started"), "a") as log:
+    log.write("one\\n")
 from qpipe.run.isolation import Isolation
 Isolation.spent = property(lambda self: ["each action has its own"], lambda self, reasons: None)
 """
@@ -43,3 +46,4 @@ def test_one_worker_many_and_fresh_ones_agree(tmp_path: Path, pipeline: str) -> 
     assert len(one) > 10
     assert digests(tmp_path, "many", *chosen, "run.workers=4") == one
     assert digests(tmp_path, "fresh", *chosen, "run.workers=2", fresh=True) == one
+    assert len((tmp_path / "fresh" / "started").read_text().split()) >= len(one)

@@ -87,10 +87,9 @@ def verify_import(
     `model` in onnxruntime, and `to_torch(model, quantized=False)`.
 
     The inputs are the first of the samples `arrays`, or made up: the first on which all three run. `given` are those
-    of the source's inputs that are constants of the import. A model in QDQ form
-    is compared as it is in onnxruntime; in torch, the float model that it was made from. Raises InputError where
-    onnxruntime cannot open the source, for samples that do not fit, and where torch runs on nothing that the source
-    runs on."""
+    of the source's inputs that are constants of the import. A model in QDQ form is compared as it is in onnxruntime; in
+    torch, the float model that it was made from. Raises InputError where onnxruntime cannot open the source, for
+    samples that do not fit, and where torch runs on nothing that the source runs on."""
     tries, failed = ({**fed, **(given or {})} for fed in trial_inputs(model, arrays, seed, batch)), ""
     while True:
         try:

@@ -82,14 +82,21 @@ _EXPORT = "Export the model to ONNX again."
 def _attach_external(model: ir.Model, path: Path) -> None:
     """Map what the file refers to, now rather than at first use: each file beside it once."""
     mapped: dict[Path, memoryview] = {}
+
+    def read(name: str, tensor: ir.ExternalTensor) -> ir.TensorProtocol:
+        file = _beside(path, name, str(tensor.location))
+        if file not in mapped:
+            mapped[file] = _mapped(path, name, file)
+        return _part(path, name, file, tensor, mapped[file])
+
     for graph in model.graphs():
         for name, value in graph.initializers.items():
-            tensor = value.const_value
-            if isinstance(tensor, ir.ExternalTensor):
-                file = _beside(path, name, str(tensor.location))
-                if file not in mapped:
-                    mapped[file] = _mapped(path, name, file)
-                value.const_value = _part(path, name, file, tensor, mapped[file])
+            if isinstance(value.const_value, ir.ExternalTensor):
+                value.const_value = read(name, value.const_value)
+        for node in graph:
+            for name, attribute in list(node.attributes.items()):
+                if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
+                    node.attributes[name] = ir.AttrTensor(name, read(str(node.outputs[0].name), attribute.value))
 
 
 def _beside(path: Path, name: str, location: str) -> Path:

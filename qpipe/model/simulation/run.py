@@ -63,7 +63,19 @@ def run(
         done += batch.count
         if progress:
             progress(done, total)
-    return {name: np.concatenate(outputs) for name, outputs in parts.items()}
+    return {name: _joined(name, outputs) for name, outputs in parts.items()}
+
+
+def _joined(name: str, outputs: list[Array]) -> Array:
+    """The output of all samples. Raises InputError where they give different shapes."""
+    shapes = {output.shape[1:] for output in outputs}
+    if len(shapes) > 1:
+        found = " and ".join(str(list(shape)) for shape in sorted(shapes)[:2])
+        raise InputError(
+            f"The model's output '{name}' has another shape for other samples ({found}), so that nothing compares it. "
+            "Leave it out of the model, or what makes it so, such as a non-maximum suppression at the end."
+        )
+    return np.concatenate(outputs)
 
 
 def _simulation(model: Network, quantized: bool, device: str) -> Callable[[tuple[Array, ...]], list[Array]]:

@@ -64,7 +64,7 @@ def batch_axes(model: Network) -> Axes:
             "with model.inputs={NAME: VALUE}."
         )
     size = fixed[0] if fixed else None
-    outputs = tuple(_axis(spec.shape, name, size) for spec in model.outputs)
+    outputs = tuple(_output_axis(spec.shape, name, size) for spec in model.outputs)
     if fixed and fixed[0] > 1 and None in outputs:
         names = [spec.name for spec, axis in zip(model.outputs, outputs, strict=True) if axis is None]
         raise InputError(
@@ -90,6 +90,15 @@ def _axis(shape: Sequence[int | str], name: str | None, size: int | str | None) 
     if name is None and shape[0] != size and list(shape).count(size or "") == 1:
         return list(shape).index(size or "")
     return 0
+
+
+def _output_axis(shape: Sequence[int | str], name: str | None, size: int | str | None) -> int | None:
+    """As of an input, but that a first dimension of another size than a batch has is none of samples."""
+    if name is not None and name in shape:
+        return list(shape).index(name)
+    if shape and (isinstance(shape[0], str) or shape[0] == size):
+        return 0
+    return list(shape).index(size) if size is not None and list(shape).count(size) == 1 else None
 
 
 def batches(model: Network, arrays: Mapping[str, Array], size: int) -> Iterator[Batch]:
@@ -124,9 +133,9 @@ def _alike(inputs: Sequence[Array], axes: Axes) -> bool:
 def by_sample(output: Array, axis: int | None, fed: int) -> Array | None:
     """An output of a batch of `fed` samples with the samples along its first axis; None where it does not tell them
     apart."""
-    if axis is None:
-        return output[None] if fed == 1 else None
-    if output.ndim <= axis or output.shape[axis] != fed:
+    if axis is None and fed == 1 and output.ndim and len(output) == 1:  # a batch of one that the file fixed
+        return output
+    if axis is None or output.ndim <= axis or output.shape[axis] != fed:
         return output[None] if fed == 1 else None
     return np.moveaxis(output, axis, 0)
 

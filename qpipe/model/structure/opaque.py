@@ -29,7 +29,6 @@ _TAKING_FLOAT8 = frozenset(
     {"Cast", "CastLike", "QuantizeLinear", "DequantizeLinear", "Identity", "Shape", "Size", "Reshape"}
     | {"Flatten", "Squeeze", "Unsqueeze", "Transpose"}
 )
-CONTROL = frozenset({"If", "Loop", "Scan"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,12 +42,10 @@ class Part:
 
 def is_opaque(node: ir.Node) -> bool:
     """Whether torch cannot compute a node of a canonical graph."""
-    from qpipe.model.operators.table import supported_ops
+    from qpipe.model.operators.table import OPERATORS
 
-    if (node.domain, node.op_type) not in supported_ops():
+    if node.domain or (node.op_type not in OPERATORS and node.op_type != "Constant"):
         return True
-    from qpipe.model.operators.registry import OPERATORS
-
     values = [value for value in (*node.inputs, *node.outputs) if value is not None]
     if not all(map(passes, values)):
         return True

@@ -82,11 +82,12 @@ def test_what_cannot_be_given_is_told(inputs: dict[str, Any], shapes: dict[str, 
     assert str(caught.value).startswith(message)
 
 
-def test_a_number_fills_an_input_of_a_fixed_shape_and_is_no_parameter() -> None:
+def test_a_number_fills_an_input_of_a_fixed_shape() -> None:
     model, fixed = given({"state": 0}, {"state": [2, 1, 3]}, parsed(BY_RATE, **RATED))
     np.testing.assert_array_equal(fixed["state"], np.zeros((2, 1, 3), np.float32))
-    assert not any("state" in name for name in model.params if model.param(name).ndim > 1 and name in ("w", "v"))
     assert [spec.name for spec in model.inputs] == ["x", "sr"]
+    fed = {"x": normal(1, 8), "sr": np.array(16000)}
+    np.testing.assert_array_equal(model.session().run(["next"], fed)[0], np.zeros((2, 1, 3)))
 
 
 def test_the_stage_takes_both_and_says_what_is_left(tmp_path: Path) -> None:

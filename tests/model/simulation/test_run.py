@@ -10,6 +10,7 @@ from qpipe.errors import InputError
 from qpipe.model import Model
 from qpipe.model.simulation.run import run
 from qpipe.model.simulation.samples import batches
+from tests.model.nets import parsed
 
 
 def network(batch: str) -> Model:
@@ -73,3 +74,9 @@ def test_data_that_do_not_fit_are_refused_in_one_sentence(change, message):
     with pytest.raises(InputError) as caught:
         run(network("N"), data)
     assert str(caught.value) == message
+
+
+def test_an_output_whose_shape_goes_by_the_sample_is_told() -> None:
+    model = Model.from_proto(parsed("m (float[n,4] x) => (int64[2,k] y) { y = NonZero(x) }"))
+    with pytest.raises(InputError, match="output 'y' has another shape for other samples"):
+        run(model, {"x": np.array([[1, 0, 0, 0], [1, 1, 0, 0]], np.float32)})
