@@ -65,12 +65,6 @@ def batch_axes(model: Network) -> Axes:
         )
     size = fixed[0] if fixed else None
     outputs = tuple(_output_axis(spec.shape, name, size) for spec in model.outputs)
-    if fixed and fixed[0] > 1 and None in outputs:
-        names = [spec.name for spec, axis in zip(model.outputs, outputs, strict=True) if axis is None]
-        raise InputError(
-            f"The model takes {size} samples at once, and its output '{names[0]}' does not tell them apart. Export it "
-            "with a batch of 1, or leave that output out."
-        )
     return Axes(size, inputs, outputs)
 
 
