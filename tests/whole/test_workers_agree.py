@@ -23,14 +23,15 @@ PIPELINES = os.environ.get("QPIPE_TEST_PIPELINES", "ptq").split()
 
 
 def digests(folder: Path, name: str, *arguments: str, fresh: bool = False) -> dict[str, object]:
-    """What every node gave, by a run in a cache of its own."""
+    """What every node gave, by a run in a cache of its own, with one thread each: sums that more threads share may
+    differ in their last bits, which is what `verify` runs on the recorded number of threads for."""
     environment = dict(os.environ)
     if fresh:
         (folder / "fresh").mkdir(exist_ok=True)
         (folder / "fresh" / "sitecustomize.py").write_text(FRESH)
         environment["PYTHONPATH"] = str(folder / "fresh")
     run = subprocess.run(
-        [sys.executable, "-m", "qpipe", *arguments, f"cache.dir={folder / name}", f"hydra.run.dir={name}-run"],
+        [sys.executable, "-m", "qpipe", *arguments, "run.threads=1", f"cache.dir={folder / name}", f"hydra.run.dir={name}-run"],
         cwd=folder, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode in (0, 3), run.stderr
