@@ -31,7 +31,8 @@ def digests(folder: Path, name: str, *arguments: str, fresh: bool = False) -> di
         (folder / "fresh" / "sitecustomize.py").write_text(FRESH)
         environment["PYTHONPATH"] = str(folder / "fresh")
     run = subprocess.run(
-        [sys.executable, "-m", "qpipe", *arguments, "run.threads=1", f"cache.dir={folder / name}", f"hydra.run.dir={name}-run"],
+        [sys.executable, "-m", "qpipe", *arguments, "run.threads=1", f"cache.dir={folder / name}",
+         f"hydra.run.dir={name}-run"],
         cwd=folder, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode in (0, 3), run.stderr
@@ -40,6 +41,7 @@ def digests(folder: Path, name: str, *arguments: str, fresh: bool = False) -> di
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("pipeline", PIPELINES)
 def test_one_worker_many_and_fresh_ones_agree(tmp_path: Path, pipeline: str) -> None:
     chosen = [f"pipeline={pipeline}", *(["scheme=w4a8"] if pipeline in ("adaround", "amp") else [])]
