@@ -204,7 +204,7 @@ def amp(
     from qpipe.methods.mixing.mix import Problem, report, solve
     from qpipe.methods.mixing.sensitivity import GramSensitivity, loss_of, score_alone
 
-    model = model.with_facts(biases=target.bias)
+    model = model.with_facts(biases=target.bias, on_codes=target.on_codes)
     used = scheme if choice is None else with_observers(scheme, choice.values)
     schemes = {name: candidate_scheme(name, used) for name in candidates or admitted(scheme, target)}
     whole = judge(model, evaluation, metric, outputs, None, "mix", batch_size, ctx)

@@ -81,4 +81,4 @@ def calibrate(
     if kept := frozen_weights(model):
         why = "The model came quantized" if model.facts.came_quantized else "Tuned before"
         ctx.note(f"{why}, so their grid stays: {', '.join(kept)}.")
-    return model.with_facts(biases=target.bias).with_encodings(encodings)
+    return model.with_facts(biases=target.bias, on_codes=target.on_codes).with_encodings(encodings)

@@ -110,6 +110,7 @@ class Target:
     - `share`: operators whose outputs are on the grid of their inputs, since they only move values;
     - `bound`: operators that cut values off; one that alone reads its input puts it on the grid of its
       output, where what would be cut off saturates;
+    - `on_codes`: operators of `bound` that a file has on codes, Min and Max, between roundings on one grid of 8 bits;
     - `softmax`: fix the grid of a Softmax's output at scale 2^-bitwidth with zero point qmin;
     - `composite`: operators that mark the inside of a function written out (Gelu, RMS norm, …), which runs in
       float between its input and its output;
@@ -126,6 +127,7 @@ class Target:
     fused: dict[str, tuple[str, ...]] = field(default_factory=dict)
     share: tuple[str, ...] = ()
     bound: tuple[str, ...] = ()
+    on_codes: tuple[str, ...] = ()
     softmax: bool = True
     composite: tuple[str, ...] = ()
     weight: Limits = Limits()
@@ -135,6 +137,8 @@ class Target:
     nodes: Nodes = Nodes()
 
     def __post_init__(self) -> None:
+        if not set(self.on_codes) <= {"Min", "Max"}:
+            raise ValueError(f"on_codes takes Min and Max, got {', '.join(self.on_codes)}.")
         both = sorted(set(self.share) & set(self.quantize))
         if both:
             raise ValueError(f"{', '.join(both)} cannot stand in both quantize and share.")

@@ -25,6 +25,7 @@ class Spread:
 class Facts:
     """`biases`: whether quantized layers have int32 biases or keep float ones. `came_quantized`: whether the grids came
     with the model, so that its weights stay where they are. `statistics`: the Spread of a layer's output, by its name.
+    `on_codes`: the operators (Min, Max) that a file has on codes where both roundings around them are on one grid.
     `tied`: names under which torch knows a parameter besides its own: that name -> the initializer's.
     """
 
@@ -32,6 +33,7 @@ class Facts:
     came_quantized: bool = False
     statistics: Mapping[str, Spread] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)
+    on_codes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.biases not in ("int32", "float"):
@@ -44,12 +46,15 @@ class Facts:
             for name, spread in self.statistics.items()
         }
         found: dict[str, Any] = {
-            _BIASES: self.biases, _CAME: self.came_quantized, _STATISTICS: spreads, _TIED: dict(self.tied)
+            _BIASES: self.biases, _CAME: self.came_quantized, _STATISTICS: spreads, _TIED: dict(self.tied),
+            _ON_CODES: list(self.on_codes),
         }  # fmt: skip
         return {name: value for name, value in found.items() if value and value != "int32"}
 
 
-_BIASES, _CAME, _STATISTICS, _TIED = NAMES = ("biases", "quantized_source", "folded_statistics", "tied")
+_BIASES, _CAME, _STATISTICS, _TIED, _ON_CODES = NAMES = (
+    "biases", "quantized_source", "folded_statistics", "tied", "on_codes"
+)  # fmt: skip
 
 
 def facts_from(packed: Mapping[str, Any]) -> Facts:
@@ -59,5 +64,6 @@ def facts_from(packed: Mapping[str, Any]) -> Facts:
         for name, spread in packed.get(_STATISTICS, {}).items()
     }
     return Facts(
-        packed.get(_BIASES, "int32"), bool(packed.get(_CAME, False)), statistics, dict(packed.get(_TIED, {}))
+        packed.get(_BIASES, "int32"), bool(packed.get(_CAME, False)), statistics, dict(packed.get(_TIED, {})),
+        tuple(packed.get(_ON_CODES, ())),
     )

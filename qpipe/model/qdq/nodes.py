@@ -189,6 +189,22 @@ def clip_of_codes(node: ir.Node) -> tuple[int, int] | None:
     return int(low), int(high)
 
 
+def bound_of_codes(node: ir.Node) -> Array | None:
+    """The codes with which a Min or Max compares its first input; None for any other node."""
+    if node.op_type not in ("Min", "Max") or node.domain or len(node.inputs) != 2:
+        return None
+    codes = constant(node, 1)
+    return None if codes is None or codes.dtype.kind not in "iu" else codes
+
+
+def clips_to_grid(clip: ir.Node, quantizer: ir.Node) -> bool:
+    """Whether a Clip in front of a QuantizeLinear of narrow codes has the ends of its grid for bounds."""
+    encoding, low, high = grid(quantizer), constant(clip, 1), constant(clip, 2)
+    codes = np.array([encoding.qmin, encoding.qmax], np.float64) - encoding.zero_point
+    bounds = (codes * encoding.scale).astype(np.float32)
+    return low is not None and high is not None and np.array_equal(bounds, [low, high])
+
+
 def narrowed(encoding: Encoding, bounds: tuple[int, int]) -> int | None:
     """The bitwidth whose codes are exactly within `bounds`; None where there is none."""
     for bitwidth in range(2, encoding.bitwidth + 1):

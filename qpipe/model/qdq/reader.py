@@ -17,15 +17,19 @@ Source: ONNX operators QuantizeLinear and DequantizeLinear, opsets 10 to 25, and
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from qpipe.model.network.invariants import constant
 from qpipe.model.network.naming import Names, names_of
 from qpipe.model.qdq.nodes import (
     BITWIDTH,
+    bound_of_codes,
     clip_of_codes,
+    clips_to_grid,
     computes_codes,
     dequantizes,
     grid,
@@ -38,6 +42,8 @@ from qpipe.model.qdq.weights import SUFFIX, Grids, follow_weights, take_over
 from qpipe.model.structure.families import MOVING
 from qpipe.numerics.grid import Encoding, dequantize, same_grid
 
+Array = npt.NDArray[Any]
+
 
 def skip_clips(graph: ir.Graph) -> None:
     """The Clip in front of codes that are narrower than their type (`qpipe.model.qdq.writer` writes it) goes, in
@@ -48,10 +54,7 @@ def skip_clips(graph: ir.Graph) -> None:
         clip = None if value is None else value.producer()
         if clip is None or clip.op_type != "Clip" or len(clip.outputs[0].uses()) != 1:
             continue
-        encoding, low, high = grid(node), constant(clip, 1), constant(clip, 2)
-        codes = np.array([encoding.qmin, encoding.qmax], np.float64) - encoding.zero_point
-        bounds = (codes * encoding.scale).astype(np.float32)
-        if low is not None and high is not None and np.array_equal(bounds, [low, high]):
+        if clips_to_grid(clip, node):
             node.replace_input_with(0, clip.inputs[0])
 
 
@@ -103,7 +106,7 @@ def _rounds(node: ir.Node) -> bool:
                     return False
             elif use.idx or reader.graph is not node.graph:
                 return False
-            elif clip_of_codes(reader) is not None or _moves(reader):
+            elif clip_of_codes(reader) is not None or bound_of_codes(reader) is not None or _moves(reader):
                 stack += reader.outputs
             elif reader.domain or reader.op_type not in _COMPARING:
                 return False
@@ -155,7 +158,11 @@ def _absorb(
                 stack.append((reader.outputs[0], floats))
                 continue
             reader.replace_input_with(0, floats)
-            if _moves(reader):
+            bound = bound_of_codes(reader)
+            if bound is not None:
+                grids.on_codes.add(reader.op_type)
+                _bound_floats(graph, reader, bound, encoding, names)
+            if bound is not None or _moves(reader):
                 if reader.op_type == "Pad":
                     _pad_with_floats(graph, reader, encoding, names)
                 for output in reader.outputs:
@@ -190,6 +197,19 @@ def _pad_with_floats(graph: ir.Graph, node: ir.Node, encoding: Encoding, names: 
     if len(node.inputs) < 3:
         node.resize_inputs(3)
     node.replace_input_with(2, value)
+
+
+def _bound_floats(graph: ir.Graph, node: ir.Node, codes: Array, encoding: Encoding, names: Names) -> None:
+    """The codes with which a Min or Max compares, as what they stand for, once along each axis where they repeat."""
+    for axis in range(codes.ndim):
+        first = codes.take([0], axis)
+        codes = first if np.array_equal(np.broadcast_to(first, codes.shape), codes) else codes
+    bound = node.inputs[1]
+    assert bound is not None
+    name = SUFFIX.sub("", str(bound.name).removesuffix("_spread"))
+    value = initializer(names.fresh(name), dequantize(codes, encoding))
+    graph.register_initializer(value)
+    node.replace_input_with(1, value)
 
 
 def _free(value: ir.Value, encoding: Encoding) -> bool:

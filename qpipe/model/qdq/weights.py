@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -46,11 +46,13 @@ class Grids:
     """What a model's QDQ nodes said, filled by `read_weights` and `qpipe.model.qdq.reader.read_activations`.
 
     `encodings` by the value's name; `names` of the float initializers that took the place of integer ones;
-    `int32_biases`: whether the file has biases as integers; `notes`: sentences about what was lost."""
+    `int32_biases`: whether the file has biases as integers; `on_codes`: the bounds (Min, Max) that it has on codes;
+    `notes`: sentences about what was lost."""
 
     encodings: dict[str, Encoding] = field(default_factory=dict)
     names: set[str] = field(default_factory=set)
     int32_biases: bool = False
+    on_codes: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
     _weights: dict[tuple[Any, ...], ir.Value] = field(default_factory=dict)
 
@@ -58,7 +60,8 @@ class Grids:
         """What a network is to know about where its grids come from."""
         if not self.encodings:
             return Facts()
-        return Facts(biases="int32" if self.int32_biases else "float", came_quantized=True)
+        biases: Literal["int32", "float"] = "int32" if self.int32_biases else "float"
+        return Facts(biases, came_quantized=True, on_codes=tuple(sorted(self.on_codes)))
 
 
 def read_weights(graph: ir.Graph, grids: Grids) -> bool:

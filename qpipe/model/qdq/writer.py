@@ -18,6 +18,7 @@ Source: ONNX operators QuantizeLinear and DequantizeLinear, opset 21.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from qpipe.errors import InputError
 from qpipe.model.network.naming import IN_USE, fresh_name, names_of
 from qpipe.model.network.packing import graph_proto
 from qpipe.model.qdq.bias import QuantizedBias, bias_codes, bias_scale, effective_encodings, quantized_biases
+from qpipe.model.qdq.code_bounds import bound_codes
 from qpipe.model.qdq.guards import guard_float_layers
 from qpipe.model.qdq.nodes import BITWIDTH
 from qpipe.model.structure.families import MOVING
@@ -53,8 +55,9 @@ def to_qdq(model: Network) -> onnx.ModelProto:
     return graph_proto(qdq_model(model), inline_bytes=None)[0]
 
 
-def qdq_model(model: Network) -> ir.Model:
-    """What `to_qdq` writes, as an onnx_ir model of its own; big tensors that stay float are shared.
+def qdq_model(model: Network, keep: Collection[str] = ()) -> ir.Model:
+    """What `to_qdq` writes, as an onnx_ir model of its own; big tensors that stay float are shared. Values that
+    are named in `keep` are in it, even where nothing reads them.
 
     The codes of weights are computed when they are asked for, each time, so that a model that is written tensor by
     tensor takes memory for one. A nan among the weights is found, and refused, then."""
@@ -77,6 +80,7 @@ def qdq_model(model: Network) -> ir.Model:
             redundant = _redundant(value, encoding, encodings)
             if activation_storage(encoding).bitwidth == 8 or not redundant:
                 _insert_activation(graph, value, encoding, clipped=not redundant)
+    bound_codes(graph, model.facts.on_codes, keep)
     guard_float_layers(graph, names)
     for name in [name for name, value in graph.initializers.items() if not value.uses()]:
         if not graph.initializers[name].is_graph_output():

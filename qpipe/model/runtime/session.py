@@ -50,7 +50,7 @@ def make_session(
     `lean` is for a single run: no weight is packed for speed; None: for a float model that is large."""
     quantized = quantized and bool(model.encodings)
     blocks = any(e.block_size is not None and e.bitwidth == 8 for e in model.encodings.values())
-    proto, tensors = graph_proto(qdq_model(model) if quantized else model.ir)
+    proto, tensors = graph_proto(qdq_model(model, outputs or ()) if quantized else model.ir)
     if lean is None:
         lean = not quantized and _large(tensors.values())
     if outputs is not None:
