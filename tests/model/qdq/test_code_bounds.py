@@ -25,12 +25,12 @@ def grid(scale: float = 0.02, zero_point: int = 0, bitwidth: int = 8, signed: bo
 
 
 def bounded(
-    op: str = "Min", encoding: Encoding | None = None, behind: Encoding | None = None, more: str = "", **initializers: Any
+    op: str = "Min", encoding: Encoding | None = None, behind: Encoding | None = None, more: str = "", **constants: Any
 ) -> Model:
     """Conv -> Relu -> Min -> Conv, quantized; the Relu and the bound are on one grid unless `behind` is another."""
     text = f"""m (float[n,3,8,8] x) => (float[n,2,8,8] y{", float[n,4,8,8] z" if more else ""}) {{
         a = Conv<pads=[1,1,1,1]>(x, w)  r = Relu(a)  c = {op}(r, b)  y = Conv(c, v)  {more} }}"""
-    given = {"w": normal(4, 3, 3, 3), "b": BOUND, "v": normal(2, 4, 1, 1), **initializers}
+    given = {"w": normal(4, 3, 3, 3), "b": BOUND, "v": normal(2, 4, 1, 1), **constants}
     encoding = encoding or grid()
     weight = Encoding(8, True, True, np.float32(0.03), np.int32(0))
     encodings = {"x": grid(0.03, 128), "r": encoding, "c": behind or encoding, "y": grid(0.1, 128)}
@@ -132,8 +132,8 @@ def test_it_reads_back(name: str, tmp_path: Path) -> None:
     again = Model.load(model.save(tmp_path))
     assert set(again.facts.on_codes) == {node.op_type for node in model.graph if node.op_type in ("Min", "Max")}
     assert {"r", "c"} <= set(again.encodings)
-    bound = next(node for node in again.graph if node.op_type in ("Min", "Max"))
-    assert bound.inputs[1].const_value.size == next(n for n in model.graph if n.name == bound.name).inputs[1].const_value.size  # type: ignore[union-attr]
+    (found,) = [again.param(str(node.inputs[1].name)) for node in again.graph if node.op_type in ("Min", "Max")]
+    assert found.size == BOUND.size
     x = X if name != "an unknown size" else 2 * normal(2, 4, 5, 7)
     np.testing.assert_array_equal(runs(again.to_qdq(), x)[0], runs(model.to_qdq(), x)[0])
 
