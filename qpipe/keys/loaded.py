@@ -58,7 +58,7 @@ _loading: list[str] = []
 _aside: dict[str, types.ModuleType] = {}
 """The modules that are laid aside."""
 _twice: set[str] = set()
-"""Names under which two files were loaded."""
+"""Names under which two files were loaded, the second in an action."""
 _states: dict[str, object] = {}
 """Module of a user's -> what it held when it was loaded."""
 _agreed: dict[str, int] = {}
@@ -295,7 +295,7 @@ def _import(module: types.ModuleType, file: str, load: Callable[[types.ModuleTyp
     if name in _aside and _sources[name].file == file:
         _give_back(name)
         return
-    if _aside.pop(name, None) is not None:
+    if _aside.pop(name, None) is not None and len(_asked) > len(_loading):
         _twice.add(name)
     before = None if _loading else {other: state_of(_there(other)) for other in _states}
     packages = [*_with_packages(name)][:-1]
