@@ -46,7 +46,7 @@ def _perform(request: Request, store: Store, emit: Emit, threads: int) -> dict[s
     context = ActionContext(request, store, emit, threads)
     if stage.takes_context:
         arguments["ctx"] = context
-    with measured() as figures:
+    with context.apart(), measured() as figures:
         outputs = stage.unpack(stage.function(**arguments))
     check_code(request, store)
     also = context.found_on_the_way()
