@@ -18,6 +18,7 @@ from qpipe.model.structure.families import RANDOM
 from qpipe.model.structure.opaque import FLOAT8, TYPES, is_opaque
 
 _TEXT = "text is not supported. Process it before the model"
+_RUNTIME_S_OWN = ("com.microsoft", "ai.onnx.ml")
 _CONTAINER = "Sequences, maps and optionals are not supported there. Give tensors of their own to the model"
 
 
@@ -47,6 +48,8 @@ def unsupported(model: ir.Model, complaint: str | None = None) -> list[str]:
         reason = _unfit(node, OPSET)
         if reason is None and complaint is not None and is_opaque(node):
             reason = f"torch cannot compute it, and onnxruntime does not open the model: {complaint.rstrip('.')}"
+            if node.domain and not node.domain.startswith(_RUNTIME_S_OWN):
+                reason += ". If it is in a library of custom operators, name that in model.custom_ops=[FILE]"
         if reason is not None:
             found.append(_clause(node, reason))
     return found
