@@ -1,4 +1,4 @@
-"""A model with operators of a library of somebody else's, from the command line: quantized, measured, exported, cached."""
+"""A model with operators of a library of somebody else's, whole: quantized, measured, exported, cached."""
 
 from __future__ import annotations
 
@@ -13,9 +13,33 @@ import numpy as np
 import onnx
 import pytest
 
+from qpipe.param import LIBRARIES
+from tests.inprocess import carry_out, job
 from tests.model.nets import normal
 from tests.model.runtime.test_libraries import LIBRARY, proto
 from tests.nursery import Nursery
+
+
+def test_a_stage_that_has_the_artifact_alone_finds_the_library_where_the_config_says(tmp_path: Path) -> None:
+    onnx.save(proto(), tmp_path / "net.onnx")
+
+    def ran(library: Path, version: str) -> set[str]:
+        source = {"uses": "load_model", "path": str(tmp_path / "net.onnx"), "custom_ops": [str(library)]}
+        export = {"uses": "export", "model": "source", "encodings_format": version}
+        status, watch = carry_out(job(tmp_path, {"source": source, "export": export}))
+        assert status == 0, watch.failures
+        assert LIBRARIES not in os.environ
+        return {name for name, node in watch.records[0]["nodes"].items() if node["verdict"] == "ran"}
+
+    first, moved, edited = (tmp_path / name for name in ("first.so", "moved.so", "edited.so"))
+    shutil.copyfile(LIBRARY, first)
+    assert ran(first, "1.0.0") == {"source", "export"}
+    first.rename(moved)
+    assert ran(moved, "1.0.0") == set()
+    assert ran(moved, "2.0.0") == {"export"}
+    edited.write_bytes(LIBRARY.read_bytes() + b"\0")
+    assert ran(edited, "1.0.0") == {"source", "export"}
+
 
 Qpipe = Callable[..., tuple[int, str, dict[str, Any]]]
 
@@ -29,7 +53,7 @@ def qpipe(tmp_path: Path, nursery: Nursery) -> Qpipe:
         np.savez(tmp_path / f"{name}.npz", x=normal(8, 3, 8, 8, seed=seed))
     base = [
         "pipeline=ptq", "model=onnx_file", "model.path=net.onnx", "data=npz", "data.calibration=calibration.npz",
-        "data.evaluation=evaluation.npz", "goal.metric=sqnr_db", "goal.min_score=20", "run.workers=2", "run.threads=1",
+        "data.evaluation=evaluation.npz", "goal.metric=sqnr_db", "goal.min_score=20", "run.workers=0", "run.threads=1",
         "hydra.run.dir=out",
     ]  # fmt: skip
     environment = os.environ | {"QPIPE_CACHE_DIR": str(tmp_path / "cache")}
@@ -46,6 +70,7 @@ def verdicts(record: dict[str, Any]) -> dict[str, str]:
     return {name: node["verdict"] for name, node in record["nodes"].items()}
 
 
+@pytest.mark.slow
 def test_a_model_with_operators_of_a_library(qpipe: Qpipe, tmp_path: Path) -> None:
     status, said, _ = qpipe()
     assert status == 2
@@ -78,6 +103,7 @@ def test_a_model_with_operators_of_a_library(qpipe: Qpipe, tmp_path: Path) -> No
     assert {"source", "prepare", "score_float", "calibrate", "score_deployed", "parity", "export"} <= again
 
 
+@pytest.mark.slow
 def test_a_result_is_verified_with_the_library_that_its_model_needs(
     qpipe: Qpipe, tmp_path: Path, nursery: Nursery
 ) -> None:

@@ -96,7 +96,7 @@ def test_a_packed_model_says_which_library_it_needs_and_not_where_it_lies(
     monkeypatch.setenv(LIBRARIES, f"{tmp_path / 'none'}\n{moved}")
     np.testing.assert_allclose(run(found, {"x": X})["y"], expected(X), rtol=1e-4, atol=1e-4)
     monkeypatch.delenv(LIBRARIES)
-    with pytest.raises(InputError, match=r"needs a library .* not at hand \(SHA-256 \w{16}…\)\. Name its file in model"):
+    with pytest.raises(InputError, match=r"a library .* not at hand \(SHA-256 \w{16}…\)\. Name its file in model"):
         run(found, {"x": X})
 
 
@@ -112,7 +112,7 @@ def test_another_library_is_another_model(model: Model, tmp_path: Path) -> None:
 
 
 def test_without_the_library_the_refusal_says_what_to_do() -> None:
-    with pytest.raises(InputError, match=r"'neg' \(op NegPos, domain ai\.onnx\.contrib\).*model\.custom_ops=\[FILE\]\.$"):
+    with pytest.raises(InputError, match=r"'neg' \(op NegPos, .*, name that in model\.custom_ops=\[FILE\]\.$"):
         Model.from_proto(proto())
 
 
@@ -128,7 +128,7 @@ def test_what_is_no_library_is_told_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "text.so").write_text("no library")
     with pytest.raises(InputError, match=r"^onnxruntime cannot take .*text\.so as a library of custom operators: .+$"):
         session_options(custom_ops=libraries([tmp_path / "text.so"]))
-    with pytest.raises(InputError, match=r"^There is no library of custom operators .*gone\.so\. Give the path of one\.$"):
+    with pytest.raises(InputError, match=r"^There is no library of custom operators .*gone\.so\. Give the path"):
         libraries([tmp_path / "gone.so"])
 
 
