@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import pickle
 import shutil
 from pathlib import Path
@@ -10,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
-import onnxruntime_extensions
 import pytest
 import torch
 
@@ -27,7 +27,16 @@ from qpipe.param import LIBRARIES
 from tests.model.nets import normal, parsed
 from tests.model.quantized import quantized
 
-LIBRARY = Path(onnxruntime_extensions.get_library_path())
+
+def library() -> Path:
+    """The file, without an import: where Python has it loaded, a copy of it ends the process."""
+    spec = importlib.util.find_spec("onnxruntime_extensions")
+    assert spec is not None
+    assert spec.origin is not None
+    return next(file for file in Path(spec.origin).parent.glob("_extensions_pydll.*") if file.suffix != ".pyi")
+
+
+LIBRARY = library()
 
 
 def proto() -> onnx.ModelProto:
