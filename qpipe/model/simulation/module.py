@@ -38,6 +38,7 @@ from qpipe.model.simulation.constants import (
     shared_tensor_of,
     statistics,
     stays,
+    taken_in,
     tensor_of,
     to_device,
 )
@@ -343,7 +344,7 @@ def watched(
     gives. A value with a quantizer is seen twice, before and after. No value is held longer than its readers need it,
     unless `see` holds it."""
     with torch.inference_mode():
-        outputs = _Watcher(module, see).run(*(tensor_of(array).to(device) for array in arrays))
+        outputs = _Watcher(module, see).run(*(taken_in(array, device) for array in arrays))
     return tuple(outputs) if isinstance(outputs, tuple | list) else (outputs,)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
@@ -13,6 +15,8 @@ from qpipe.model.network.packing import graph_proto
 from qpipe.model.runtime.options import open_session, place, session_options
 from qpipe.model.simulation.constants import array_of, tensor_of
 from qpipe.model.structure.opaque import Part
+
+Array = npt.NDArray[Any]
 
 
 class RuntimePart(torch.nn.Module):
@@ -37,13 +41,14 @@ class RuntimePart(torch.nn.Module):
         self._session: Any = None
         self.register_buffer("_anchor", torch.empty(0), persistent=False)
 
-    def forward(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The values that the rest of the graph reads of this part."""
+    def forward(self, *values: torch.Tensor | Array) -> tuple[torch.Tensor, ...]:
+        """The values that the rest of the graph reads of this part; text comes as an array."""
         if self._session is None:
             self._session = open_session(
                 self._proto, self._arrays, session_options(custom_ops=self._custom_ops)
             )
-        fed = {name: array_of(value.detach().cpu()) for name, value in zip(self._inputs, values, strict=True)}
+        arrays = (v if isinstance(v, np.ndarray) else array_of(v.detach().cpu()) for v in values)
+        fed = dict(zip(self._inputs, arrays, strict=True))
         found = self._session.run(None, fed)
         return tuple(tensor_of(array).to(self._anchor.device) for array in found)
 
