@@ -16,8 +16,10 @@ from qpipe.model import Model
 from qpipe.model.network.network import Network
 from qpipe.model.simulation.run import run
 from qpipe.model.simulation.stream import Stream
+from qpipe.stage import Samples
+from qpipe.stages.adaround import adaround
 from tests.model.nets import normal, parsed
-from tests.model.quantized import quantized
+from tests.model.quantized import quantized, scheme
 
 TEXT = """m (string[N] words, float[N,4] x) => (float[N,3] y) {
     both = StringConcat(words, ending)
@@ -94,3 +96,11 @@ def test_text_that_comes_out_is_refused_with_the_way_out() -> None:
     made = parsed("m (float[N,4] x) => (float[N,4] y, string[N,4] s) { y = Relu(x)  s = Cast<to=8>(y) }")
     with pytest.raises(InputError, match=r"output 's': it holds strings; .* Leave it out of the model's outputs\."):
         Model.from_proto(made)
+
+
+def test_weights_are_rounded_on_what_text_brings_about(model: Model) -> None:
+    samples = Samples({name: np.asarray(array) for name, array in GIVEN.items()})
+    float_y, nearest = expected(), quantized(model, GIVEN, scheme(weight=4))
+    rounded = adaround(nearest, samples)
+    errors = [np.abs(run(each, GIVEN)["y"] - float_y).mean() for each in (rounded, nearest)]
+    assert errors[0] < errors[1]
