@@ -15,7 +15,7 @@ from qpipe.keys.code import CodeIndex
 from qpipe.keys.companions import content
 from qpipe.keys.hashing import digest, stamp
 from qpipe.language.spec import NodeSpec
-from qpipe.param import factories_in, nearest
+from qpipe.param import factories_in, nearest, takes_libraries
 from qpipe.plan.verdicts import Action
 
 
@@ -71,6 +71,15 @@ class Keyring:
 
     def _module(self, name: str, place: str) -> str | None:
         return self._code.module(name, self._search_path, place)
+
+    def libraries(self, node: NodeSpec) -> list[str]:
+        """Where the libraries lie that the params of `node` name."""
+        return [
+            str(self._search_path / path)
+            for name, value in node.params.items()
+            if takes_libraries(node.stage.params[name].hint)
+            for path in _paths_in(value)
+        ]
 
     def stamps(self, node: NodeSpec) -> dict[str, str]:
         """Param -> what tells whether the files that it names are written to from now on."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -22,16 +23,27 @@ class Spread:
 
 
 @dataclass(frozen=True)
+class Library:
+    """A library of custom operators: the SHA-256 of its bytes, and where it lies, if that is known. A packed model says
+    the first alone: neither does its content depend on a place, nor does code come with it."""
+
+    sha256: str
+    path: Path | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
 class Facts:
     """`biases`: whether quantized layers have int32 biases or keep float ones. `came_quantized`: whether the grids came
     with the model, so that its weights stay where they are. `statistics`: the Spread of a layer's output, by its name.
-    `tied`: names under which torch knows a parameter besides its own: that name -> the initializer's.
+    `tied`: names under which torch knows a parameter besides its own: that name -> the initializer's. `custom_ops`: the
+    libraries without which onnxruntime does not know all operators.
     """
 
     biases: Literal["int32", "float"] = "int32"
     came_quantized: bool = False
     statistics: Mapping[str, Spread] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)
+    custom_ops: tuple[Library, ...] = ()
 
     def __post_init__(self) -> None:
         if self.biases not in ("int32", "float"):
@@ -44,12 +56,14 @@ class Facts:
             for name, spread in self.statistics.items()
         }
         found: dict[str, Any] = {
-            _BIASES: self.biases, _CAME: self.came_quantized, _STATISTICS: spreads, _TIED: dict(self.tied)
+            _BIASES: self.biases, _CAME: self.came_quantized, _STATISTICS: spreads, _TIED: dict(self.tied),
+            _CUSTOM_OPS: [library.sha256 for library in self.custom_ops],
         }  # fmt: skip
         return {name: value for name, value in found.items() if value and value != "int32"}
 
 
-_BIASES, _CAME, _STATISTICS, _TIED = NAMES = ("biases", "quantized_source", "folded_statistics", "tied")
+NAMES = ("biases", "quantized_source", "folded_statistics", "tied", "custom_ops")
+_BIASES, _CAME, _STATISTICS, _TIED, _CUSTOM_OPS = NAMES
 
 
 def facts_from(packed: Mapping[str, Any]) -> Facts:
@@ -59,5 +73,9 @@ def facts_from(packed: Mapping[str, Any]) -> Facts:
         for name, spread in packed.get(_STATISTICS, {}).items()
     }
     return Facts(
-        packed.get(_BIASES, "int32"), bool(packed.get(_CAME, False)), statistics, dict(packed.get(_TIED, {}))
+        packed.get(_BIASES, "int32"),
+        bool(packed.get(_CAME, False)),
+        statistics,
+        dict(packed.get(_TIED, {})),
+        tuple(Library(str(sha256)) for sha256 in packed.get(_CUSTOM_OPS, ())),
     )
