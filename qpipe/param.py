@@ -55,6 +55,24 @@ Factory = Annotated[str, _FactoryMark()]
 """`module:function`, found from the working directory; in a key it counts by its code, not by its name."""
 
 
+@dataclasses.dataclass(frozen=True)
+class _LibraryMark:
+    """Marks a Path as a library that later actions load too."""
+
+
+Library = Annotated[Path, _LibraryMark()]
+"""A shared library. Its bytes count, as those of any path do; every action of the graph is told where it lies."""
+LIBRARIES = "QPIPE_CUSTOM_OPS"
+"""The environment variable that tells, a path a line."""
+
+
+def takes_libraries(hint: Any) -> bool:
+    """Whether `hint` holds `Library`, at any depth."""
+    return isinstance(hint, _LibraryMark) or any(
+        takes_libraries(argument) for argument in get_args(hint) if argument is not hint
+    )
+
+
 def is_ambiguous(hint: Any) -> bool:
     """Whether `hint` takes text as text and as a path: no telling which, and a path counts by its content."""
     if get_origin(hint) in (Union, types.UnionType):

@@ -24,7 +24,7 @@ from typing import Any, Protocol, TypeVar, Union, get_args, get_origin
 
 from qpipe.artifacts.artifact import FACE_MODULE, NETWORK_MODULE
 from qpipe.artifacts.kinds import Encodings, Files, Samples, Scores, Statistics
-from qpipe.param import Factory, Range, is_ambiguous
+from qpipe.param import Factory, Library, Range, is_ambiguous
 
 __all__ = [
     "NULL",
@@ -32,6 +32,7 @@ __all__ = [
     "Encodings",
     "Factory",
     "Files",
+    "Library",
     "Maker",
     "Param",
     "Port",

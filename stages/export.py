@@ -18,21 +18,24 @@ from qpipe.stage import NULL, Context, Files, stage
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from qpipe.model.network.facts import Library
     from qpipe.model.network.network import Network
 
 
-def loads(path: Path) -> str:
+def loads(path: Path, custom_ops: tuple[Library, ...] = ()) -> str:
     """A sentence that says what onnxruntime takes; it raises where the file does not load."""
     import onnxruntime
 
-    from qpipe.model.runtime.options import set_lean
+    from qpipe.model.runtime.options import register, set_lean
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     set_lean(options)
+    register(options, custom_ops)
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     shapes = ", ".join(f"{value.name} {value.shape}" for value in session.get_inputs())
-    return f"onnxruntime {onnxruntime.__version__} loads model.onnx; it takes {shapes}."
+    told = " once the session has its libraries of custom operators (register_custom_ops_library)" if custom_ops else ""
+    return f"onnxruntime {onnxruntime.__version__} loads model.onnx{told}; it takes {shapes}."
 
 
 @stage(version=1)
@@ -52,7 +55,7 @@ def export(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         path = save(model, folder, encodings_format)
-        ctx.note(loads(path))
+        ctx.note(loads(path, model.facts.custom_ops))
         written = Files({file.name: file for file in sorted(folder.iterdir())})
         # Mapped, so that the content outlives the folder without being read into memory.
         return Files({file: written.read(file) for file in written.contents})

@@ -103,7 +103,9 @@ def _batches(
 def _array(value: Any) -> NDArray[Any]:
     import numpy as np
 
-    return np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
+    array = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
+    words = array.dtype.kind == "O" and array.size and all(isinstance(item, str) for item in array.flat)
+    return array.astype(str) if words else array
 
 
 def sample_first(source: str, arrays: Mapping[str, NDArray[Any]], axes: Mapping[str, int]) -> Arrays:
@@ -131,8 +133,9 @@ def check_arrays(source: str, arrays: Mapping[str, NDArray[Any]]) -> None:
         raise InputError(f"{source} holds no array for a model input, only {sorted(arrays)}.")
     first = next(name for name in arrays if name != "labels")
     for name, array in arrays.items():
-        if array.dtype.kind not in "fiub":
-            raise InputError(f"{source}: array '{name}' has dtype {array.dtype}; it has to hold numbers.")
+        if array.dtype.kind not in ("fiub" if name == "labels" else "fiubU"):
+            wanted = "numbers" if name == "labels" else "numbers, or text as numpy's str"
+            raise InputError(f"{source}: array '{name}' has dtype {array.dtype}; it has to hold {wanted}.")
         if array.ndim == 0:
             raise InputError(f"{source}: array '{name}' is a single number, and there are no samples beside it.")
         if array.size == 0:

@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from qpipe.errors import InputError
 from qpipe.param import listed, load_factory
-from qpipe.stage import NULL, Context, Factory, Range, Samples, stage
+from qpipe.stage import NULL, Context, Factory, Library, Range, Samples, stage
 
 Shapes = dict[str, tuple[int | str | None, ...]]
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
     import torch
     from numpy.typing import NDArray
 
@@ -109,6 +110,8 @@ def refuse_sources(given: Mapping[str, Any]) -> None:
         )
     if path is None and (given["inputs"] or given["shapes"]):
         raise InputError("`inputs` and `shapes` go with `path`; a factory builds its module as it is to be.")
+    if path is None and given["custom_ops"]:
+        raise InputError("`custom_ops` go with `path`; what a factory's module computes, torch computes.")
     if path is not None and given["reads"]:
         raise InputError("`reads` goes with `factory`; an ONNX file counts by its content anyway.")
     if path is not None and given["weights"] is not None:
@@ -129,22 +132,46 @@ def fitting_arrays(model: Network, data: Samples | None) -> Arrays | None:
     return few
 
 
+NOT_IN_BFLOAT16 = (
+    "Inputs and outputs of bfloat16 are float32 now, in what is exported too. onnxruntime has next to no operators of "
+    "bfloat16 on the CPU, so the import is not held against its source."
+)
+
+
+def in_bfloat16(source: ir.Model) -> bool:
+    """Whether a model takes, gives or holds numbers in bfloat16, which onnxruntime's Python cannot feed."""
+    import onnx_ir as ir
+
+    graph = source.graph
+    values = [*graph.inputs, *graph.outputs, *graph.initializers.values()]
+    return any(value.dtype == ir.DataType.BFLOAT16 for value in values)
+
+
 def from_file(
-    path: Path, data: Samples | None, tolerance: float | None, inputs: Mapping[str, Any], shapes: Shapes
+    path: Path,
+    data: Samples | None,
+    tolerance: float | None,
+    inputs: Mapping[str, Any],
+    shapes: Shapes,
+    custom_ops: tuple[Path, ...] = (),
 ) -> tuple[Network, list[str]]:
     """The model in an ONNX file, and what is to be said of it. Errors: InputError where it computes something else."""
     from qpipe.methods.comparison.check import verify_import
     from qpipe.model.canon.form import canonical_network
     from qpipe.model.files.given import fix_inputs, fix_shapes
     from qpipe.model.files.onnx_reader import read_onnx, told_as_input
+    from qpipe.model.runtime.options import libraries
 
     with told_as_input(path):
         source = read_onnx(path)
         fix_shapes(source, shapes)
         fixed = fix_inputs(source, inputs)
-        model = canonical_network(source)
-    check = verify_import(model, path, arrays=fitting_arrays(model, data), given=fixed)
+        narrow = in_bfloat16(source)
+        model = canonical_network(source, libraries(custom_ops))
     told = [f"The inputs {listed(fixed)} are constants now; the model has {len(model.inputs)} left."] if fixed else []
+    if narrow:
+        return model, [*told, NOT_IN_BFLOAT16]
+    check = verify_import(model, path, arrays=fitting_arrays(model, data), given=fixed)
     return model, [*told, judged(path.name, check, tolerance)]
 
 
@@ -179,6 +206,7 @@ def load_model(
     tolerance: Annotated[float, Range(gt=0)] | None = None,
     inputs: dict[str, Any] | None = None,
     shapes: Shapes | None = None,
+    custom_ops: tuple[Library, ...] = (),
     ctx: Context = NULL,
 ) -> Network:
     """The model in an ONNX file (`path`), or the one that a Python function builds (`factory`), canonical.
@@ -193,6 +221,7 @@ def load_model(
     `tolerance` is how far the import's outputs may lie from the source's, relative; by default, what rounding explains.
     `inputs` makes inputs of a file constants ({sr: 16000}), `shapes` fixes their dimensions ({x: [n, 3, 480, 480]}; a
     name or null leaves one open); what follows from that is decided, such as the branch that an If takes.
+    `custom_ops` are shared libraries of onnxruntime operators that a file needs; every later session has them too.
     Errors: InputError for a file or a module that cannot be taken, for weights that do not fit, and for an import that
     computes something else.
     """
@@ -200,7 +229,7 @@ def load_model(
     from qpipe.model.files.encodings_reader import with_encodings_file
 
     if path is not None:
-        model, told = from_file(path, data, tolerance, inputs or {}, shapes or {})
+        model, told = from_file(path, data, tolerance, inputs or {}, shapes or {}, custom_ops)
     else:
         assert factory is not None
         model, told = from_factory(factory, weights, data, tolerance)

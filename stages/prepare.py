@@ -122,7 +122,8 @@ def prepare(
     gemms = [node for node in editor.graph if node.op_type == "Gemm" and not node.domain]
     scaled = [str(node.name) for node in gemms if scale_into_parameters(editor, node)]
     widened = [str(node.name) for node in gemms if widen_bias(editor, node)]
-    result, shared = separate(type(model).of(canonical_network(editor.ir.clone())), tied_weights == "copy")
+    canonical = canonical_network(editor.ir.clone(), model.facts.custom_ops)
+    result, shared = separate(type(model).of(canonical), tied_weights == "copy")
     report: dict[str, object] = {"scaled": scaled, "widened": widened, "separated": shared}
     if verify:
         error = checked(model, result, tolerance, None if data is None else data.arrays)

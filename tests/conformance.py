@@ -28,7 +28,7 @@ from onnx import numpy_helper
 
 from qpipe.errors import InputError
 from qpipe.model.model import Model
-from qpipe.model.simulation.constants import array_of, tensor_of
+from qpipe.model.simulation.constants import array_of, taken_in
 from qpipe.model.simulation.samples import in_type
 from qpipe.model.structure.opaque import opaque_nodes
 
@@ -110,7 +110,7 @@ def _fed(model: Model, arrays: list[Array]) -> list[torch.Tensor]:
     # numpy does not count bfloat16, which it borrows from ml_dtypes, among the floats.
     plain = [a.astype(np.float32) if a.dtype.name == "bfloat16" else a for a in arrays]
     named = {spec.name: array for spec, array in zip(model.inputs, plain, strict=True)}
-    return [tensor_of(in_type(spec, named[spec.name])) for spec in model.inputs]
+    return [taken_in(in_type(spec, named[spec.name]), "cpu") for spec in model.inputs]
 
 
 def _compare(case: Any, model: Model, found: tuple[torch.Tensor, ...], outputs: list[Array]) -> None:

@@ -50,7 +50,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
         (*VALUE, "model.operators", "model.structure"),
         "nodes bias weights block_form operator_form reader code_bounds guards writer",
     ),
-    "model.runtime": ((*VALUE, "model.qdq"), "options external_data session types"),
+    "model.runtime": ((*VALUE, "param", "model.qdq"), "options external_data session types"),
     "model.canon": (
         MODEL,
         (

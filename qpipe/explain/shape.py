@@ -46,7 +46,8 @@ RECORD_SHAPE: Mapping[str, Any] = {
     "status": TEXT, "run_dir": TEXT, "git": {"commit": TEXT, "dirty": TRUTH},
     "environment": {"python": TEXT, "platform": TEXT, "libraries": Each(TEXT)},
     "goal": {
-        "metric": TEXT, "float": NUMBER, "allowed_drop": NUMBER, "min_score": NUMBER, "reached": NUMBER, "met": TRUTH,
+        "metric": TEXT, "float": NUMBER, "allowed_drop": NUMBER, "min_score": NUMBER, "reached": NUMBER,
+        "deployed": NUMBER, "met": TRUTH,
         "reference": TEXT, "scores": TEXT,
     },
     "best": {"node": TEXT, "score": NUMBER}, "ladder": [STEP], "nodes": Each(NODE), "stages": Each(Each(ANY)),

@@ -96,6 +96,7 @@ def cached_nodes(walk: Walk, store: Store) -> tuple[list[Cached], list[str]]:
                 written=node.written,
                 inputs=walk.inputs(name),
                 reasons=(),
+                libraries=walk.libraries,
             )
             found.append(Cached(walk.label + name, action, outcome.result))
         elif outcome.state != "not_needed":

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qpipe.errors import ConfigError
-from qpipe.keys.hashing import Memo, digest, digest_file, file_identity
+from qpipe.keys.hashing import Memo, digest, digest_bytes, digest_file, file_identity
 from qpipe.keys.syntax import EVERY, Analysis, Import, analyse, bound_names
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ FORMULA = frozenset({"", "demo", "mapped", "methods", "model", "numerics", "stag
 """The parts of qpipe that results are made by; the others decide when a formula runs, never what it gives."""
 
 _FORM = 1  # the version of the normal form
-_READING = 3  # the version of what a memo holds of a source: its digest, and the imports found in it
+_READING = 4  # the version of what a memo holds of a source: its digest, and the imports found in it
 _DISTRIBUTIONS = {"PIL": "pillow", "cv2": "opencv-python", "sklearn": "scikit-learn", "yaml": "PyYAML"}
 """Import names that are no distribution names, so common that the search of all packages is spared."""
 _NONE = "-"  # remembered of a package that belongs to no distribution
@@ -62,12 +62,14 @@ class CodeIndex:
         """Distribution name -> version, of the packages of others that the modules' code imports."""
         return self._versions(self._reach_all(module_names))
 
-    def module(self, name: str, search_path: Path) -> str | None:
-        """The digest of one module by itself, looked for in `search_path` first; None where none can be read."""
+    def module(self, name: str, search_path: Path, place: str = "") -> str | None:
+        """The digest of one module by itself, looked for in `search_path` first, and where it is not on the path in its
+        file `place`, relative to that; None where none can be read."""
         try:
             found = self._finders.setdefault(search_path, _Finder(search_path)).find(name)
-            return self._analysis(found.file).digest if found is not None and found.file else None
-        except ConfigError:
+            file = os.path.join(search_path, place) if found is None else found.file
+            return self._analysis(file).digest if file and os.path.isfile(file) else None
+        except (ConfigError, ValueError):  # a name with a null in it, which only a made-up result has
             return None
 
     def digest_factory(self, factory: str, search_path: Path) -> str:
@@ -86,7 +88,7 @@ class CodeIndex:
         """What the module of a "module:function" binds, where this function is surely not among it; else None."""
         name, _, function = factory.partition(":")
         module = self._finders.setdefault(search_path, _Finder(search_path)).find(name)
-        if module is None or module.file is None or not module.file.endswith(tuple(SOURCE_SUFFIXES)):
+        if module is None or module.file is None or not _is_source(module.file):
             return None
         bound = bound_names(Path(module.file).read_bytes())
         return bound if bound is not None and function.partition(".")[0] not in bound else None
@@ -184,13 +186,21 @@ class CodeIndex:
         return found
 
     def _read(self, file: str) -> Analysis:
-        if not file.endswith(tuple(SOURCE_SUFFIXES)):  # an extension module
+        if not _is_source(file):
             return Analysis(digest_file(Path(file), self._memo), ())
-        return remembered_analysis(file, file_identity(file), lambda: Path(file).read_bytes(), self._memo)
+        return analysis_of(file, file_identity(file), lambda: Path(file).read_bytes(), self._memo)
 
 
-def remembered_analysis(file: str, identity: str | None, read: Callable[[], bytes], memo: Memo) -> Analysis:
-    """The analysis of the source that `read` gives; from `memo` where `identity` stands for that content."""
+def _is_source(file: str) -> bool:
+    """Whether it is Python's text; else an extension module, or a .pyc alone: their bytes count, their imports are seen
+    when they run."""
+    return file.endswith(tuple(SOURCE_SUFFIXES))
+
+
+def analysis_of(file: str, identity: str | None, read: Callable[[], bytes], memo: Memo) -> Analysis:
+    """The analysis of the module in `file` that `read` gives; from `memo` where `identity` stands for that content."""
+    if not _is_source(file):
+        return Analysis(digest_bytes(read()), ())
     key = f"{_FORM}|{_READING}|{identity}"
     known = _from_json(memo.get(key)) if identity else None
     if known is not None:
@@ -268,6 +278,7 @@ class _Finder:
         self._found: dict[str, _Module | None] = {}
         self._chains: dict[str, tuple[_Module, ...]] = {}
         self._targets: dict[tuple[str, bool], tuple[str, ...]] = {}
+        self._shadowing = _shadowing()
 
     def chain(self, name: str) -> tuple[_Module, ...]:
         """The packages on the way to `name`, outermost first, then `name`; ends before what there is not."""
@@ -308,8 +319,9 @@ class _Finder:
     def _look(self, name: str) -> _Module | None:
         parent, _, _ = name.rpartition(".")
         if not parent:
-            if name in sys.stdlib_module_names and self._local(name) is None:
-                return _Module(name, None, (), builtin=True)
+            if name in sys.stdlib_module_names:
+                found = self._local(name) or (_before_stdlib(name) if name in self._shadowing else None)
+                return _module(name, found) if found else _Module(name, None, (), builtin=True)
             return _module(name, self._local(name) or _spec(name, None))
         package = self.find(parent)
         if package is None or not package.folders:
@@ -322,6 +334,24 @@ class _Finder:
             return None
         spec = PathFinder.find_spec(name, [str(self.search_path)])
         return None if spec is None or (spec.origin is None and _spec(name, None)) else spec
+
+
+def _shadowing() -> set[str]:
+    """What lies on the path before the standard library and may bear the name of one of its modules."""
+    return {entry.partition(".")[0] for folder in _ahead() for entry in os.listdir(folder)}
+
+
+def _ahead() -> list[str]:
+    """The folders on the path before the standard library."""
+    folders = [os.path.abspath(entry) for entry in sys.path]
+    stop = next((i for i, folder in enumerate(folders) if folder in _stdlib_folders()), len(folders))
+    return [folder for folder in folders[:stop] if os.access(folder, os.R_OK) and os.path.isdir(folder)]
+
+
+def _before_stdlib(name: str) -> ModuleSpec | None:
+    """A user's module that bears the name of a standard one, and is found before it."""
+    spec = None if name in sys.builtin_module_names else PathFinder.find_spec(name, _ahead())
+    return spec if spec is not None and spec.origin is not None else None
 
 
 def _spec(name: str, folders: list[str] | None) -> ModuleSpec | None:

@@ -22,6 +22,8 @@ from qpipe.keys.hashing import digest
 _UNCOUNTED_FIELDS = frozenset({"type_comment", "type_ignores", "kind", "ctx"})
 _IMPORTERS = frozenset({"import_module", "__import__", "resolve_name", "run_module", "locate", "attach"})
 """What imports by name: importlib, builtins, pkgutil, runpy, pydoc, lazy_loader."""
+_NAMERS = frozenset({"get_class", "get_method", "get_object", "get_static_method", "EntryPoint"})
+"""What is given the name of a thing with that of its module: hydra.utils, importlib.metadata."""
 _OF_ORDER = frozenset({"not_after", "not_before"})
 _LISTERS = frozenset({"iter_modules", "walk_packages"})
 _OPEN = frozenset({"*", "__getattr__", "globals", "vars", "locals", "exec"})
@@ -191,6 +193,9 @@ def _imports(tree: ast.AST) -> Iterator[Import]:
             if node.args and isinstance(node.args[0], ast.Constant):
                 literal.add(id(node.func))
                 yield from _imported_by(node, node.args[0].value)
+        elif isinstance(node, ast.Call) and _name(node.func) in _NAMERS:
+            for text in _texts(node):
+                yield from _named(text.partition(":")[0], (0,))
         elif isinstance(node, ast.Call) and _name(node.func) in _LISTERS:
             yield Import(1, "", (EVERY,))
         elif isinstance(node, ast.Name | ast.Attribute) and _name(node) in _IMPORTERS:

@@ -67,11 +67,8 @@ def build_graph(spec: PipelineSpec) -> Graph:
         _refuse_discouraged(spec, order, inputs)
     named: list[tuple[Ref, str]] = [(Ref(name), f"ladder.{name}") for name in spec.ladder]
     named += [(Ref(name), "baselines") for name in spec.baselines]
-    named += [
-        (ref, f"goal.{key}")
-        for key, ref in (("reference", spec.goal.reference), ("scores", spec.goal.scores))
-        if ref
-    ]
+    goal = {"reference": spec.goal.reference, "scores": spec.goal.scores, "deployed": spec.goal.deployed}
+    named += [(ref, f"goal.{key}") for key, ref in goal.items() if ref]
     resolved = {str(ref): source for ref, at in named if (source := _resolve(spec, ref, at, "Scores"))}
     used = set[str]().union(*needs.values())
     sinks = tuple(name for name in enabled if name not in used)

@@ -1,7 +1,8 @@
 """What the steps of the closing table are called: a label says what was done to the model, so it is made of what is.
 
 In a label of `ladder`, `{cle}` stands for the stage of the node `cle`, and goes with its comma where that node is
-disabled. A node without a label is called by its name; without a ladder, every node that scores a model is a step.
+disabled; a first_within stands for the label of what it chose. A node without a label is called by its name; without a
+ladder, every node that scores a model is a step.
 """
 
 from __future__ import annotations
@@ -20,21 +21,27 @@ _NOT_STEPS = ("parity",)
 """Stages that give scores to a model, and have a section of their own in a report."""
 
 
-def steps(graph: Graph) -> dict[str, str]:
-    """{node: its label} of the closing table, in its order: the ladder's, else of every node that scores a model."""
+def steps(graph: Graph, chosen: Mapping[str, str] | None = None) -> dict[str, str]:
+    """{node: its label} of the closing table, in its order: the ladder's, else of every node that scores a model.
+    `chosen`: first_within -> the node that scored what it chose."""
     scored: Mapping[str, str | None] = {name: None for name in graph.inputs if _scores(graph, name)}
     ladder = graph.spec.ladder or scored
-    return {name: label(graph, name, said) for name, said in ladder.items()}
+    return {name: label(graph, name, said, chosen or {}) for name, said in ladder.items()}
 
 
-def label(graph: Graph, name: str, said: str | None) -> str:
+def label(graph: Graph, name: str, said: str | None, chosen: Mapping[str, str]) -> str:
     """The label `said` of the node `name`, made of what is enabled."""
     if said is None or name not in graph.inputs:
         return name
 
     def stage(found: re.Match[str]) -> str:
         node = graph.spec.nodes[found[1]]
-        return "\0" if not node.enabled else node.name if isinstance(node, FirstWithin) else node.stage.name
+        if not node.enabled:
+            return "\0"
+        if not isinstance(node, FirstWithin):
+            return node.stage.name
+        scored = chosen.get(node.name)
+        return node.name if scored is None else label(graph, scored, graph.spec.ladder.get(scored), chosen)
 
     made = _GONE.sub("", _NAMED.sub(stage, said))
     made = " ".join(made.replace("()", "").split())

@@ -71,13 +71,15 @@ class FirstWithin:
 @dataclasses.dataclass(frozen=True)
 class GoalSpec:
     """What the run is for: `scores` is a node whose score has to be at least `min_score`, or may lie at most `max_drop`
-    below that of `reference`; None is no goal."""
+    below that of `reference`; None is no goal. `deployed` is a node that scores the same model in onnxruntime, and
+    has to be within the goal too."""
 
     metric: str
     max_drop: float | None
     reference: Ref | None = None
     scores: Ref | None = None
     min_score: float | None = None
+    deployed: Ref | None = None
 
     @property
     def absolute(self) -> float | None:
@@ -144,6 +146,7 @@ def read_spec(config: DictConfig) -> PipelineSpec:
             reference=_optional_ref(goal.get("reference"), "goal.reference"),
             scores=_optional_ref(goal.get("scores"), "goal.scores"),
             min_score=_drop(goal.get("min_score"), "goal.min_score"),
+            deployed=_optional_ref(goal.get("deployed"), "goal.deployed"),
         ),
         run=coerce(plain.get("run") or {}, RunSpec, "run"),
         targets=coerce(plain.get("targets") or (), tuple[str, ...], "targets"),

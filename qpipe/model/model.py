@@ -34,23 +34,25 @@ class Model(Network):
     __slots__ = ()
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """The model in an ONNX file (external data beside it). Raises InputError with the reason."""
+    def load(cls, path: str | Path, custom_ops: Sequence[str | Path] = ()) -> Self:
+        """The model in an ONNX file (external data beside it), with the libraries of operators that it needs. Raises
+        InputError with the reason."""
         from qpipe.model.files.onnx_reader import read_onnx, told_as_input
 
         with told_as_input(Path(path)):
-            return cls.from_proto(read_onnx(Path(path)))
+            return cls.from_proto(read_onnx(Path(path)), custom_ops)
 
     @classmethod
-    def from_proto(cls, proto: onnx.ModelProto | onnx_ir.Model) -> Self:
+    def from_proto(cls, proto: onnx.ModelProto | onnx_ir.Model, custom_ops: Sequence[str | Path] = ()) -> Self:
         """The model in canonical form, with the encodings that its QDQ nodes say.
 
         Raises InputError for what cannot be taken, all of it listed."""
         from qpipe.model.canon.form import canonical_network
         from qpipe.model.files.onnx_reader import deserialized
+        from qpipe.model.runtime.options import libraries
 
         source = proto.clone() if isinstance(proto, onnx_ir.Model) else deserialized(proto)
-        return cls.of(canonical_network(source))
+        return cls.of(canonical_network(source, libraries(map(Path, custom_ops))))
 
     @classmethod
     def from_torch(

@@ -247,7 +247,7 @@ def _rows(w: Array, scheme: TensorScheme, axis: int) -> tuple[Array, tuple[int, 
     """The elements that share a scale as rows (ranges, n), nan filling a short block; the scale's shape."""
     if scheme.granularity == "per_tensor":
         return w.reshape(1, -1), ()
-    if scheme.granularity == "per_channel":
+    if scheme.granularity in ("per_channel", "auto"):
         return np.moveaxis(w, axis, 0).reshape(w.shape[axis], -1), (w.shape[axis],)
     size = scheme.block_size
     spare = -w.shape[axis] % size

@@ -11,7 +11,8 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 Observer = Literal["minmax", "moving_average", "percentile", "sqnr", "mse", "entropy"]
-Granularity = Literal["per_tensor", "per_channel", "per_block"]
+Granularity = Literal["auto", "per_tensor", "per_channel", "per_block"]
+"""How many scales a weight has: `auto` is per channel where the target takes that, else per tensor."""
 
 BITWIDTHS: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8, 16)
 """The bitwidths that weights and activations can have; a bias is always int32."""

@@ -15,7 +15,7 @@ from qpipe.keys.code import CodeIndex
 from qpipe.keys.companions import content
 from qpipe.keys.hashing import digest, stamp
 from qpipe.language.spec import NodeSpec
-from qpipe.param import factories_in, nearest
+from qpipe.param import factories_in, nearest, takes_libraries
 from qpipe.plan.verdicts import Action
 
 
@@ -61,12 +61,25 @@ class Keyring:
                 self._there.add(factory)
 
     def stale(self, result: Mapping[str, Any]) -> list[str]:
-        """The modules that a result names beside its key, since they were loaded by names made as it ran, and that are
-        something else by now."""
+        """The modules that a result names beside its key, {name: [digest, file]}, since they were imported by names
+        made as it ran, and that are something else by now."""
         also = result.get("also", {})
-        if not isinstance(also, Mapping):
+        try:
+            return [name for name, (made, place) in also.items() if self._module(name, place) != made]
+        except (AttributeError, TypeError, ValueError):  # made up
             return ["?"]
-        return [name for name, made in also.items() if self._code.module(name, self._search_path) != made]
+
+    def _module(self, name: str, place: str) -> str | None:
+        return self._code.module(name, self._search_path, place)
+
+    def libraries(self, node: NodeSpec) -> list[str]:
+        """Where the libraries lie that the params of `node` name."""
+        return [
+            str(self._search_path / path)
+            for name, value in node.params.items()
+            if takes_libraries(node.stage.params[name].hint)
+            for path in _paths_in(value)
+        ]
 
     def stamps(self, node: NodeSpec) -> dict[str, str]:
         """Param -> what tells whether the files that it names are written to from now on."""

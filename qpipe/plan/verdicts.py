@@ -33,6 +33,8 @@ class Action:
     """For each param that holds paths, `Keyring.stamp` of what lies there, taken after it was read for the key."""
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What the result is to keep for `qpipe why`: the node, what made its inputs, and `Keyring.listings`."""
+    libraries: tuple[str, ...] = ()
+    """Where the libraries lie that the graph names: an artifact may say that it needs one, never where that is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +85,7 @@ def request(action: Action, device: str) -> Request:
             for port, artifacts in action.inputs.items()
         },
         "device": device,
+        "libraries": list(action.libraries),
         "provenance": dict(action.provenance),
     }
 

@@ -40,6 +40,9 @@ class Walk:
         self._dependents: dict[str, list[str]] = {}
         self._asked: dict[str, int] = {}
         self._origins: dict[Source, Source] = {}
+        nodes = (graph.node(name) for name in graph.inputs)
+        found = (path for node in nodes if isinstance(node, NodeSpec) for path in keyring.libraries(node))
+        self.libraries = tuple(dict.fromkeys(found))
         self._settled = 0
         self._judged: dict[str, dict[int, float]] = {}
         """Of each first_within, the scores of the candidates so far, by their place."""
@@ -64,7 +67,9 @@ class Walk:
             else:
                 verdict = decide(node, self.inputs(name), self._keyring, self._store)
                 if isinstance(verdict, Action):
-                    action = dataclasses.replace(verdict, provenance=self._provenance(verdict))
+                    action = dataclasses.replace(
+                        verdict, provenance=self._provenance(verdict), libraries=self.libraries
+                    )
                     self.running[name] = action
                     actions.append(action)
                 else:

@@ -202,6 +202,11 @@ def goal_sentence(record: Record) -> str | None:
         return f"best: {fact}"
     if met:
         return f"goal met: {fact} ({limit})"
+    ships = real(goal.get("deployed"))
+    wanted = least if least is not None else baseline - (allowed or 0.0)
+    if ships is not None and ships < wanted <= reached:
+        missing = f"{text.amount(wanted - ships, metric)} in onnxruntime"
+        return f"goal missed by {missing}: {metric} {text.score(ships, metric)} there; simulated, {fact} ({limit})"
     short = least - reached if least is not None else drop - (allowed or 0.0)
     return f"goal missed by {text.amount(short, metric)}: {fact} ({limit})"
 

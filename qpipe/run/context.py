@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -39,6 +41,15 @@ class ActionContext(Context):
         pairs = [pair for name in written for pair in _functions_in(written[name], params.get(name))]
         self._functions_of_params = dict(pairs)
         self._loaded = loaded.count()
+        self._folder = os.getcwd()
+        known = [_expected(request, code) for code in _codes(ingredients)]
+        self._names = {name for each in known for name in each} if all(known) else set[str]()
+        """The modules of its key; none where a listing is too long to be kept."""
+        self._asked: set[str] = set()
+
+    def apart(self) -> contextlib.AbstractContextManager[None]:
+        """What runs inside finds the modules of its key as they are, and others of users only by importing them."""
+        return loaded.apart(self._names, self._asked) if self._names else contextlib.nullcontext()
 
     def progress(self, done: int, total: int, what: str = "") -> None:
         now = time.monotonic()
@@ -93,19 +104,17 @@ class ActionContext(Context):
             return {name: self._with_code(each) for name, each in item.items()}
         return item
 
-    def found_on_the_way(self) -> dict[str, str]:
-        """{name: digest} of the first-party modules that its key does not hold and that were loaded since this action
-        began, or before by the modules of its key: their names came from a param, a variable, a file."""
-        memo = self._store.index.memo("code")
-        since = loaded.loaded_since(self._loaded, memo)
-        known = [_expected(self._request, code) for code in _codes(self._request["ingredients"])]
-        names = {name for each in known for name in each}
-        since |= loaded.digests(loaded.belonging(names), memo)
-        if not since or not all(known):  # a listing that is too long is not kept
+    def found_on_the_way(self) -> dict[str, tuple[str, str]]:
+        """{name: (digest, file)} of the first-party modules that its key does not hold and that it has imported, or
+        those of its key when they were loaded: their names came from a param, a variable, a file."""
+        if not self._names:
             return {}
-        found = {name: made for name, made in since.items() if name not in names}
-        loaded.remember(names, found)
-        return found
+        found = {*loaded.loaded_since(self._loaded), *self._asked}
+        found |= loaded.belonging(found | self._names)
+        found -= self._names
+        loaded.remember(self._names, found)
+        made = loaded.digests(found, self._store.index.memo("code"))
+        return {name: (made[name], os.path.relpath(loaded.file(name), self._folder)) for name in sorted(made)}
 
 
 def _names(fn: Callable[..., Any]) -> str:

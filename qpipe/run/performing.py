@@ -19,7 +19,7 @@ from qpipe.artifacts.artifact import Artifact, load, save, with_face
 from qpipe.cache.store import Store
 from qpipe.errors import DamagedError, QpipeError
 from qpipe.language.catalog import catalog
-from qpipe.param import absolute, coerce, of_its_type
+from qpipe.param import LIBRARIES, absolute, coerce, of_its_type
 from qpipe.plan.verdicts import Request, artifact_json
 from qpipe.run.context import ActionContext, Emit, check_code
 from qpipe.run.isolation import Isolation
@@ -34,6 +34,8 @@ def perform(
     sub-results. Raises what the stage raises."""
     try:
         with (isolation or Isolation()).of(request["key"]):
+            if request.get("libraries"):
+                os.environ[LIBRARIES] = "\n".join(request["libraries"])
             return _perform(request, store, emit, threads)
     finally:
         free_memory()
@@ -46,7 +48,7 @@ def _perform(request: Request, store: Store, emit: Emit, threads: int) -> dict[s
     context = ActionContext(request, store, emit, threads)
     if stage.takes_context:
         arguments["ctx"] = context
-    with measured() as figures:
+    with context.apart(), measured() as figures:
         outputs = stage.unpack(stage.function(**arguments))
     check_code(request, store)
     also = context.found_on_the_way()

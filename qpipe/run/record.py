@@ -178,13 +178,16 @@ def _goal(walk: Walk) -> dict[str, Any]:
     reference = _score_of(walk, refs.get(str(goal.reference)))
     reached = _score_of(walk, refs.get(str(goal.scores)))
     least = None if reference is None else least_score(goal.metric, reference, goal.max_drop, goal.min_score)
-    met = None if reached is None or least is None else reached >= least
+    deployed = _score_of(walk, refs.get(str(goal.deployed)))
+    ships = reached if deployed is None or reached is None else min(reached, deployed)
+    met = None if ships is None or least is None else ships >= least
     return {
         "metric": goal.metric,
         "float": reference,
         "allowed_drop": None if goal.absolute is not None else goal.max_drop,
         "min_score": goal.absolute,
         "reached": reached,
+        "deployed": deployed,
         "met": met,
         "reference": str(goal.reference) if goal.reference else None,
         "scores": str(goal.scores) if goal.scores else None,
@@ -209,7 +212,8 @@ def _ladder(walk: Walk, verdicts: Mapping[str, Outcome]) -> list[dict[str, Any]]
     chosen = walk.outcomes.get(best.node) if best else None
     winner = chosen.chosen[1].node if chosen and chosen.chosen else best.node if best else None
     steps = []
-    for name, label in labels.steps(walk.graph).items():
+    settled = {name: outcome.chosen[1].node for name, outcome in walk.outcomes.items() if outcome.chosen}
+    for name, label in labels.steps(walk.graph, settled).items():
         if name not in verdicts:  # disabled
             continue
         values = _own_scores(walk, name, verdicts[name])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import py_compile
 import subprocess
 import sys
 import textwrap
@@ -361,6 +362,28 @@ def test_a_factory_may_bear_the_name_of_a_standard_module(tmp_path: Path) -> Non
     first = CodeIndex(Notes()).digest_factory("code:build", tmp_path)
     (tmp_path / "code.py").write_text("def build(): return 2")
     assert CodeIndex(Notes()).digest_factory("code:build", tmp_path) != first
+
+
+def test_a_module_that_goes_before_the_standard_one_of_its_name_counts(write: Write) -> None:
+    write({"zq_user.py": "import sched, queue", "sched.py": "import zq_below", "zq_below.py": "x = 1"})
+    write({"queue/data.txt": "a mere folder goes before nothing"})
+    assert reached("zq_user") == {"zq_user", "sched", "zq_below"}
+    first = code("zq_user")
+    write({"sched.py": "import zq_below\nx = 2"})
+    assert code("zq_user") != first
+
+
+def test_a_module_without_a_source_counts_by_its_bytes(write: Write, tmp_path: Path) -> None:
+    write({"zq_user.py": "import zq_bare"})
+    found = set()
+    for text in ("x = 1", "x = 2", "x = 1"):
+        write({"zq_bare.py": text})
+        py_compile.compile(str(tmp_path / "zq_bare.py"), str(tmp_path / "zq_bare.pyc"), "zq_bare.py",
+                           invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)  # fmt: skip
+        (tmp_path / "zq_bare.py").unlink()
+        assert reached("zq_user") == {"zq_user", "zq_bare"}
+        found.add(code("zq_user"))
+    assert len(found) == 2
 
 
 def test_a_mere_folder_does_not_hide_an_installed_package(tmp_path: Path) -> None:

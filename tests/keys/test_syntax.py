@@ -183,6 +183,10 @@ def test_imports_by_name_are_found_in_the_strings() -> None:
         b"import importlib\nTABLE = {'Conv': 'convs', 'x y': 1}\nimportlib.import_module(TABLE[n], 'p')"
     )
     assert {Import(0, "convs"), Import(1, "convs")} <= set(analyse(computed, "x.py").imports)
+    things = b"get_method('a.b.f'); hydra.utils.get_class(path='c.D'); EntryPoint('n', 'e.f:g', group='h'); look('i')"
+    found = {item.module for item in analyse(things, "x.py").imports}
+    assert found >= {"a.b.f", "c.D", "e.f"}
+    assert "i" not in found
     listed = b"import pkgutil\nfor m in pkgutil.iter_modules(__path__): pass"
     assert Import(1, "", (EVERY,)) in analyse(listed, "x.py").imports
 

@@ -12,6 +12,7 @@ from qpipe.errors import ConfigError
 from qpipe.keys.syntax import bound_names
 from qpipe.language.graph import build_graph
 from qpipe.numerics.metric_names import least_score
+from qpipe.report.facts import goal_sentence
 from tests.inprocess import carry_out, job
 from tests.language.test_labels import spec_of
 from tests.nursery import Nursery
@@ -143,3 +144,21 @@ def test_without_a_goal_all_candidates_run_and_the_best_is_taken(toy_stages: Toy
     assert record["goal"]["met"] is None
     assert record["goal"]["reached"] == 12
     assert record["nodes"]["best"]["reasons"] == ["there is no goal; m is the best"]
+
+
+@pytest.mark.parametrize(("deployed", "status", "met"), [(9.5, 0, True), (8.5, 3, False), (None, 0, True)])
+def test_what_ships_has_to_be_within_the_goal(
+    toy_stages: Toy, tmp_path: Path, deployed: float | None, status: int, met: bool
+) -> None:
+    stages = {"f": {"uses": "toy_number", "value": 10}, "simulated": {"uses": "toy_number", "value": 9.75}}
+    if deployed is not None:
+        stages["ships"] = {"uses": "toy_number", "value": deployed}
+    goal = {"metric": "toy", "max_drop": 1, "reference": "f", "scores": "simulated"}
+    goal |= {"deployed": "ships"} if deployed is not None else {}
+    found, watch = carry_out(job(tmp_path, stages, goal=goal))
+    (record,) = watch.records
+    assert (found, record["goal"]["met"], record["goal"]["deployed"]) == (status, met, deployed)
+    said = goal_sentence(record)
+    assert said is not None
+    if not met:
+        assert said.startswith("goal missed by 0.5 in onnxruntime: toy 8.5 there; simulated, toy 9.75 with simulated")

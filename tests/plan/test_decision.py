@@ -106,7 +106,7 @@ def test_a_result_with_more_than_the_stages_outputs_is_none_of_it(scene: Scene) 
 
 
 def test_a_result_whose_other_modules_changed_is_replaced(scene: Scene) -> None:
-    scene.publish(also={"nowhere_to_be_found": "0" * 64})
+    scene.publish(also={"nowhere_to_be_found": ["0" * 64, "nowhere.py"]})
     verdict = scene.decide()
     assert "nowhere_to_be_found" in reasons(verdict)[0]
     assert isinstance(verdict, Action)

@@ -108,7 +108,9 @@ def test_a_file_of_other_content_and_the_same_stamp_has_changed(
 def test_a_module_beside_the_key_is_stale_once_it_is_something_else(keyring: Keyring, tmp_path: Path) -> None:
     (tmp_path / "beside.py").write_text("x = 1")
     made = keyring._code.module("beside", tmp_path)
-    assert keyring.stale({}) == keyring.stale({"also": {"beside": made}}) == []
-    assert keyring.stale({"also": {"beside": "0" * 64}}) == ["beside"]
-    assert keyring.stale({"also": {"nowhere": made}}) == ["nowhere"]
-    assert keyring.stale({"also": "made up"}) == ["?"]
+    assert keyring.stale({}) == keyring.stale({"also": {"beside": [made, "beside.py"]}}) == []
+    assert keyring.stale({"also": {"beside": ["0" * 64, "beside.py"]}}) == ["beside"]
+    assert keyring.stale({"also": {"nowhere": [made, "nowhere.py"]}}) == ["nowhere"]
+    assert keyring.stale({"also": {"elsewhere": [made, "beside.py"]}}) == []  # it came from a path of its own
+    for made_up in ("made up", {"beside": made}, {"nowhere": [made, 1]}, {"a": [made, "\0"]}):
+        assert keyring.stale({"also": made_up}), made_up

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,14 +127,26 @@ def test_parts_and_events_name_what_was_published(scene: Scene) -> None:
     assert len(context.parts) == 1
 
 
-def test_what_loaded_a_module_that_no_key_holds_is_not_kept(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loaded, "loaded_since", lambda count, memo: {"by_name": "0" * 64})
+def test_what_imported_a_module_that_no_key_holds_is_not_kept(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    (scene.store.root.parent / "zq_by_name.py").write_text("FACTOR = 2")
+    monkeypatch.syspath_prepend(scene.store.root.parent)
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    loaded.watch(frozenset())
     listings = {"listings": {INGREDIENTS["code"]: "1234  known"}}
     request = {"device": "cpu", "ingredients": INGREDIENTS, "provenance": listings}
-    for _ in range(2):
-        ActionContext(request, scene.store, scene.told.append, 1).memo("double", scene.double, 1)
+
+    def factor(name: str) -> int:
+        scene.calls += 1
+        return int(importlib.import_module(name).FACTOR)
+
+    for _ in range(2):  # it is loaded in the first, and there in the second
+        context = ActionContext(request, scene.store, scene.told.append, 1)
+        with context.apart():
+            assert context.memo("factor", factor, "zq_by_name") == 2
+        assert list(context.found_on_the_way()) == ["zq_by_name"]
     assert scene.calls == 2
     assert scene.told == []
+    del sys.modules["zq_by_name"]
 
 
 def test_the_last_step_is_always_told(scene: Scene) -> None:

@@ -13,50 +13,15 @@ from typing import Any
 
 import pytest
 
+from qpipe.artifacts.artifact import Artifact, load
+from qpipe.cache.store import Store
 from qpipe.run.isolation import Isolation
 from tests.toy import Toy
 
-HOSTILE = '''
+DEED = '''
 import os, random, signal, sys, threading, time
-from pathlib import Path
 import numpy as np
 import torch
-from qpipe.stage import NULL, Context, Factory, Scores, stage
-from qpipe.param import load_factory
-
-@stage(version=1)
-def look(*, path: Path = "w.txt", seen: list[str] = [], by: Factory | None = None, ctx: Context = NULL) -> Scores:
-    """What the process is like, and what is drawn from its global random states."""
-    seen.append("x")
-    kept = [load_factory(by)() for _ in range(2)] if by else []
-    return Scores({
-        "score": 1.0, "metric": "toy", "cwd": os.getcwd(), "text": path.read_text(), "absolute": path.is_absolute(),
-        "path": [entry for entry in sys.path if "left_behind" in entry], "dtype": str(torch.zeros(1).dtype),
-        "errors": np.geterr()["divide"], "environment": os.environ.get("LEFT_BEHIND", ""), "seen": seen,
-        "drawn": [random.random(), float(np.random.rand()), float(torch.rand(1, dtype=torch.float64))],
-        "usr1": str(signal.getsignal(signal.SIGUSR1)), "grad": torch.is_grad_enabled(), "kept": kept,
-    })
-
-@stage(version=1)
-def spoil(scores: Scores, *, how: str, folder: str) -> Scores:
-    """Leaves something behind."""
-    deeds = {
-        "cwd": lambda: os.chdir(folder),
-        "path": lambda: sys.path.insert(0, "/left_behind"),
-        "whole path": lambda: setattr(sys, "path", ["/left_behind", *sys.path]),
-        "dtype": lambda: torch.set_default_dtype(torch.float64),
-        "grad": lambda: torch.set_grad_enabled(False),
-        "errors": lambda: np.seterr(all="raise"),
-        "environment": lambda: os.environ.update(LEFT_BEHIND="yes"),
-        "random": lambda: (random.seed(7), np.random.seed(7), torch.manual_seed(7)),
-        "signal": lambda: signal.signal(signal.SIGUSR1, lambda *_: None),
-        "thread": lambda: threading.Thread(target=time.sleep, args=(60,), daemon=True).start(),
-        "module": lambda: COUNTED.append(1),
-        "class": lambda: Table.rows.update(a=1),
-        "default": lambda: collect("y"),
-    }
-    deeds[how]()
-    return scores
 
 COUNTED: list[int] = []
 
@@ -67,40 +32,120 @@ def collect(item, into=[]):
     into.append(item)
     return list(into)
 
+def nothing(): ...
+def cwd(): os.chdir(os.path.join(os.path.dirname(__file__), os.pardir, "elsewhere"))
+def path(): sys.path.insert(0, "/left_behind")
+def whole_path(): sys.path = ["/left_behind", *sys.path]
+def dtype(): torch.set_default_dtype(torch.float64)
+def grad(): torch.set_grad_enabled(False)
+def errors(): np.seterr(all="raise")
+def environment(): os.environ.update(LEFT_BEHIND="yes")
+def draws(): random.seed(7), np.random.seed(7), torch.manual_seed(7)
+def handler(): signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+def thread(): threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+def module(): COUNTED.append(1)
+def attribute(): Table.rows.update(a=1)
+def default(): collect("y")
+
 def counted():
     """A factory that keeps something from call to call."""
     collect("z")
     return len(collect("z")) + len(COUNTED) + len(Table.rows)
+
+def around():
+    """What the process is like, and what is drawn from its global random states."""
+    return {
+        "cwd": os.path.basename(os.getcwd()), "path": [entry for entry in sys.path if "left_behind" in entry],
+        "dtype": str(torch.zeros(1).dtype), "errors": np.geterr()["divide"], "grad": torch.is_grad_enabled(),
+        "environment": os.environ.get("LEFT_BEHIND", ""), "usr1": str(signal.getsignal(signal.SIGUSR1)),
+        "drawn": [random.random(), float(np.random.rand()), float(torch.rand(1, dtype=torch.float64))],
+    }
+'''
+HOSTILE = '''
+from pathlib import Path
+import hostile_deed
+from qpipe.stage import Factory, Scores, stage
+from qpipe.param import load_factory
+
+@stage(version=1)
+def look(scores: Scores, *, path: Path = "w.txt", seen: list[str] = [], by: Factory, deed: str = "") -> Scores:
+    seen.append("x")
+    kept = [load_factory(by)() for _ in range(2)]
+    read = {"text": path.read_text(), "absolute": path.is_absolute(), "seen": seen, "kept": kept}
+    return Scores({"score": 1.0, "metric": "toy", **hostile_deed.around(), **read})
+
+@stage(version=1)
+def spoil(scores: Scores, *, by: Factory) -> Scores:
+    \"\"\"Leaves something behind.\"\"\"
+    load_factory(by)()
+    return scores
+
+@stage(version=1)
+def use(*, by: Factory, turn: int = 0) -> Scores:
+    return Scores({"score": 1.0, "metric": "toy", **load_factory(by)()})
 '''
 DEEDS = (
-    *("cwd", "path", "whole path", "dtype", "grad", "errors", "environment", "random", "signal", "thread"),
-    *("module", "class", "default"),
+    *("cwd", "path", "whole_path", "dtype", "grad", "errors", "environment", "draws", "handler", "thread"),
+    *("module", "attribute", "default"),
 )
+ABOUT_THE_PROCESS = DEEDS[:-3]
 
 
 @pytest.fixture
 def hostile(toy: Toy) -> Toy:
-    (toy.folder / "plugin" / "hostile.py").write_text(HOSTILE)
+    """Stages and factories that leave something behind: `hostile_deed:DEED` when it is called, `top_DEED` when it is
+    loaded."""
+    plug_in = toy.folder / "plugin"
+    (plug_in / "hostile.py").write_text(HOSTILE)
+    (plug_in / "hostile_deed.py").write_text(DEED)
+    for deed in DEEDS:
+        top = f"import hostile_deed\nhostile_deed.{deed}()\nbuild = hostile_deed.around\n"
+        (plug_in / f"top_{deed}.py").write_text(top)
     points = toy.folder / "registered" / "toy-1.0.dist-info" / "entry_points.txt"
-    points.write_text(points.read_text() + "hostile_look = hostile:look\nhostile_spoil = hostile:spoil\n")
+    names = ("look", "spoil", "use")
+    points.write_text(points.read_text() + "".join(f"hostile_{name} = hostile:{name}\n" for name in names))
     (toy.folder / "w.txt").write_text("here")
     (toy.folder / "elsewhere").mkdir()
     (toy.folder / "elsewhere" / "w.txt").write_text("elsewhere")
     return toy
 
 
-def scores_after(toy: Toy, deeds: tuple[str, ...], *words: str) -> dict[str, Any]:
-    """What `look` sees behind each of the deeds, all of them in one run, by the deed."""
-    stages: dict[str, Any] = {"first": {"uses": "toy_number"}}
-    for index, deed in enumerate(deeds):
-        spoil = {"uses": "hostile_spoil", "scores": "first", "how": deed, "folder": str(toy.folder / "elsewhere")}
-        stages[f"spoil{index}"] = spoil
-        stages[f"look{index}"] = {"uses": "hostile_look", "path": "w.txt", "seen": ["a"], "by": "hostile:counted"}
+def scores_of(toy: Toy, stages: dict[str, Any], name: str, workers: int) -> dict[str, dict[str, Any]]:
+    """Node -> its scores, and under "key" its key, in a run with a cache of its own."""
     toy.pipeline(stages)
-    run = toy.run("run", "run.threads=1", *words)
+    run = toy.run("run", "run.threads=1", f"run.workers={workers}", f"cache.dir={toy.folder / name}")
     assert run.returncode == 0, run.stdout + run.stderr
-    record = toy.record()
-    return {deed: record["nodes"][f"look{i}"]["outputs"]["scores"]["digest"] for i, deed in enumerate(deeds)}
+    found = {}
+    with Store(toy.folder / name, readonly=True) as store:
+        for node, made in toy.record()["nodes"].items():
+            found[node] = {**load(Artifact(**made["outputs"]["scores"]), store).values, "key": made["key"]}
+    return found
+
+
+def looks_after(toy: Toy, deeds: tuple[str, ...], name: str, workers: int) -> list[dict[str, Any]]:
+    """What `look` sees behind each of the deeds, all of them in one run; what it draws is what its key says."""
+    stages: dict[str, Any] = {"first": {"uses": "toy_number"}}
+    for deed in deeds:
+        stages[f"spoil_{deed}"] = {"uses": "hostile_spoil", "scores": "first", "by": f"hostile_deed:{deed}"}
+        look = {"uses": "hostile_look", "path": "w.txt", "seen": ["a"], "by": "hostile_deed:counted"}
+        stages[f"look_{deed}"] = {**look, "scores": f"spoil_{deed}", "deed": deed}
+    scores = scores_of(toy, stages, name, workers)
+    found = [{**scores[node], "deed": node} for node in scores if node.startswith("look")]
+    for one in found:
+        assert one.pop("drawn") == drawn(one.pop("key")), one
+        del one["deed"]
+    return found
+
+
+def drawn(key: str) -> list[float]:
+    """What an action of this key draws first."""
+    import random
+
+    import numpy as np
+    import torch
+
+    with Isolation().of(key):
+        return [random.random(), float(np.random.rand()), float(torch.rand(1, dtype=torch.float64))]
 
 
 def test_what_is_simple_is_put_back_in_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,15 +172,6 @@ def test_what_is_simple_is_put_back_in_this_process(tmp_path: Path, monkeypatch:
 
 
 def test_random_states_follow_from_the_key_alone() -> None:
-    import random
-
-    import numpy as np
-    import torch
-
-    def drawn(key: str) -> list[float]:
-        with Isolation().of(key):
-            return [random.random(), float(np.random.rand()), float(torch.rand(1))]
-
     assert drawn("ab" * 32) == drawn("ab" * 32) != drawn("ac" * 32)
 
 
@@ -178,13 +214,30 @@ def test_a_thread_that_goes_on_makes_the_process_spent() -> None:
 
 @pytest.mark.slow
 def test_an_action_gives_the_same_in_a_used_worker_and_in_a_fresh_one(hostile: Toy) -> None:
-    alone: set[str] = set()
-    for deed in DEEDS[:2]:  # each in a worker that did nothing before
-        alone |= set(scores_after(hostile, (deed,), "run.workers=2", f"cache.dir=alone{len(alone)}").values())
-    one = scores_after(hostile, DEEDS, "run.workers=1", "cache.dir=one")
-    many = scores_after(hostile, DEEDS, "run.workers=4", "cache.dir=many")
-    assert set(one.values()) == set(many.values()) == alone
-    assert len(alone) == 1
+    (alone,) = looks_after(hostile, ("nothing",), "alone", 1)
+    assert alone["text"] == "here"
+    for name, workers in (("one", 1), ("many", 4)):
+        assert looks_after(hostile, DEEDS, name, workers) == [alone] * len(DEEDS)
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(strict=True, reason="put back after the first action that loads it: docs/cache.md")
+def test_what_a_module_does_to_its_process_when_it_is_loaded_holds_for_all_that_use_it(hostile: Toy) -> None:
+    """It is loaded once in a process, in the first of the actions that use it."""
+
+    def uses(*turns: int, deeds: tuple[str, ...] = ABOUT_THE_PROCESS) -> dict[str, Any]:
+        return {
+            f"{deed}_{turn}": {"uses": "hostile_use", "by": f"top_{deed}:build", "turn": turn}
+            for deed in deeds
+            for turn in turns
+        }
+
+    fresh: dict[str, Any] = {}
+    for deed in ABOUT_THE_PROCESS:
+        fresh |= scores_of(hostile, uses(2, deeds=(deed,)), f"fresh_{deed}", 1)
+    for name, workers in (("one", 1), ("many", 4)):
+        found = scores_of(hostile, uses(0, 1, 2), name, workers)
+        assert {node: found[node] for node in fresh} == fresh
 
 
 def test_a_thread_that_watches_progress_is_let_be() -> None:

@@ -40,7 +40,8 @@ def test_a_limit_keeps_every_class_of_sorted_data(tmp_path):
         ({"x": np.float32(3)}, "array 'x' is a single number"),
         ({"x": np.zeros((4, 3)), "labels": np.zeros(5)}, "array 'labels' has 5 samples, 'x' has 4"),
         ({"labels": np.zeros(5)}, "holds no array for a model input, only ['labels']"),
-        ({"x": np.array(["a", "b"])}, "array 'x' has dtype <U1; it has to hold numbers"),
+        ({"x": np.array([b"a", b"b"])}, "array 'x' has dtype |S1; it has to hold numbers, or text as numpy's str"),
+        ({"x": np.zeros(2), "labels": np.array(["a", "b"])}, "array 'labels' has dtype <U1; it has to hold numbers"),
         ({}, "holds no array for a model input"),
     ],
 )
@@ -274,3 +275,13 @@ def test_samples_may_lie_along_another_axis_and_a_number_is_every_sample_s(tmp_p
         load_data(path=tmp_path / "d.npz", batch_axis={"stat": 1})
     with pytest.raises(InputError, match=r"'x' has the shape \(4, 5\), so no axis 2"):
         load_data(path=tmp_path / "d.npz", batch_axis={"state": 1, "x": 2})
+
+
+def test_text_is_taken_as_numpy_has_it_or_as_objects(tmp_path, monkeypatch):
+    np.savez(tmp_path / "d.npz", words=np.array(["one", "three"]))
+    assert load_data(path=tmp_path / "d.npz").arrays["words"].tolist() == ["one", "three"]
+    (tmp_path / "texts.py").write_text(
+        "import numpy as np\ndef load(split):\n    return {'words': np.array(['one', 'three'], object)}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert load_data(factory="texts:load").arrays["words"].tolist() == ["one", "three"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -15,6 +16,7 @@ from qpipe.model import Model
 from qpipe.model.structure.layers import find_layers
 from qpipe.stage import Samples
 from qpipe.stages.load_model import load_model
+from tests.model.nets import normal, parsed
 
 NETS = """
 import torch
@@ -251,3 +253,14 @@ def test_a_file_that_runs_on_nothing_made_up_is_taken_and_the_note_says_so(tmp_p
     load_model(path=tmp_path / "net.onnx", ctx=notes)
     assert "could not be held against its source" in notes.notes[-1]
     assert "samples on the port `data`" in notes.notes[-1]
+
+
+def test_a_file_in_bfloat16_is_taken_and_the_note_says_that_it_is_not_checked(tmp_path, notes):
+    w = (normal(4, 3) / 2).astype(ml_dtypes.bfloat16)
+    text = "m (bfloat16[N,4] x) => (bfloat16[N,3] y) { h = MatMul(x, w)  y = Relu(h) }"
+    onnx.save(parsed(text, w=w), tmp_path / "net.onnx")
+    model = load_model(path=tmp_path / "net.onnx", ctx=notes)
+    assert notes.notes[-1].startswith("Inputs and outputs of bfloat16 are float32 now, in what is exported too.")
+    x = normal(5, 4, seed=1)
+    found = Model.of(model).session().run(None, {"x": x})[0]
+    np.testing.assert_allclose(found, np.maximum(x @ w.astype(np.float32), 0), rtol=1e-5, atol=1e-6)

@@ -92,13 +92,19 @@ def factory(*, function: Factory) -> Scores:
     return Scores({"score": float(load_factory(function)()), "metric": "toy"})
 
 @stage(version=1)
+def functions(*, functions: list[Factory]) -> Scores:
+    called("functions")
+    from qpipe.param import load_factory
+    return Scores({"score": float(sum(load_factory(each)() for each in functions)) + 1, "metric": "toy"})
+
+@stage(version=1)
 def files(scores: Scores) -> Files:
     called("files")
     return Files({"score.txt": repr(scores.values["score"]).encode()})
 '''
 
 FORMULA = "def mix(row, factor):\n    return row * factor + 1\n"
-STAGES = ("make", "mix", "score", "sign", "gate", "outside", "folder", "factory", "files")
+STAGES = ("make", "mix", "score", "sign", "gate", "outside", "folder", "factory", "functions", "files")
 
 
 class Lab(Toy):

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import onnxruntime
     from torch import Tensor
 
+    from qpipe.model.network.facts import Library
     from qpipe.model.network.network import Network
     from qpipe.model.runtime.options import Mode
 
@@ -93,7 +94,7 @@ def verify_import(
     tries, failed = ({**fed, **(given or {})} for fed in trial_inputs(model, arrays, seed, batch)), ""
     while True:
         try:
-            inputs, wanted = _run_source(source, tries)
+            inputs, wanted = _run_source(source, tries, model.facts.custom_ops)
         except _NothingRunsError as nothing:
             if failed:
                 raise InputError(f"The import runs on nothing that its source runs on: {failed}") from nothing
@@ -131,7 +132,7 @@ def _compared(
     if check.equal:
         return check
     first = first_difference(model, inputs) if e2 > tolerance else None
-    own = max(_own_error(source, inputs), _rounding_error(model, inputs, computed=pairs[1][1]))
+    own = max(_own_error(source, inputs, model.facts.custom_ops), _rounding_error(model, inputs, computed=pairs[1][1]))
     return replace(check, own=own, first_difference=first)
 
 
@@ -151,10 +152,10 @@ def first_difference(model: Network, inputs: Mapping[str, Array]) -> dict[str, A
 
 
 def _run_source(
-    source: str | Path | bytes, tries: Iterator[dict[str, Array]]
+    source: str | Path | bytes, tries: Iterator[dict[str, Array]], custom_ops: tuple[Library, ...]
 ) -> tuple[dict[str, Array], list[Array]]:
     """The next inputs that the source runs on and gives something for, and what it gives."""
-    session = _source_session(source)
+    session = _source_session(source, custom_ops)
     said = "no inputs of such a size are made up"
     for inputs in tries:
         try:
@@ -174,12 +175,14 @@ def _rounding(model: Network) -> float:
     return max(TOLERANCE, OWN * max(steps, default=0.0))
 
 
-def _source_session(source: str | Path | bytes, mode: Mode = "reference") -> onnxruntime.InferenceSession:
+def _source_session(
+    source: str | Path | bytes, custom_ops: tuple[Library, ...], mode: Mode = "reference"
+) -> onnxruntime.InferenceSession:
     import onnxruntime
 
     from qpipe.model.runtime.options import session_options, set_lean
 
-    options = session_options(mode)
+    options = session_options(mode, custom_ops=custom_ops)
     set_lean(options)
     given = source if isinstance(source, bytes) else str(source)
     try:
@@ -188,9 +191,9 @@ def _source_session(source: str | Path | bytes, mode: Mode = "reference") -> onn
         raise InputError(f"onnxruntime cannot run the model as it is: {first_line(error)}") from error
 
 
-def _own_error(source: str | Path | bytes, inputs: Mapping[str, Array]) -> float:
+def _own_error(source: str | Path | bytes, inputs: Mapping[str, Array], custom_ops: tuple[Library, ...]) -> float:
     """How far the source's outputs lie apart without optimizations and with all of them."""
-    sessions = [_source_session(source, mode) for mode in ("plain", "deploy")]
+    sessions = [_source_session(source, custom_ops, mode) for mode in ("plain", "deploy")]
     return largest_error(*(_run_in_passing(session, _fed(session, inputs), source) for session in sessions))
 
 

@@ -57,9 +57,9 @@ def _order(model: Network) -> list[tuple[bool, int]]:
 def random_inputs(
     model: Network, seed: int = 0, batch: int = 2, size: int = 8, lengths: bool = False
 ) -> dict[str, Array]:
-    """Standard normal floats, integers of 0 and 1 (valid as indices, masks and token types alike); the dimension that
-    counts the samples is `batch`, any other open one `size`. With `lengths`, integers in a row are `size`: how much of
-    each sample there is."""
+    """Standard normal floats, integers of 0 and 1 (valid as indices, masks and token types alike), some words where the
+    input is text; the dimension that counts the samples is `batch`, any other open one `size`. With `lengths`, integers
+    in a row are `size`: how much of each sample there is."""
     rng = np.random.default_rng(seed)
     arrays: dict[str, Array] = {}
     samples = batch_name(model)
@@ -68,6 +68,8 @@ def random_inputs(
         dtype = np.dtype(spec.dtype)
         if dtype.kind == "f":
             arrays[spec.name] = rng.standard_normal(shape).astype(dtype)
+        elif dtype.kind == "O":
+            arrays[spec.name] = np.full(shape, "a text of some words", dtype)
         elif lengths and len(shape) < 2:
             arrays[spec.name] = np.full(shape, size).astype(dtype)
         else:

@@ -22,7 +22,7 @@ def float_fingerprint(
 ) -> str:
     """A digest of what the float model computes on `arrays`, and what it is held against: its graph, its tensors,
     the samples and their labels."""
-    meta, blobs = Network(model.ir, facts=Facts(biases=model.facts.biases)).pack()
+    meta, blobs = Network(model.ir, facts=Facts(biases=model.facts.biases, custom_ops=model.facts.custom_ops)).pack()
     hashed = blake3()
     _add(hashed, "model", json.dumps(meta, sort_keys=True).encode())
     for name, blob in sorted(blobs.items()):

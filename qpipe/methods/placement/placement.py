@@ -72,7 +72,8 @@ def place(model: Network, target: Target, scheme: Scheme) -> Placement:
     for operand in find_operands(model):
         why = marks.why_float(operand)
         if why is None:
-            given = (operand.name, *weight_scheme(operand, schemes.weight(operand.weight)))
+            asked = target.weight.settled(schemes.weight(operand.weight))
+            given = (operand.name, *weight_scheme(operand, asked))
             chosen.setdefault(operand.weight, []).append(given)
         else:
             in_float.setdefault(operand.weight, why)

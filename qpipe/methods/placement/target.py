@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from qpipe.errors import InputError
@@ -94,9 +94,17 @@ class Limits:
             )
         if self.power_of_two not in (None, scheme.power_of_two):
             return "scales that are powers of two, not free ones" if self.power_of_two else "free scales"
-        if self.granularities and scheme.granularity not in self.granularities:
+        if self.granularities and self.settled(scheme).granularity not in self.granularities:
             return f"{' or '.join(self.granularities)} scales, not {scheme.granularity}"
         return None
+
+
+    def settled(self, scheme: TensorScheme) -> TensorScheme:
+        """`scheme` with the granularity that `auto` stands for: per channel where that is admitted."""
+        if scheme.granularity != "auto":
+            return scheme
+        per_channel = not self.granularities or "per_channel" in self.granularities
+        return replace(scheme, granularity="per_channel" if per_channel else "per_tensor")
 
 
 @dataclass(frozen=True)

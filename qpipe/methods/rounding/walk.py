@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy.typing as npt
 import torch
 
+from qpipe.model.simulation.constants import taken_in
 from qpipe.model.simulation.module import to_torch
 from qpipe.model.simulation.samples import batches
 from qpipe.model.simulation.stream import Stream
@@ -76,7 +77,7 @@ class Walk:
     ) -> None:
         """Raises InputError for data that do not fit the model."""
         taken = (batch.arrays for batch in batches(model, arrays, BATCH_SIZE))
-        data = [tuple(torch.tensor(array) for array in batch) for batch in taken]
+        data = [tuple(taken_in(array, "cpu") for array in batch) for batch in taken]
         self._float = Stream(to_torch(model, quantized=False, device=device), data)
         self._quantized = Stream(to_torch(model, device=device), data) if asymmetric else None
 

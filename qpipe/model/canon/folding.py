@@ -93,7 +93,7 @@ def _from_parameters(model: ir.Model) -> set[ir.Value]:
 def _computable(node: ir.Node) -> bool:
     if node.domain or node.op_type in RANDOM or quantizes(node) or dequantizes(node):
         return False
-    if any(output.is_graph_output() for output in node.outputs):
+    if any(output.is_graph_output() or output.dtype == ir.DataType.STRING for output in node.outputs):
         return False
     if any(
         attr.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attr in node.attributes.values()

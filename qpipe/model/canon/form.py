@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import onnx_ir as ir
 from onnx_ir.passes import common
@@ -22,6 +23,7 @@ from qpipe.model.canon.floats import to_float32
 from qpipe.model.canon.folding import fold_constants, fold_quantized, fold_weights
 from qpipe.model.canon.opsets import to_canonical_opset
 from qpipe.model.canon.refusals import check_supported, refuse_unfit
+from qpipe.model.network.facts import Library
 from qpipe.model.network.invariants import lift_constants, remove_dead_nodes, restore
 from qpipe.model.network.naming import assign_names
 from qpipe.model.network.network import Network
@@ -63,21 +65,26 @@ _ROUNDS = 10
 """Folding makes shapes known and known shapes make constants; the deepest chain seen took 4 rounds."""
 
 
-def canonical_network(source: ir.Model) -> Network:
+def canonical_network(source: ir.Model, custom_ops: tuple[Library, ...] = ()) -> Network:
     """`source`, which is used up, in canonical form, with the encodings that its QDQ nodes say and notes on what was
     changed. Raises InputError for what cannot be taken, all of it listed."""
-    model, notes, grids = canonicalize(source)
-    return Network(model, grids.encodings, {"notes": notes} if notes else {}, grids.facts())
+    model, notes, grids = canonicalize(source, custom_ops=custom_ops)
+    facts = replace(grids.facts(), custom_ops=custom_ops)
+    return Network(model, grids.encodings, {"notes": notes} if notes else {}, facts)
 
 
 def canonicalize(
-    model: ir.Model, parameters: Collection[str] | None = None, keep_types: bool = True
+    model: ir.Model,
+    parameters: Collection[str] | None = None,
+    keep_types: bool = True,
+    custom_ops: tuple[Library, ...] = (),
 ) -> tuple[ir.Model, list[str], Grids]:
     """The canonical form of `model`, which is used up, sentences about what was changed on the way, and the
     grids that its QDQ nodes said.
 
     `parameters` are the initializers that folding leaves alone; by default all of floats that are no scalar.
-    `keep_types` leaves inputs and outputs of float16 and double what they are.
+    `keep_types` leaves inputs and outputs of float16 and double what they are. `custom_ops` are libraries that
+    onnxruntime is to know.
     Raises InputError for what cannot be taken, all of it listed."""
     model, notes, declared = _in_one_dialect(model, keep_types)
     graph, grids = model.graph, Grids()
@@ -106,7 +113,7 @@ def canonicalize(
     restore(model)
     infer_shapes(model)
     opaque = opaque_nodes(graph)
-    complaint = learn_types(model) if opaque else None
+    complaint = learn_types(model, custom_ops) if opaque else None
     for value in model.graph.outputs:
         if value.shape is None:  # what nobody finds is as the file says
             value.shape = declared.get(str(value.name))

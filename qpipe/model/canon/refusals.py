@@ -17,7 +17,8 @@ from qpipe.model.network.invariants import OPSET, constant
 from qpipe.model.structure.families import RANDOM
 from qpipe.model.structure.opaque import FLOAT8, TYPES, is_opaque
 
-_TEXT = "text is not supported. Process it before the model"
+_TEXT = "text is no number, so that nothing compares it. Leave it out of the model's outputs"
+_RUNTIME_S_OWN = ("com.microsoft", "ai.onnx.ml")
 _CONTAINER = "Sequences, maps and optionals are not supported there. Give tensors of their own to the model"
 
 
@@ -47,6 +48,8 @@ def unsupported(model: ir.Model, complaint: str | None = None) -> list[str]:
         reason = _unfit(node, OPSET)
         if reason is None and complaint is not None and is_opaque(node):
             reason = f"torch cannot compute it, and onnxruntime does not open the model: {complaint.rstrip('.')}"
+            if node.domain and not node.domain.startswith(_RUNTIME_S_OWN):
+                reason += ". If it is in a library of custom operators, name that in model.custom_ops=[FILE]"
         if reason is not None:
             found.append(_clause(node, reason))
     return found
@@ -76,9 +79,9 @@ def _bad_value(kind: str, value: ir.Value) -> str | None:
     reason = None
     if value.type is not None and not isinstance(value.type, ir.TensorType):
         reason = f"it is no tensor. {_CONTAINER}"
-    elif value.dtype == ir.DataType.STRING:
+    elif value.dtype == ir.DataType.STRING and kind == "output":
         reason = f"it holds strings; {_TEXT}"
-    elif value.dtype is not None and value.dtype not in TYPES | FLOAT8:
+    elif value.dtype is not None and value.dtype not in TYPES | FLOAT8 | {ir.DataType.STRING}:
         reason = f"it holds {value.dtype.name.lower()}, which torch cannot compute with. Give the model in float32"
     elif kind == "input" and (value.dtype is None or value.shape is None):
         reason = "its type or its number of dimensions is not said. Export the model again with them"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -22,17 +23,28 @@ class Spread:
 
 
 @dataclass(frozen=True)
+class Library:
+    """A library of custom operators: the SHA-256 of its bytes, and where it lies, if that is known. A packed model says
+    the first alone: neither does its content depend on a place, nor does code come with it."""
+
+    sha256: str
+    path: Path | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
 class Facts:
     """`biases`: whether quantized layers have int32 biases or keep float ones. `came_quantized`: whether the grids came
     with the model, so that its weights stay where they are. `statistics`: the Spread of a layer's output, by its name.
-    `on_codes`: the operators (Min, Max) that a file has on codes where both roundings around them are on one grid.
-    `tied`: names under which torch knows a parameter besides its own: that name -> the initializer's.
+    `tied`: names under which torch knows a parameter besides its own: that name -> the initializer's. `custom_ops`: the
+    libraries without which onnxruntime does not know all operators. `on_codes`: the operators (Min, Max) that a file
+    has on codes where both roundings around them are on one grid.
     """
 
     biases: Literal["int32", "float"] = "int32"
     came_quantized: bool = False
     statistics: Mapping[str, Spread] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)
+    custom_ops: tuple[Library, ...] = ()
     on_codes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -47,14 +59,13 @@ class Facts:
         }
         found: dict[str, Any] = {
             _BIASES: self.biases, _CAME: self.came_quantized, _STATISTICS: spreads, _TIED: dict(self.tied),
-            _ON_CODES: list(self.on_codes),
+            _CUSTOM_OPS: [library.sha256 for library in self.custom_ops], _ON_CODES: list(self.on_codes),
         }  # fmt: skip
         return {name: value for name, value in found.items() if value and value != "int32"}
 
 
-_BIASES, _CAME, _STATISTICS, _TIED, _ON_CODES = NAMES = (
-    "biases", "quantized_source", "folded_statistics", "tied", "on_codes"
-)  # fmt: skip
+NAMES = ("biases", "quantized_source", "folded_statistics", "tied", "custom_ops", "on_codes")
+_BIASES, _CAME, _STATISTICS, _TIED, _CUSTOM_OPS, _ON_CODES = NAMES
 
 
 def facts_from(packed: Mapping[str, Any]) -> Facts:
@@ -64,6 +75,10 @@ def facts_from(packed: Mapping[str, Any]) -> Facts:
         for name, spread in packed.get(_STATISTICS, {}).items()
     }
     return Facts(
-        packed.get(_BIASES, "int32"), bool(packed.get(_CAME, False)), statistics, dict(packed.get(_TIED, {})),
+        packed.get(_BIASES, "int32"),
+        bool(packed.get(_CAME, False)),
+        statistics,
+        dict(packed.get(_TIED, {})),
+        tuple(Library(str(sha256)) for sha256 in packed.get(_CUSTOM_OPS, ())),
         tuple(packed.get(_ON_CODES, ())),
     )

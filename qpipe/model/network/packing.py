@@ -50,7 +50,8 @@ def graph_proto(
     for value in values:
         name, tensor = str(value.name), value.const_value
         assert tensor is not None
-        if inline_bytes is not None and tensor.nbytes > inline_bytes:
+        text = tensor.dtype == ir.DataType.STRING  # has no raw bytes
+        if inline_bytes is not None and not text and tensor.nbytes > inline_bytes:
             outside[name] = tensor
             value.const_value = ir.ExternalTensor(
                 name, None, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name

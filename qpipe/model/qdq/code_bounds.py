@@ -57,8 +57,7 @@ def bound_codes(graph: ir.Graph, op_types: Collection[str], keep: Collection[str
         if not (floats.uses() or floats.is_graph_output() or floats.name in keep):
             graph.remove(first, safe=True)
             if source is not None and str(source.name).startswith(f"{floats.name}__float"):
-                name, floats.name = floats.name, None
-                source.name = name  # nobody else has it any more
+                source.name, floats.name = floats.name, None  # nobody else has it any more
 
 
 def _between(node: ir.Node) -> tuple[ir.Node, ir.Value, ir.Node] | None:

@@ -1,12 +1,25 @@
-"""Sessions of onnxruntime as qpipe opens them, whatever they run."""
+"""Sessions of onnxruntime as qpipe opens them, whatever they run, with the libraries of custom operators of a model.
+
+A model says by its bytes which library it needs; where that lies is found out when a session is opened: among what this
+process loaded it from, and what the engine tells each action in the environment.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import os
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import onnx
 import onnxruntime
+
+from qpipe.errors import InputError
+from qpipe.model.network.facts import Library
+from qpipe.param import LIBRARIES
 
 
 def set_lean(options: onnxruntime.SessionOptions) -> None:
@@ -19,8 +32,10 @@ Mode = Literal["plain", "reference", "deploy"]
 """How much onnxruntime rewrites a graph: not at all, by its basic optimizations, by all of them."""
 
 
-def session_options(mode: Mode = "reference", threads: int | None = None) -> onnxruntime.SessionOptions:
-    """The options that every session of qpipe starts from."""
+def session_options(
+    mode: Mode = "reference", threads: int | None = None, custom_ops: Iterable[Library] = ()
+) -> onnxruntime.SessionOptions:
+    """The options that every session of qpipe starts from. Raises InputError as `register` does."""
     options = onnxruntime.SessionOptions()
     level = onnxruntime.GraphOptimizationLevel
     levels = {"plain": level.ORT_DISABLE_ALL, "reference": level.ORT_ENABLE_BASIC, "deploy": level.ORT_ENABLE_ALL}
@@ -32,7 +47,60 @@ def session_options(mode: Mode = "reference", threads: int | None = None) -> onn
     if threads is not None:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
+    register(options, custom_ops)
     return options
+
+
+def libraries(paths: Iterable[Path]) -> tuple[Library, ...]:
+    """What a model is to know of the files, each once. Raises InputError for one that is not there."""
+    found = {}
+    for path in paths:
+        sha256 = _sha256_of(path)
+        if sha256 is None:
+            raise InputError(f"There is no library of custom operators {path}. Give the path of one.")
+        found[sha256] = Library(sha256, path.absolute())
+    return tuple(found.values())
+
+
+def register(options: onnxruntime.SessionOptions, custom_ops: Iterable[Library]) -> None:
+    """Let sessions know the operators of the libraries. Raises InputError for one that is nowhere, or is none."""
+    for library in custom_ops:
+        path = place(library)
+        try:
+            options.register_custom_ops_library(str(path))
+        except Exception as error:  # onnxruntime's errors have no common type
+            said = str(error).strip().splitlines()[0]
+            raise InputError(f"onnxruntime cannot take {path} as a library of custom operators: {said}") from error
+
+
+def place(library: Library) -> Path:
+    """A file with the library's bytes. Raises InputError where none is known."""
+    told = [Path(line) for line in os.environ.get(LIBRARIES, "").splitlines() if line]
+    places = ([library.path] if library.path else []) + told
+    for path in places:
+        if _sha256_of(path) == library.sha256:
+            return path
+    searched = f"; {', '.join(map(str, places))} is gone or has other bytes" if places else ""
+    raise InputError(
+        f"The model needs a library of custom operators that is not at hand (SHA-256 {library.sha256[:16]}…{searched})."
+        f" Name its file in model.custom_ops, or in the environment variable {LIBRARIES}."
+    )
+
+
+def _sha256_of(path: Path) -> str | None:
+    """None where there is no such file."""
+    try:
+        status = path.stat()
+        return _sha256(path, (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+    except OSError:
+        return None
+
+
+@lru_cache(maxsize=64)
+def _sha256(path: Path, _: tuple[int, ...]) -> str:
+    """Remembered until the file is another: some methods open thousands of sessions."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_session(

@@ -55,7 +55,7 @@ def make_session(
         lean = not quantized and _large(tensors.values())
     if outputs is not None:
         _set_outputs(proto, model, outputs)
-    options = session_options(mode, threads)
+    options = session_options(mode, threads, model.facts.custom_ops)
     if quantized and blocks:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     if lean:

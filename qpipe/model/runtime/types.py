@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 import onnx_ir as ir
 
+from qpipe.model.network.facts import Library
 from qpipe.model.network.invariants import IR_VERSION
 from qpipe.model.network.packing import graph_proto
 from qpipe.model.network.shapes import infer_shapes
@@ -22,7 +24,7 @@ _TYPES = {
 }
 
 
-def learn_types(model: ir.Model) -> str | None:
+def learn_types(model: ir.Model, custom_ops: Iterable[Library] = ()) -> str | None:
     """Fill in the types and ranks that are missing behind operators of other domains, in place. What onnxruntime says
     against the model, which it does not open then; None where it does."""
     unknown = [output for node in model.graph for output in node.outputs if output.name and output.type is None]
@@ -30,13 +32,15 @@ def learn_types(model: ir.Model) -> str | None:
     named = ir.convenience.create_value_mapping(clone.graph, include_subgraphs=False)
     clone.graph.outputs[:] = [named[str(value.name)] for value in unknown] or list(clone.graph.outputs)
     proto, tensors = graph_proto(clone)
+    options = session_options("plain", custom_ops=custom_ops)
     try:
-        session = open_session(proto, {name: t.numpy() for name, t in tensors.items()}, session_options("plain"))
+        session = open_session(proto, {name: t.numpy() for name, t in tensors.items()}, options)
     except Exception as error:  # onnxruntime's errors have no common type
         return str(error).strip().splitlines()[0]
     for value, output in zip(unknown, session.get_outputs(), strict=False):
         value.type = _type(output.type)
-        value.shape = None if output.shape is None else ir.Shape(output.shape)
+        # It says [] of a single number, and of what it does not know.
+        value.shape = ir.Shape(output.shape) if output.shape else None
     if unknown:
         infer_shapes(model)
     return None

@@ -60,6 +60,13 @@ def tensor_of(array: np.ndarray[Any, Any] | None) -> torch.Tensor:
     return torch.tensor(array)
 
 
+def taken_in(value: Any, device: torch.device | str) -> Any:
+    """An input, an array or a tensor, as a module on `device` takes it; text, which torch does not know, as it is."""
+    if isinstance(value, np.ndarray):
+        return value if value.dtype.kind in "OU" else tensor_of(value).to(device)
+    return value.to(device)
+
+
 def array_of(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     """The other way: `tensor`, on the CPU, as numpy has it."""
     name = next((name for name, dtype in _BORROWED.items() if dtype == tensor.dtype), None)

@@ -38,6 +38,7 @@ from qpipe.model.simulation.constants import (
     shared_tensor_of,
     statistics,
     stays,
+    taken_in,
     tensor_of,
     to_device,
 )
@@ -48,6 +49,7 @@ from qpipe.numerics.fake_quantize import FakeQuantize, fake_quantize
 from qpipe.numerics.grid import Encoding, same_grid
 
 if TYPE_CHECKING:
+    from qpipe.model.network.facts import Library
     from qpipe.model.network.network import Network
     from qpipe.model.simulation.samples import Array
 
@@ -78,7 +80,7 @@ def to_torch(
         raise ValueError("a module that shares the model's tensors cannot train any of them.")
     encodings = effective_encodings(model) if quantized else {}
     biases = quantized_biases(model) if quantized else {}
-    module = build(model.graph, encodings, biases, trainable, shared)
+    module = build(model.graph, encodings, biases, trainable, shared, model.facts.custom_ops)
     return module.to(device)
 
 
@@ -88,10 +90,11 @@ def build(
     biases: dict[tuple[str, int], QuantizedBias] | None = None,
     trainable: tuple[str, ...] = (),
     shared: bool = False,
+    custom_ops: tuple[Library, ...] = (),
 ) -> fx.GraphModule:
     """`graph` as a torch.fx module on the CPU; see `to_torch`. `shared`: its tensors are the graph's own memory, which
     nobody may write to."""
-    builder = _Builder(graph, encodings or {}, biases or {}, trainable, shared)
+    builder = _Builder(graph, encodings or {}, biases or {}, trainable, shared, custom_ops)
     return builder.module()
 
 
@@ -127,7 +130,9 @@ class _Builder:
         biases: dict[tuple[str, int], QuantizedBias],
         trainable: tuple[str, ...],
         shared: bool = False,
+        custom_ops: tuple[Library, ...] = (),
     ) -> None:
+        self.custom_ops = custom_ops
         self.tensor_of = shared_tensor_of if shared else tensor_of
         self.onnx, self.encodings, self.biases = graph, encodings, biases
         self.root, self.graph = torch.nn.Module(), fx.Graph()
@@ -200,7 +205,7 @@ class _Builder:
         """A part that runs through onnxruntime; it is named as its last node is."""
         last = str(part.nodes[-1].name)
         attribute = self._attribute_name(last)
-        self.root.add_module(attribute, RuntimePart(self.onnx, part))
+        self.root.add_module(attribute, RuntimePart(self.onnx, part, self.custom_ops))
         args = tuple(self._device(value) for value in part.inputs)
         call = self.graph.create_node("call_module", attribute, args, name=sanitize(last))
         call.meta["onnx_name"] = last
@@ -339,7 +344,7 @@ def watched(
     gives. A value with a quantizer is seen twice, before and after. No value is held longer than its readers need it,
     unless `see` holds it."""
     with torch.inference_mode():
-        outputs = _Watcher(module, see).run(*(tensor_of(array).to(device) for array in arrays))
+        outputs = _Watcher(module, see).run(*(taken_in(array, device) for array in arrays))
     return tuple(outputs) if isinstance(outputs, tuple | list) else (outputs,)
 
 

@@ -78,13 +78,13 @@ def _joined(name: str, outputs: list[Array]) -> Array:
 def _simulation(model: Network, quantized: bool, device: str) -> Callable[[tuple[Array, ...]], list[Array]]:
     import torch
 
-    from qpipe.model.simulation.constants import array_of, tensor_of
+    from qpipe.model.simulation.constants import array_of, taken_in
 
     module = to_torch(model, quantized=quantized, device=device, shared=True)
 
     def infer(arrays: tuple[Array, ...]) -> list[Array]:
         with torch.inference_mode():
-            outputs = module(*(tensor_of(array).to(device) for array in arrays))
+            outputs = module(*(taken_in(array, device) for array in arrays))
         found = outputs if isinstance(outputs, tuple | list) else (outputs,)
         return [array_of(output.cpu()) for output in found]
 

@@ -179,9 +179,10 @@ def _as_input(spec: ValueSpec, axis: int | None, array: Array) -> Array:
 
 def _refuse_kind(spec: ValueSpec, array: Array) -> None:
     wanted = np.dtype(spec.dtype)
-    kinds = {"f": "f", "i": "iu", "u": "iu", "b": "b"}
+    kinds = {"f": "f", "i": "iu", "u": "iu", "b": "b", "O": "U"}
     if array.dtype != wanted and array.dtype.kind not in kinds.get(wanted.kind, ""):
-        raise InputError(f"The model's input '{spec.name}' is {wanted}, the data give {array.dtype}.")
+        taken = "text" if wanted.kind == "O" else wanted
+        raise InputError(f"The model's input '{spec.name}' is {taken}, the data give {array.dtype}.")
 
 
 def in_type(spec: ValueSpec, array: Array) -> Array:

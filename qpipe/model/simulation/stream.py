@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
+from qpipe.model.simulation.constants import taken_in
 from qpipe.model.simulation.module import value_nodes
 
 
@@ -77,7 +78,7 @@ class Stream:
         placeholders = [node for node in self._nodes if node.op == "placeholder"]
         for i, node in enumerate(placeholders):
             if node in self._last:
-                self._values[node] = [torch.as_tensor(batch[i]).to(self.device) for batch in batches]
+                self._values[node] = [taken_in(batch[i], self.device) for batch in batches]
         self._count = len(batches)
         while self._next < len(self._nodes) and self._nodes[self._next].op == "placeholder":
             self._next += 1
