@@ -57,6 +57,8 @@ _asked: list[set[str]] = []
 _loading: list[str] = []
 _aside: dict[str, types.ModuleType] = {}
 """The modules that are laid aside."""
+around: list[Callable[[], contextlib.AbstractContextManager[None]]] = []
+"""Contexts in which a module of a user's is loaded, with what it imports."""
 _twice: set[str] = set()
 """Names under which two files were loaded, the second in an action."""
 _states: dict[str, object] = {}
@@ -208,6 +210,11 @@ def loaded_since(count: int) -> list[str]:
     return list(_sources)[count:]
 
 
+def users_since(count: int) -> list[str]:
+    """The modules of users that were loaded when `count` modules were."""
+    return [name for name in loaded_since(count) if _is_users(name)]
+
+
 def file(name: str) -> str:
     """Where a module lies that is loaded."""
     return _sources[name].file
@@ -303,8 +310,12 @@ def _import(module: types.ModuleType, file: str, load: Callable[[types.ModuleTyp
     path = list(sys.path)
     _loading.append(name)
     try:
-        with apart([name], inside):
-            load(module)
+        outermost = [] if before is None else around
+        with contextlib.ExitStack() as stack:
+            for made in outermost:
+                stack.enter_context(made())
+            with apart([name], inside):
+                load(module)
     finally:
         _loading.pop()
     _paths[name] = _added(path)

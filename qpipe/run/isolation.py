@@ -3,7 +3,9 @@
 Before each action the global random states of Python, numpy and torch are seeded from its key, so that a stage which
 draws from them repeats too. After it, the working directory, `sys.path`, the environment, signal handlers and the
 globals of numpy and torch are as they were. What cannot be put back, threads that still run and what user modules keep
-from call to call (`seen: list[str] = []`), makes the process spent: a worker is replaced before the next action.
+from call to call (`seen: list[str] = []`), makes the process spent: a worker is replaced before the next action. So
+does a user's module that was loaded meanwhile where the process then was another: it is loaded once, and what it did
+to its process has to hold for whatever uses it. What it seeds it seeds for nobody.
 """
 
 from __future__ import annotations
@@ -46,17 +48,19 @@ class Isolation:
     @contextlib.contextmanager
     def of(self, key: str) -> Iterator[None]:
         """What runs inside draws from random states that `key` alone decides, and leaves nothing behind."""
-        restore = _snapshot()
+        restore, before, count = _snapshot(), _globals(), loaded.count()
         threads = set(threading.enumerate())
         self._seeds.begin(int(key[:8], 16))
         try:
             yield
         finally:
             self._seeds.end()
+            changed = [name for name in loaded.users_since(count) if _globals() != before][:1]
             for put_back in restore:
                 with contextlib.suppress(Exception):  # whatever an action has made of its process
                     put_back()
-            self.spent = [*_left_running(threads), *_left_in_modules()]
+            loads = [f"module {name} was loaded in it, and what holds for all of a process changed" for name in changed]
+            self.spent = [*_left_running(threads), *_left_in_modules(), *loads]
 
 
 def _snapshot() -> list[PutBack]:
@@ -85,6 +89,19 @@ def _snapshot() -> list[PutBack]:
     with contextlib.suppress(OSError):  # a folder that is gone cannot be gone back to
         found += _bound(os.chdir, os.getcwd())
     return found
+
+
+def _globals() -> list[object]:
+    """What `_snapshot` puts back, but for random states and `sys.path`, as far as it can be compared; that of a library
+    which is not loaded is what it begins with."""
+    torch, np = sys.modules.get("torch"), sys.modules.get("numpy")
+    ready = torch is not None and hasattr(torch, "set_default_dtype")
+    return [
+        dict(os.environ), sys.getrecursionlimit(), locale.setlocale(locale.LC_ALL), decimal.getcontext().prec,
+        np.geterr() if np is not None else {"divide": "warn", "over": "warn", "under": "ignore", "invalid": "warn"},
+        (str(torch.get_default_dtype()), torch.is_grad_enabled(), torch.get_float32_matmul_precision(),
+         _determinism(torch)) if ready and torch is not None else ("torch.float32", True, "highest", (False, False)),
+    ]  # fmt: skip
 
 
 def _bound(put: Callable[..., object], *values: Any) -> list[PutBack]:
@@ -199,8 +216,25 @@ class _Seeds(importlib.abc.MetaPathFinder):
                 _seed(name, seed)
         if any(name not in sys.modules for name in _SEEDED):
             sys.meta_path.insert(0, self)
+        loaded.around.append(self._kept)
+
+    @contextlib.contextmanager
+    def _kept(self) -> Iterator[None]:
+        """What is drawn and seeded inside does not count: a module is loaded in one of the actions that use it."""
+        states = {name: _state(name) for name in _SEEDED if name in sys.modules}
+        own = random.getstate()
+        try:
+            yield
+        finally:
+            random.setstate(own)
+            for name in _SEEDED:
+                if name in states:
+                    _set_state(name, states[name])
+                elif name in sys.modules:
+                    _seed(name, self._seed)
 
     def end(self) -> None:
+        loaded.around.remove(self._kept)
         with contextlib.suppress(ValueError):
             sys.meta_path.remove(self)
 
@@ -236,6 +270,16 @@ class _Seeding(importlib.abc.Loader):
     def exec_module(self, module: types.ModuleType) -> None:
         self._loader.exec_module(module)
         _seed(self._name, self._seed)
+
+
+def _state(name: str) -> Any:
+    module = sys.modules[name]
+    return module.get_rng_state() if name == "torch" else module.get_state()
+
+
+def _set_state(name: str, state: Any) -> None:
+    module = sys.modules[name]
+    (module.set_rng_state if name == "torch" else module.set_state)(state)
 
 
 def _seed(name: str, seed: int) -> None:

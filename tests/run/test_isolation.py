@@ -221,7 +221,6 @@ def test_an_action_gives_the_same_in_a_used_worker_and_in_a_fresh_one(hostile: T
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="put back after the first action that loads it: docs/cache.md")
 def test_what_a_module_does_to_its_process_when_it_is_loaded_holds_for_all_that_use_it(hostile: Toy) -> None:
     """It is loaded once in a process, in the first of the actions that use it."""
 
