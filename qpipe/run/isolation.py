@@ -97,11 +97,19 @@ def _globals() -> list[object]:
     torch, np = sys.modules.get("torch"), sys.modules.get("numpy")
     ready = torch is not None and hasattr(torch, "set_default_dtype")
     return [
-        dict(os.environ), sys.getrecursionlimit(), locale.setlocale(locale.LC_ALL), decimal.getcontext().prec,
+        _folder(), [signal.getsignal(number) for number in _SIGNALS], dict(os.environ), sys.getrecursionlimit(),
+        locale.setlocale(locale.LC_ALL), decimal.getcontext().prec,
         np.geterr() if np is not None else {"divide": "warn", "over": "warn", "under": "ignore", "invalid": "warn"},
         (str(torch.get_default_dtype()), torch.is_grad_enabled(), torch.get_float32_matmul_precision(),
          _determinism(torch)) if ready and torch is not None else ("torch.float32", True, "highest", (False, False)),
     ]  # fmt: skip
+
+
+def _folder() -> str:
+    try:
+        return os.getcwd()
+    except OSError:  # a folder that is gone
+        return ""
 
 
 def _bound(put: Callable[..., object], *values: Any) -> list[PutBack]:
