@@ -40,8 +40,8 @@ def label(graph: Graph, name: str, said: str | None, chosen: Mapping[str, str]) 
             return "\0"
         if not isinstance(node, FirstWithin):
             return node.stage.name
-        scored = chosen.get(node.name)
-        return node.name if scored is None else label(graph, scored, graph.spec.ladder.get(scored), chosen)
+        scored = chosen.get(node.name, node.candidates[-1].scores.node)  # before it has chosen, as if it were the last
+        return label(graph, scored, graph.spec.ladder.get(scored), chosen)
 
     made = _GONE.sub("", _NAMED.sub(stage, said))
     made = " ".join(made.replace("()", "").split())

@@ -67,6 +67,11 @@ class FirstWithin:
     min_score: float | None = None
     enabled: bool = True
 
+    @property
+    def free(self) -> bool:
+        """Whether there is no goal, so that all candidates are asked for at once."""
+        return self.max_drop is None and self.min_score is None
+
 
 @dataclasses.dataclass(frozen=True)
 class GoalSpec:

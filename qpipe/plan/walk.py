@@ -239,10 +239,10 @@ class Walk:
             node = self.graph.node(name)
             if isinstance(node, FirstWithin):
                 self._asked[name] = 0
-                needs = [
-                    *self.graph.inputs[name]["reference"],
-                    *self.graph.inputs[name]["candidates[0].scores"],
-                ]
+                ports = self.graph.inputs[name]
+                asked = len(node.candidates) if node.free else 1
+                scores = [source for i in range(asked) for source in ports[f"candidates[{i}].scores"]]
+                needs = [*ports["reference"], *scores]
             else:
                 needs = self._sources(name)
             stack.extend(reversed([source.node for source in needs]))
@@ -311,8 +311,7 @@ class Walk:
 
     def _unmet(self, name: str) -> str:
         node = self.graph.node(name)
-        free = isinstance(node, FirstWithin) and node.max_drop is None and node.min_score is None
-        return "there is no goal" if free else "none is within the goal"
+        return "there is no goal" if isinstance(node, FirstWithin) and node.free else "none is within the goal"
 
     def _ask(self, name: str, sources: Iterable[Source]) -> None:
         self._demand(source.node for source in sources)

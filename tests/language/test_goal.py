@@ -161,4 +161,4 @@ def test_what_ships_has_to_be_within_the_goal(
     said = goal_sentence(record)
     assert said is not None
     if not met:
-        assert said.startswith("goal missed by 0.5 in onnxruntime: toy 8.5 there; simulated, toy 9.75 with simulated")
+        assert said.startswith("goal missed by 0.5000 in onnxruntime: toy 8.5000 there; simulated, toy 9.7500 with")

@@ -52,7 +52,7 @@ def test_labels_are_those_of_the_readme_where_all_is_on() -> None:
         *("float", "bnf, nearest", "bnf, nearest, per channel", "+ quantscheme_select", "+ cle", "+ adaround", "+ amp"),
         "the best in onnxruntime",
     ]
-    assert labels_of("pipeline=adaround")["score"] == "start, adaround"
+    assert labels_of("pipeline=adaround")["score"] == "cle, calibrate, adaround"
 
 
 def test_what_was_chosen_stands_for_who_chose() -> None:

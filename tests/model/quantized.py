@@ -34,7 +34,7 @@ def shipped(kind: type[Any], group: str, name: str) -> Any:
     table = yaml.safe_load((_CONF / group / f"{name}.yaml").read_text())
     base = [other for other in table.pop("defaults", []) if other != "_self_"]
     merged = [yaml.safe_load((_CONF / group / f"{other}.yaml").read_text()) for other in base]
-    return coerce(OmegaConf.to_container(OmegaConf.merge(*merged, table)), kind, group)
+    return coerce(OmegaConf.to_container(OmegaConf.merge(*merged, table), resolve=True), kind, group)
 
 
 ONNXRUNTIME: Target = shipped(Target, "target", "onnxruntime")

@@ -115,7 +115,7 @@ def test_a_rounding_can_be_swapped_from_the_command_line(plan: Qpipe) -> None:
         (["data=python", "data.factory=nowhere:load"], "stages.calibration.factory: no module 'nowhere'"),
         (["stage@stages.cle=clee"], "stage: there is no 'clee'. Did you mean 'cle'? There are: adaround, "),
         (["pipelin=ptq"], "config: there is no 'pipelin'. Did you mean 'pipeline'? There are: "),
-        (["goal.max_dorp=1"], "goal: there is no 'max_dorp'. Did you mean 'max_drop'? There are: max_drop, metric, "),
+        (["goal.max_dorp=1"], "goal: there is no 'max_dorp'. Did you mean 'max_drop'? There are: deployed, max_drop, "),
         (["target.nodes.exlude=[x]"], "target.nodes: there is no 'exlude'. Did you mean 'exclude'?"),
         (["stages.bnf.model=equalized"], "feed one another in a circle"),
         (["+stages.late={uses: cle, model: adaround}"], "'cle' after 'adaround' is discouraged"),

@@ -30,8 +30,7 @@ from qpipe.errors import InputError
 from qpipe.model.network.naming import IN_USE, fresh_name, names_of
 from qpipe.model.network.packing import graph_proto
 from qpipe.model.qdq.bias import QuantizedBias, bias_codes, bias_scale, effective_encodings, quantized_biases
-from qpipe.model.qdq.code_bounds import bound_codes
-from qpipe.model.qdq.guards import guard_float_layers
+from qpipe.model.qdq.guards import bound_codes, guard_float_layers
 from qpipe.model.qdq.nodes import BITWIDTH
 from qpipe.model.structure.families import MOVING
 from qpipe.numerics.grid import Array, Encoding, quantize, same_grid
