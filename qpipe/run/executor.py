@@ -7,7 +7,6 @@ die with their owner.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -25,6 +24,7 @@ from qpipe.plan.decision import fits
 from qpipe.plan.history import remember
 from qpipe.plan.verdicts import Action, State, request
 from qpipe.plan.walk import Walk
+from qpipe.run.machine import asked_threads, cores
 from qpipe.run.performing import as_result, failure
 from qpipe.run.workers import Event, InProcess, Pool, Processes
 
@@ -50,16 +50,13 @@ def open_pool(store: Store, run: RunSpec, log: Path | None = None) -> Pool:
 
 def worker_count(run: RunSpec) -> int:
     """How many processes; 0 stands for this one."""
-    return min(_cores(), 4) if run.workers is None else run.workers
+    return min(cores(), 4) if run.workers is None else run.workers
 
 
 def thread_count(run: RunSpec) -> int:
-    """How many threads an action has."""
-    return run.threads or max(1, _cores() // max(1, worker_count(run)))
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many threads an action has: of what OMP_NUM_THREADS allows its share of the processors."""
+    share = max(1, cores() // max(1, worker_count(run)))
+    return run.threads or min(share, asked_threads() or share)
 
 
 def execute(

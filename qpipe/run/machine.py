@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import math
 import os
 import platform
 import re
@@ -25,11 +26,58 @@ def measured() -> Iterator[dict[str, float]]:
     """Wall and CPU seconds and, where the system tells (Linux), the peak memory of what runs inside."""
     _reset_peak()
     figures: dict[str, float] = {"started": time.time()}
-    wall, cpu = time.perf_counter(), time.process_time()
+    wall, cpu = time.perf_counter(), _cpu_s()
     yield figures
     figures["duration_s"] = round(time.perf_counter() - wall, 6)
-    figures["cpu_s"] = round(time.process_time() - cpu, 6)
+    figures["cpu_s"] = round(_cpu_s() - cpu, 6)
     figures["peak_rss_bytes"] = _peak_rss_bytes()
+
+
+def _cpu_s() -> float:
+    """Seconds of processor time of this process and of those that it has waited for."""
+    waited = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + waited.ru_utime + waited.ru_stime
+
+
+def cores() -> int:
+    """How many processors this process may use, by its affinity and by the quota of its control group."""
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = quota_of(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
+    return found if quota is None else max(1, min(found, math.ceil(quota)))
+
+
+def quota_of(own: Path, root: Path) -> float | None:
+    """The processors that the control groups named in the file `own`, mounted at `root`, and those above them leave
+    to a process; None where they leave it all.
+
+    Source: cpu.max of version 2, cpu.cfs_quota_us and cpu.cfs_period_us of version 1 (Linux, cgroups)."""
+    found: list[float] = []
+    with contextlib.suppress(OSError, ValueError):
+        for line in own.read_text().splitlines():
+            _, kinds, path = line.split(":", 2)
+            if kinds and "cpu" not in kinds.split(","):
+                continue
+            base = root / kinds if kinds else root
+            for folder in [base / path.lstrip("/"), *(base / path.lstrip("/")).parents]:
+                if folder == base.parent:
+                    break
+                found += _limit(folder)
+    return min(found, default=None)
+
+
+def _limit(folder: Path) -> list[float]:
+    for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+        with contextlib.suppress(OSError, ValueError):  # it has none, or "max"
+            quota, period = map(int, " ".join((folder / name).read_text() for name in names).split())
+            if quota > 0 and period > 0:
+                return [quota / period]
+    return []
+
+
+def asked_threads() -> int | None:
+    """The number of threads that OMP_NUM_THREADS asks for; None where it says nothing of use."""
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(first) if first.isdecimal() and int(first) > 0 else None
 
 
 def free_memory() -> None:

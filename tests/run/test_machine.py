@@ -1,0 +1,72 @@
+"""What a process may use: its affinity, its control group, and the number of threads that it was told."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qpipe.language.spec import RunSpec
+from qpipe.run.executor import thread_count
+from qpipe.run.machine import cores, measured, quota_of
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "found"),
+    [
+        ("0::/", {"cpu.max": "150000 100000"}, 1.5),
+        ("0::/", {"cpu.max": "max 100000"}, None),
+        ("0::/a/b", {"a/cpu.max": "200000 100000", "a/b/cpu.max": "max 100000"}, 2.0),  # what is above counts
+        ("0::/a/b", {"a/cpu.max": "200000 100000", "a/b/cpu.max": "50000 100000"}, 0.5),
+        ("0::/gone/in/a/container", {"cpu.max": "300000 100000"}, 3.0),
+        ("1:cpu:/x", {"cpu/x/cpu.cfs_quota_us": "250000", "cpu/x/cpu.cfs_period_us": "100000"}, 2.5),
+        ("4:cpu,cpuacct:/", {"cpu,cpuacct/cpu.cfs_quota_us": "-1", "cpu,cpuacct/cpu.cfs_period_us": "100000"}, None),
+        ("2:memory:/x", {"memory/x/cpu.max": "100000 100000"}, None),
+        ("nonsense", {}, None),
+        ("0::/", {"cpu.max": "nonsense"}, None),
+    ],
+)
+def test_the_quota_of_a_control_group(tmp_path: Path, own: str, files: dict[str, str], found: float | None) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    (tmp_path / "own").write_text(own + "\n")
+    assert quota_of(tmp_path / "own", tmp_path) == found
+
+
+def test_a_system_without_control_groups_leaves_it_all(tmp_path: Path) -> None:
+    assert quota_of(tmp_path / "nothing", tmp_path) is None
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity on this system")
+def test_the_affinity_counts() -> None:
+    program = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))});"
+    program += "from qpipe.run.machine import cores; print(cores())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1"
+
+
+@pytest.mark.parametrize(
+    ("said", "threads", "wanted"),
+    [("1", None, 1), ("1,2", None, 1), ("", None, cores()), ("0", None, cores()), ("many", None, cores()), ("1", 3, 3)],
+)
+def test_threads_keep_to_what_openmp_was_told(
+    monkeypatch: pytest.MonkeyPatch, said: str, threads: int | None, wanted: int
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", said)
+    assert thread_count(RunSpec(workers=0, threads=threads)) == wanted
+
+
+def test_threads_are_no_more_than_the_share_of_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "64")
+    assert thread_count(RunSpec(workers=0)) == cores()
+    assert thread_count(RunSpec(workers=cores())) == 1
+
+
+def test_processor_time_of_processes_that_were_waited_for_counts() -> None:
+    with measured() as figures:
+        subprocess.run([sys.executable, "-c", "sum(range(10**7))"], check=True)
+    assert figures["cpu_s"] > 0.05
