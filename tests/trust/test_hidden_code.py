@@ -141,7 +141,10 @@ USERS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("how", ["alone", "after another", pytest.param("in a worker", marks=pytest.mark.slow)])
+SLOW = [pytest.param(how, marks=pytest.mark.slow) for how in ("alone", "in a worker")]
+
+
+@pytest.mark.parametrize("how", ["after another", *SLOW])
 @pytest.mark.parametrize("user", USERS)
 @pytest.mark.parametrize("name", WAYS)
 def test_an_edit_runs_all_that_used_it_and_else_they_hit(lab: Lab, name: str, user: str, how: str) -> None:
