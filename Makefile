@@ -4,7 +4,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-WORKERS ?= 2
+# More than two cores: some tests wait, for processes that they kill, for leases that run out.
+WORKERS ?= 3
 
 .PHONY: demo test test-slow mutants lint types setup clean
 
