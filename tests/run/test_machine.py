@@ -66,6 +66,16 @@ def test_threads_are_no_more_than_the_share_of_a_worker(monkeypatch: pytest.Monk
     assert thread_count(RunSpec(workers=cores())) == 1
 
 
+@pytest.mark.parametrize(("said", "wanted"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_that_wait_sleep_unless_told_otherwise(said: str | None, wanted: str) -> None:
+    program = "import os; from qpipe.run.machine import set_threads; set_threads(2);"
+    program += "print(os.environ['OMP_WAIT_POLICY'], os.environ['OMP_NUM_THREADS'])"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {} if said is None else {"OMP_WAIT_POLICY": said}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [wanted, "2"]
+
+
 def test_processor_time_of_processes_that_were_waited_for_counts() -> None:
     with measured() as figures:
         subprocess.run([sys.executable, "-c", "sum(range(10**7))"], check=True)
