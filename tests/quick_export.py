@@ -30,3 +30,37 @@ def remember() -> None:
             return copy
 
         ONNXRegistry.from_torchlib = staticmethod(copied)  # type: ignore[assignment]
+    with contextlib.suppress(ImportError, AttributeError):
+        import torch
+        from torch._export import utils
+
+        materialize, counts = utils._materialize_cpp_cia_ops, list[int]()
+
+        def only_new_ones() -> None:
+            known = len(torch._C._dispatch_get_registrations_for_dispatch_key("CompositeImplicitAutograd"))
+            if known not in counts:
+                materialize()
+                counts[:] = [known]
+
+        utils._materialize_cpp_cia_ops = only_new_ones
+    with contextlib.suppress(ImportError, AttributeError):
+        from torch import _ops
+
+        assert isinstance(len, _ops.Callable)  # it is used so, too
+
+        # Each of 10,000 registrations that an export makes defines a function and works out its annotations.
+        _ops.Callable = _Callable
+
+
+class _Annotation(type):
+    """What stands for Callable in annotations, at no cost; else it is what can be called."""
+
+    def __getitem__(cls, _: object) -> type:
+        return cls
+
+    def __instancecheck__(cls, value: object) -> bool:
+        return callable(value)
+
+
+class _Callable(metaclass=_Annotation):
+    pass
