@@ -152,8 +152,8 @@ _EXTENSIONS = frozenset(
 def set_threads(threads: int) -> None:
     """Hold the numeric libraries of this process to `threads`; to be called before they are imported.
 
-    Threads of OpenMP that wait sleep instead of turning, unless OMP_WAIT_POLICY says otherwise: where several runs share
-    the cores, turning takes most of them."""
+    Threads of OpenMP that wait sleep instead of turning, unless OMP_WAIT_POLICY says otherwise: where several runs
+    share the cores, turning takes most of them."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(threads)
