@@ -147,7 +147,8 @@ def _plain(tree: ast.Module) -> ast.Module:
 
 def _fields(node: ast.AST) -> list[tuple[str, Any]]:
     found = []
-    for name in _counted(type(node)):
+    kind: Any = type(node)
+    for name in _counted(kind):
         value = getattr(node, name, None)
         if type(value) is list:
             value = _joined(value) if isinstance(node, ast.JoinedStr) else _without_docstrings(value)

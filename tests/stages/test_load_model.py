@@ -282,8 +282,8 @@ def test_a_model_in_bfloat16_is_quantized_scored_and_exported_with_its_border(tm
     model = load_model(data, path=tmp_path / "net.onnx", ctx=notes)
     quantized = calibrate(model, data, scheme=scheme, target=target)
     for backend in ("simulation", "onnxruntime"):
-        assert 25 < evaluate(quantized, data, model, metric="sqnr_db", backend=backend)["score"] < 60, backend
-    assert parity(quantized, data)["agree"]
+        assert 25 < evaluate(quantized, data, model, metric="sqnr_db", backend=backend).values["score"] < 60, backend
+    assert parity(quantized, data).values["agree"]
     (tmp_path / "model.onnx").write_bytes(export(quantized).read("model.onnx"))
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     assert [item.type for item in (*session.get_inputs(), *session.get_outputs())] == ["tensor(bfloat16)"] * 2
