@@ -47,8 +47,8 @@ def remember() -> None:
                 found[count] = collect()
             return found[count]
 
-        for user in (utils, importlib.import_module("torch.export.exported_program")):
-            user._collect_all_valid_cia_ops = only_new_ones
+        for user in ("torch._export.utils", "torch.export.exported_program", "torch.export.decomp_utils"):
+            importlib.import_module(user)._collect_all_valid_cia_ops = only_new_ones  # type: ignore[attr-defined]
     with contextlib.suppress(ImportError, AttributeError):
         from torch import _ops
 
