@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from scipy.integrate import trapezoid
 
 from qpipe.errors import InputError
 from qpipe.numerics.grid import encoding_from_range, quantize_dequantize
@@ -139,7 +140,7 @@ def test_the_mse_range_of_a_gaussian_is_the_known_optimum() -> None:
     density = stats.norm.pdf(grid)
 
     def distortion(step: float) -> float:
-        return float(np.trapezoid(density * (grid - step * np.clip(np.rint(grid / step), -8, 7)) ** 2, grid))
+        return float(trapezoid(density * (grid - step * np.clip(np.rint(grid / step), -8, 7)) ** 2, grid))
 
     steps = np.linspace(0.2, 0.5, 121)
     best = steps[int(np.argmin([distortion(s) for s in steps]))]
