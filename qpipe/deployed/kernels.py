@@ -30,7 +30,7 @@ MOVERS = frozenset(
 """They compute nothing; in float they count where they stand between two roundings alone."""
 WITH_KERNEL = frozenset(
     {"Conv", "MatMul", "Gemm", "Add", "Mul", "Sigmoid", "LeakyRelu", "AveragePool", "GlobalAveragePool", "Softmax"}
-    | {"Concat", "Where", "MaxPool", "Min", "Max", "Clip", "Resize", *MOVERS}
+    | {"MaxPool", "Min", "Max", "Clip", "Resize", "FusedConv", "NhwcFusedConv", "FusedMatMul", "FusedGemm", *MOVERS}
 )
 """Operators that onnxruntime runs on 8-bit codes where their neighbours let it.
 
@@ -116,7 +116,7 @@ class _Scope:
         weights = [name for name in node.input if self._is_read_back(name, constant=True)]
         if node.op_type == "MatMulNBits" or (weights and form[0] == node.op_type):
             return "its weight alone is quantized"
-        if node.op_type not in WITH_KERNEL | FLOAT_LAYERS:
+        if node.op_type not in WITH_KERNEL:
             return "onnxruntime has no integer kernel for it"
         if form == (node.op_type,):
             return "float in, float out"

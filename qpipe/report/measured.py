@@ -32,7 +32,8 @@ class InFloat:
 
     @property
     def sentence(self) -> str:
-        return f"{self.count} x {self.form} ({self.example}): {self.why}"
+        form = self.form.replace("DequantizeLinear", "DQ").replace("QuantizeLinear", "Q")
+        return f"{self.count} x {form} ({text.clip(self.example, 30)}): {self.why}"
 
 
 @dataclass(frozen=True)

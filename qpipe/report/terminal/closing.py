@@ -127,7 +127,7 @@ def _figures(one: Measured) -> list[tuple[str, str]]:
     found += [("on integers", one.on_integers)] if one.on_integers else []
     found += [("in float", group.sentence) for group in one.in_float[:MANY_IN_FLOAT]]
     more = len(one.in_float) - MANY_IN_FLOAT
-    found += [("", f"and {more} more forms in report.html")] if more > 0 else []
+    found += [("", f"and {text.plural(more, 'more form')} in report.html")] if more > 0 else []
     return found + ([("not measured", one.error)] if one.error else [])
 
 
