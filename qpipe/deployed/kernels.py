@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import onnx
+import onnx.shape_inference
 
 INTEGER_LAYERS = frozenset(
     {"QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"}
@@ -41,13 +42,15 @@ _WIDE = {onnx.TensorProto.INT16, onnx.TensorProto.UINT16}
 _FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE}
 
 
-def kernels(model: onnx.ModelProto) -> dict[str, Any]:
-    """What `model`, an optimized graph, runs on integers: `layers` (Conv, MatMul, Gemm) and `others` (what else
-    computes on data), each {integer, all}; and `in_float`, the operators in float, those of a form together: {op_type,
-    count, form, example, why}, layers first, then what stands between two roundings, then the most frequent."""
+def kernels(model: onnx.ModelProto, optimized: onnx.ModelProto) -> dict[str, Any]:
+    """What `model` runs on integers, by the graph `optimized` that onnxruntime made of it: `layers` (Conv, MatMul, Gemm)
+    and `others` (what else computes on data), each {integer, all}; and `in_float`, the operators in float, those of a
+    form together: {op_type, count, form, example, why}, layers first, then what stands between two roundings, then the
+    most frequent. Their tensors need not be loaded."""
     counts = {"layers": {"integer": 0, "all": 0}, "others": {"integer": 0, "all": 0}}
     groups: dict[tuple[str, str, str], list[str]] = {}
-    for scope in _scopes(model.graph, {}):
+    types = _types(onnx.shape_inference.infer_shapes(model).graph)  # onnxruntime writes down no more than it was told
+    for scope in _scopes(optimized.graph, types):
         for node in scope.nodes:
             integer = scope.on_codes(node)
             if integer is None:
@@ -92,6 +95,8 @@ class _Scope:
 
     def _unsaid(self, node: onnx.NodeProto) -> int:
         """The type that a node gives, where the graph does not say: it was put in as others were fused, or moved."""
+        if node.op_type == "QuantizeLinear" and len(node.input) == 3:
+            return self.types.get(node.input[2], int(onnx.TensorProto.UINT8))
         if node.op_type in _TO_CODES or node.op_type.startswith("QLinear"):
             return int(onnx.TensorProto.UINT8)
         if node.op_type in INTEGER_LAYERS | FLOAT_LAYERS | {"DequantizeLinear"}:
@@ -141,11 +146,15 @@ class _Scope:
 
 def _scopes(graph: onnx.GraphProto, outer: dict[str, int]) -> Iterator[_Scope]:
     """The graph, then the graphs inside its nodes."""
-    values = [*graph.value_info, *graph.input, *graph.output]
-    types = outer | {value.name: value.type.tensor_type.elem_type for value in values}
-    types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+    types = outer | _types(graph)
     yield _Scope(graph.node, types, {tensor.name for tensor in graph.initializer})
     for node in graph.node:
         for attribute in node.attribute:
             for inner in (*([attribute.g] if attribute.HasField("g") else ()), *attribute.graphs):
                 yield from _scopes(inner, types)
+
+
+def _types(graph: onnx.GraphProto) -> dict[str, int]:
+    values = [*graph.value_info, *graph.input, *graph.output]
+    types = {value.name: value.type.tensor_type.elem_type for value in values}
+    return types | {tensor.name: tensor.data_type for tensor in graph.initializer}

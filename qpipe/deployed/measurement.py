@@ -77,10 +77,11 @@ def _in_onnxruntime(
     from qpipe.model.simulation.samples import batch_axes
 
     folder = pair[""].parent.parent
+    optimized = folder / "optimized.onnx"
     libraries = [str(place(library)) for library in network.facts.custom_ops]
     sessions = [
         open_file(pair["float_"], threads, libraries),
-        open_file(pair[""], threads, libraries, folder / "optimized.onnx"),
+        open_file(pair[""], threads, libraries, optimized),
     ]
     feed = _feed(network, data, sessions[0])
     runs = [partial(fed, session, feed) for session in sessions]
@@ -94,7 +95,7 @@ def _in_onnxruntime(
         **{f"{which}latency_s": seconds for which, seconds in zip(pair, taken, strict=True)},
         **{f"{which}peak_bytes": size for which, size in zip(pair, peaks, strict=True)},
         "batch": batch_axes(network).size or 1,
-        "kernels": kernels(onnx.load(folder / "optimized.onnx", load_external_data=False)),
+        "kernels": kernels(*(onnx.load(path, load_external_data=False) for path in (pair[""], optimized))),
     }
 
 

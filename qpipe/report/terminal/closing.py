@@ -110,7 +110,7 @@ def _listed(
     """A heading and its entries, "node: sentence", each over at most three lines."""
     if not entries:
         return
-    yield INDENT + paint(title, style, colour)
+    yield from (INDENT + paint(line, style, colour) for line in wrap(title, width - len(INDENT)))
     for node, sentence in entries:
         first, *rest = wrap(text.clean(f"{node}: {sentence}" if node else sentence), width - 6, max_lines=3)
         yield f"{INDENT * 2}{first}"
