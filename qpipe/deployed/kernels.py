@@ -43,10 +43,10 @@ _FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BF
 
 
 def kernels(model: onnx.ModelProto, optimized: onnx.ModelProto) -> dict[str, Any]:
-    """What `model` runs on integers, by the graph `optimized` that onnxruntime made of it: `layers` (Conv, MatMul, Gemm)
-    and `others` (what else computes on data), each {integer, all}; and `in_float`, the operators in float, those of a
-    form together: {op_type, count, form, example, why}, layers first, then what stands between two roundings, then the
-    most frequent. Their tensors need not be loaded."""
+    """What `model` runs on integers, by the graph `optimized` that onnxruntime made of it: `layers` (Conv, MatMul,
+    Gemm) and `others` (what else computes on data), each {integer, all}; and `in_float`, the operators in float, those
+    of a form together: {op_type, count, form, example, why}, layers first, then what stands between two roundings, then
+    the most frequent. Their tensors need not be loaded."""
     counts = {"layers": {"integer": 0, "all": 0}, "others": {"integer": 0, "all": 0}}
     groups: dict[tuple[str, str, str], list[str]] = {}
     types = _types(onnx.shape_inference.infer_shapes(model).graph)  # onnxruntime writes down no more than it was told

@@ -17,7 +17,8 @@ CONSTANTS = {
     "u8": "float s = {0.02}, uint8 z = {128}",
     "u16": "float s = {0.0001}, uint16 z = {32768}",
 }
-WEIGHT = "float c = {0.5}, int8[4, 4, 1, 1] w = {%s}, float ws = {0.01}, int8 wz = {0}" % ", ".join("1234567890123456")
+CODES = ", ".join("1234567890123456")
+WEIGHT = f"float c = {{0.5}}, int8[4, 4, 1, 1] w = {{{CODES}}}, float ws = {{0.01}}, int8 wz = {{0}}"
 
 
 def optimized(body: str, folder: Path, codes: str = "u8") -> dict[str, Any]:
@@ -42,7 +43,8 @@ def test_a_convolution_between_roundings_runs_on_integers(tmp_path: Path) -> Non
 
 def test_a_maximum_of_codes_and_a_sum_run_on_integers_too(tmp_path: Path) -> None:
     pool = "MaxPool <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (a)"
-    found = optimized(f"{CONV % 't'}\n{ROUND.format('t', 'a')}\nb = {pool}\n{ROUND.format('b', 'd')}\nv = Add(d, a)", tmp_path)
+    lines = [CONV % "t", ROUND.format("t", "a"), f"b = {pool}", ROUND.format("b", "d"), "v = Add(d, a)"]
+    found = optimized("\n".join(lines), tmp_path)
     assert (found["layers"], found["others"]) == ({"integer": 1, "all": 1}, {"integer": 2, "all": 2})
 
 

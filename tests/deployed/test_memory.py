@@ -17,8 +17,8 @@ MB = 1 << 20
 
 def file(folder: Path, features: int) -> Path:
     """x [1, 64] times a matrix of `features` columns; its feed beside it."""
-    text = f'<ir_version: 10, opset_import: ["": 21]>\nmain (float[1, 64] x) => (float[1, {features}] y) {{ y = MatMul(x, w) }}'
-    model = onnx.parser.parse_model(text)
+    graph = f"main (float[1, 64] x) => (float[1, {features}] y) {{ y = MatMul(x, w) }}"
+    model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 21]>\n{graph}')
     weight = np.random.default_rng(0).standard_normal((64, features)).astype(np.float32)
     model.graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
     onnx.save(model, folder / f"{features}.onnx")

@@ -177,5 +177,6 @@ def test_a_limit_of_what_is_not_measured_is_refused_before_anything_runs(tmp_pat
 
 
 def test_a_ratio_needs_a_figure_of_float() -> None:
-    assert with_ratios({"size_bytes": 2, "float_size_bytes": 8}) == {"size_bytes": 2, "float_size_bytes": 8, "size": 0.25}
+    sizes = {"size_bytes": 2, "float_size_bytes": 8}
+    assert with_ratios(sizes) == {**sizes, "size": 0.25}
     assert with_ratios({"peak_bytes": 2, "float_peak_bytes": 0}).get("memory") is None

@@ -27,9 +27,9 @@ def closing_table(
         list(_ladder(record, width, fancy, colour)),
         list(_verdict(record, width, colour)),
         list(_failures(record, width, colour)),
+        *(list(_listed(_title(one), _figures(one), width, colour)) for one in measured(record)),
         list(_listed("notes", _few_notes(record), width, colour)),
         list(_listed("parity", [(p.node, p.sentence) for p in facts.parities(record)], width, colour)),
-        *(list(_listed(_title(one), _figures(one), width, colour)) for one in measured(record)),
         list(_files(record, colour)),
     ]
     return "\n" + "\n\n".join("\n".join(section) for section in sections if section) + "\n"
