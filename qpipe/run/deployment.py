@@ -61,11 +61,10 @@ def deployments(walk: Walk, store: Store, options: RunSpec, view: View) -> dict[
 
 def _subjects(walk: Walk) -> Iterator[Subject]:
     for name in walk.graph.exporters:
-        outcome = walk.outcomes.get(name)
-        if outcome is None or not outcome.good:
+        outcome, model = walk.outcomes.get(name), walk.graph.inputs[name].get("model")
+        if outcome is None or not outcome.good or not model:
             continue
-        (model,) = walk.graph.inputs[name]["model"]
-        source = walk.origin(model)
+        source = walk.origin(model[0])
         (files,) = outcome.outputs.values()
         version = (outcome.ingredients or {}).get("libraries", {}).get("onnxruntime", "")
         yield Subject(name, files, walk.outcomes[source.node].outputs[source.output], _samples(walk), version)
@@ -124,10 +123,13 @@ def _request(one: Subject, store: Store, options: RunSpec) -> dict[str, Any]:
 def _ask(request: dict[str, Any], libraries: Sequence[str], label: str, view: View) -> dict[str, Any]:
     """The last line that the process says, `found` or `error`; its progress goes to `view`."""
     command = [sys.executable, "-m", "qpipe.deployed.measurement"]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        env=os.environ | {LIBRARIES: "\n".join(libraries)}, start_new_session=True,
-    )  # fmt: skip
+    try:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            env=os.environ | {LIBRARIES: "\n".join(libraries)}, start_new_session=True,
+        )  # fmt: skip
+    except OSError as error:
+        return {"error": f"no process can be started: {error.strerror or error}"}
     assert process.stdin is not None
     assert process.stdout is not None
     said: dict[str, Any] = {}
