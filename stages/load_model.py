@@ -133,13 +133,12 @@ def fitting_arrays(model: Network, data: Samples | None) -> Arrays | None:
 
 
 NOT_IN_BFLOAT16 = (
-    "Inputs and outputs of bfloat16 are float32 now, in what is exported too. onnxruntime has next to no operators of "
-    "bfloat16 on the CPU, so the import is not held against its source."
+    "onnxruntime has next to no operators of bfloat16 on the CPU, so the import is not held against its source."
 )
 
 
 def in_bfloat16(source: ir.Model) -> bool:
-    """Whether a model takes, gives or holds numbers in bfloat16, which onnxruntime's Python cannot feed."""
+    """Whether a model takes, gives or holds numbers in bfloat16, in which onnxruntime computes next to nothing."""
     import onnx_ir as ir
 
     graph = source.graph

@@ -6,7 +6,7 @@
 A case is *passed* when every output has the type, the shape and, within the case's own tolerance, the values
 that the case asks for, *by onnxruntime* when that holds and a part of it runs there; *not supported* when the import
 refuses it by InputError; *failed* otherwise. Floats of other widths are computed in float32, as `model.floats`
-documents; bfloat16 is converted on the way in, as `model.run` does with a user's data, and rounded on the way out.
+documents.
 """
 
 from __future__ import annotations
@@ -38,8 +38,6 @@ KINDS = ("node", "simple", "pytorch-operator", "pytorch-converted")
 PAGE = Path(__file__).parents[1] / "docs" / "conformance.md"
 HALF_PRECISION = {"float16": 1e-3, "bfloat16": 4e-3}
 """Slack where the case itself was computed in half precision: one rounding is at most 5e-4, or 4e-3, of the value."""
-COMPUTED = {"bfloat16": "float32"}
-"""The type that an input or output of a type has, where it is another."""
 
 
 @dataclass(frozen=True)
@@ -105,11 +103,9 @@ def run(case: Any, proto: onnx.ModelProto) -> tuple[Outcome, str]:
 def _fed(model: Model, arrays: list[Array]) -> list[torch.Tensor]:
     """`arrays` as a user's data reach the model; integers have the model's type already."""
     for spec, array in zip(model.inputs, arrays, strict=True):
-        wanted = COMPUTED.get(array.dtype.name, array.dtype.name)
+        wanted = array.dtype.name
         assert spec.dtype == wanted, f"the model's input is {spec.dtype} instead of {wanted}"
-    # numpy does not count bfloat16, which it borrows from ml_dtypes, among the floats.
-    plain = [a.astype(np.float32) if a.dtype.name == "bfloat16" else a for a in arrays]
-    named = {spec.name: array for spec, array in zip(model.inputs, plain, strict=True)}
+    named = {spec.name: array for spec, array in zip(model.inputs, arrays, strict=True)}
     return [taken_in(in_type(spec, named[spec.name]), "cpu") for spec in model.inputs]
 
 
@@ -117,11 +113,10 @@ def _compare(case: Any, model: Model, found: tuple[torch.Tensor, ...], outputs: 
     for spec, tensor, wanted in zip(model.outputs, found, outputs, strict=True):
         array = array_of(tensor)
         dtype = wanted.dtype.name
-        computed = COMPUTED.get(dtype, dtype)
-        assert (array.dtype.name, array.shape) == (computed, wanted.shape), (
-            f"{array.dtype.name}{list(array.shape)} instead of {computed}{list(wanted.shape)}"
+        assert (array.dtype.name, array.shape) == (dtype, wanted.shape), (
+            f"{array.dtype.name}{list(array.shape)} instead of {dtype}{list(wanted.shape)}"
         )
-        assert spec.dtype == computed, f"the model promises {spec.dtype} instead of {computed}"
+        assert spec.dtype == dtype, f"the model promises {spec.dtype} instead of {dtype}"
         slack = HALF_PRECISION.get(dtype, 0.0)
         with np.errstate(over="ignore"):
             array = array.astype(wanted.dtype)

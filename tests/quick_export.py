@@ -6,8 +6,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
 
 
+@functools.cache
 def remember() -> None:
     """Let this process export small modules in half the time; where torch does it another way, nothing is changed."""
     with contextlib.suppress(ImportError, AttributeError):
@@ -34,15 +38,17 @@ def remember() -> None:
         import torch
         from torch._export import utils
 
-        materialize, counts = utils._materialize_cpp_cia_ops, list[int]()
+        collect, found = utils._collect_all_valid_cia_ops, dict[int, set[Any]]()
 
-        def only_new_ones() -> None:
-            known = len(torch._C._dispatch_get_registrations_for_dispatch_key("CompositeImplicitAutograd"))
-            if known not in counts:
-                materialize()
-                counts[:] = [known]
+        def only_new_ones() -> set[Any]:
+            count = len(torch._C._dispatch_get_registrations_for_dispatch_key("CompositeImplicitAutograd"))
+            if count not in found:
+                found.clear()
+                found[count] = collect()
+            return found[count]
 
-        utils._materialize_cpp_cia_ops = only_new_ones
+        for user in ("torch._export.utils", "torch.export.exported_program", "torch.export.decomp_utils"):
+            importlib.import_module(user)._collect_all_valid_cia_ops = only_new_ones  # type: ignore[attr-defined]
     with contextlib.suppress(ImportError, AttributeError):
         from torch import _ops
 
@@ -50,6 +56,52 @@ def remember() -> None:
 
         # Each of 10,000 registrations that an export makes defines a function and works out its annotations.
         _ops.Callable = _Callable
+    with contextlib.suppress(ImportError, AttributeError):
+        from torch._subclasses import fake_impls
+        from torch.export import exported_program
+
+        make = exported_program._override_composite_implicit_decomp
+        rules = fake_impls.op_implementations_dict
+        exported_program._override_composite_implicit_decomp = _overriding(make, rules)
+
+
+def _overriding(
+    make: Callable[[dict[Any, Any]], AbstractContextManager[None]], rules: dict[Any, Any]
+) -> Callable[[dict[Any, Any]], AbstractContextManager[None]]:
+    """`make`, which gives operators thousands of kernels while it lasts. Those that an operator had the last time it is
+    given again, where it began with the same ones."""
+    known: dict[Any, tuple[Any, dict[Any, Any], dict[Any, Any], Any]] = {}
+
+    @contextlib.contextmanager
+    def override(wanted: dict[Any, Any]) -> Iterator[None]:
+        before = {op: (op.py_kernels.copy(), rules.get(op)) for op in wanted}
+        told = {op: _told(how) for op, how in wanted.items()}
+        new = {op: how for op, how in wanted.items() if known.get(op, ())[:2] != (told[op], before[op])}
+        with make(new):
+            known.update({op: (told[op], before[op], op.py_kernels.copy(), rules.get(op)) for op in new})
+            for op in wanted.keys() - new.keys():
+                _give(rules, op, *known[op][2:])
+            try:
+                yield
+            finally:
+                for op in wanted.keys() - new.keys():
+                    _give(rules, op, before[op][0], None)  # as `make` does
+
+    return override
+
+
+def _told(how: Any) -> Any:
+    """What tells one function from another: torch makes the same partial anew for every export."""
+    return (how.func.__code__, how.args, how.keywords) if isinstance(how, functools.partial) else how
+
+
+def _give(rules: dict[Any, Any], op: Any, kernels: dict[Any, Any], rule: Any) -> None:
+    op.py_kernels.clear()
+    op.py_kernels.update(kernels)
+    op._dispatch_cache.clear()
+    rules.pop(op, None)
+    if rule is not None:
+        rules[op] = rule
 
 
 class _Annotation(type):

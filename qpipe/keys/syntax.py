@@ -72,7 +72,7 @@ def analyse(source: bytes, file: str) -> Analysis:
         raise ConfigError(f"{file}:{error.lineno or 1}: not Python, {error.msg}.") from error
     except (ValueError, RecursionError, MemoryError) as error:
         raise ConfigError(f"{file}: cannot be parsed as Python, {error or type(error).__name__}.") from error
-    made = digest("syntax", list(_tokens(_plain(tree))))
+    made = digest("syntax", _tokens(_plain(tree)))
     lazy = _lazy(tree)
     if not lazy:
         return Analysis(made, tuple(dict.fromkeys(_imports(tree))))
@@ -97,32 +97,36 @@ def _lazy(tree: ast.Module) -> list[ast.stmt]:
     ]
 
 
-def _tokens(tree: ast.AST) -> Iterator[object]:
+def _tokens(tree: ast.AST) -> list[object]:
     """The tree in preorder; every node and list comes with its size, so that no two trees read the same."""
+    found: list[object] = []
     stack: list[Any] = [tree]
     while stack:
         item = stack.pop()
-        if isinstance(item, ast.AST):
+        if type(item) is _Label:
+            found.append(item[0])
+        elif isinstance(item, ast.AST):
             fields = _fields(item)
-            yield from (type(item).__name__, len(fields))
+            found += (type(item).__name__, len(fields))
             for name, value in reversed(fields):
-                stack += [value, _Label(name)]
-        elif isinstance(item, list):
-            yield from ("[]", len(item))
+                stack += [value, _label(name)]
+        elif type(item) is list:
+            found += ("[]", len(item))
             stack += reversed(item)
-        elif isinstance(item, _Label):
-            yield item.name
-        elif isinstance(item, complex):
-            yield ("complex", item.real, item.imag)
-        elif item is ...:
-            yield ("...",)
+        elif type(item) is complex:
+            found.append(("complex", item.real, item.imag))
         else:
-            yield (item,)
+            found.append(("...",) if item is ... else (item,))
+    return found
 
 
-@dataclass(frozen=True)
-class _Label:
-    name: str
+class _Label(tuple[str]):
+    """The name of a field, among what is still to be written."""
+
+
+@cache
+def _label(name: str) -> _Label:
+    return _Label((name,))
 
 
 def _plain(tree: ast.Module) -> ast.Module:
@@ -143,15 +147,21 @@ def _plain(tree: ast.Module) -> ast.Module:
 
 def _fields(node: ast.AST) -> list[tuple[str, Any]]:
     found = []
-    for name in sorted(node._fields):
+    kind: Any = type(node)
+    for name in _counted(kind):
         value = getattr(node, name, None)
-        if isinstance(value, list):
+        if type(value) is list:
             value = _joined(value) if isinstance(node, ast.JoinedStr) else _without_docstrings(value)
-        elif isinstance(value, ast.JoinedStr) and name == "format_spec" and not _joined(value.values):
+        elif name == "format_spec" and isinstance(value, ast.JoinedStr) and not _joined(value.values):
             value = None  # f"{x:}"; some versions give it no spec at all
-        if value is not None and value != [] and name not in _UNCOUNTED_FIELDS:
+        if value is not None and value != []:
             found.append((name, value))
     return found
+
+
+@cache
+def _counted(kind: Any) -> list[str]:
+    return sorted(set(kind._fields) - _UNCOUNTED_FIELDS)
 
 
 def _without_docstrings(items: list[Any]) -> list[Any]:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-_HELD = 1 << 28  # bytes; about what torch and onnxruntime take themselves
+_HELD = 1 << 28  # bytes
 
 _MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes
 
@@ -83,17 +83,29 @@ def asked_threads() -> int | None:
 def free_memory() -> None:
     """Give back what an action left behind: models hold on to themselves in circles, and malloc to what is freed.
 
-    Only where more than 256 MB are held, since it takes 0.1 s.
+    Only where 256 MB more are held than after it was done last, since it takes 0.1 s.
     """
     if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT <= _HELD:
         return  # it never held as much, and this is the cheaper question
-    with contextlib.suppress(OSError, AttributeError, IndexError, ValueError):  # Linux with glibc alone
-        resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        if resident > _HELD:
+    if (_resident_bytes() or 0) > _left[0] + _HELD:
+        gc.collect()
+        with contextlib.suppress(OSError, AttributeError):  # Linux with glibc alone
             import ctypes  # rarely needed
 
-            gc.collect()
             ctypes.CDLL(None).malloc_trim(0)
+        _left[0] = _resident_bytes() or 0
+
+
+_left = [0]
+"""The bytes that were resident when memory was last freed."""
+
+
+def _resident_bytes() -> int | None:
+    """None where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError, ValueError):
+        return None
 
 
 def _reset_peak() -> None:

@@ -7,6 +7,7 @@ import itertools
 import ml_dtypes
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -14,8 +15,13 @@ from safetensors.torch import save_file
 from qpipe.errors import InputError
 from qpipe.model import Model
 from qpipe.model.structure.layers import find_layers
+from qpipe.numerics.scheme import Scheme, TensorScheme
 from qpipe.stage import Samples
+from qpipe.stages.calibrate import calibrate
+from qpipe.stages.evaluate import evaluate
+from qpipe.stages.export import export
 from qpipe.stages.load_model import load_model
+from qpipe.stages.parity import parity
 from tests.model.nets import normal, parsed
 
 NETS = """
@@ -260,7 +266,24 @@ def test_a_file_in_bfloat16_is_taken_and_the_note_says_that_it_is_not_checked(tm
     text = "m (bfloat16[N,4] x) => (bfloat16[N,3] y) { h = MatMul(x, w)  y = Relu(h) }"
     onnx.save(parsed(text, w=w), tmp_path / "net.onnx")
     model = load_model(path=tmp_path / "net.onnx", ctx=notes)
-    assert notes.notes[-1].startswith("Inputs and outputs of bfloat16 are float32 now, in what is exported too.")
-    x = normal(5, 4, seed=1)
-    found = Model.of(model).session().run(None, {"x": x})[0]
-    np.testing.assert_allclose(found, np.maximum(x @ w.astype(np.float32), 0), rtol=1e-5, atol=1e-6)
+    assert notes.notes[-1].startswith("onnxruntime has next to no operators of bfloat16")
+    x = normal(5, 4, seed=1).astype(ml_dtypes.bfloat16)
+    (found,) = Model.of(model).session().run(None, {"x": x})
+    wanted = np.maximum(x.astype(np.float32) @ w.astype(np.float32), 0)
+    np.testing.assert_array_equal(found, wanted.astype(ml_dtypes.bfloat16).astype(np.float32))
+
+
+def test_a_model_in_bfloat16_is_quantized_scored_and_exported_with_its_border(tmp_path, notes, target):
+    w = (normal(16, 8) / 4).astype(ml_dtypes.bfloat16)
+    text = "m (bfloat16[N,16] x) => (bfloat16[N,8] y) { h = MatMul(x, w)  y = Relu(h) }"
+    onnx.save(parsed(text, w=w), tmp_path / "net.onnx")
+    data = Samples({"x": normal(64, 16, seed=1)})
+    scheme = Scheme(TensorScheme(8, True, True), TensorScheme(8, False, False))
+    model = load_model(data, path=tmp_path / "net.onnx", ctx=notes)
+    quantized = calibrate(model, data, scheme=scheme, target=target)
+    for backend in ("simulation", "onnxruntime"):
+        assert 25 < evaluate(quantized, data, model, metric="sqnr_db", backend=backend).values["score"] < 60, backend
+    assert parity(quantized, data).values["agree"]
+    (tmp_path / "model.onnx").write_bytes(export(quantized).read("model.onnx"))
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    assert [item.type for item in (*session.get_inputs(), *session.get_outputs())] == ["tensor(bfloat16)"] * 2

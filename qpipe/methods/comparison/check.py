@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -171,7 +172,8 @@ def _run_source(
 
 def _rounding(model: Network) -> float:
     """`TOLERANCE`, or what the narrowest type of an output can hold: a model in float16 rounds all its values to it."""
-    steps = (float(np.finfo(spec.dtype).eps) for spec in model.outputs if np.dtype(spec.dtype).kind == "f")
+    finfo: Any = ml_dtypes.finfo
+    steps = (float(finfo(spec.dtype).eps) for spec in model.outputs if spec.floating)
     return max(TOLERANCE, OWN * max(steps, default=0.0))
 
 
@@ -232,7 +234,7 @@ def _run_in_passing(
 
 def _as_type(array: Array, declared: str) -> Array:
     """`array` in the source's own float type, where the import converted it."""
-    types = {"tensor(float16)": np.float16, "tensor(double)": np.float64}
+    types = {"tensor(float16)": np.float16, "tensor(bfloat16)": ml_dtypes.bfloat16, "tensor(double)": np.float64}
     return array.astype(types[declared]) if declared in types else array
 
 

@@ -48,7 +48,7 @@ def _order(model: Network) -> list[tuple[bool, int]]:
     if not any(np.dtype(spec.dtype).kind in "iu" and len(spec.shape) < 2 for spec in model.inputs):
         return plain
     samples = batch_name(model)
-    floats = [spec.shape for spec in model.inputs if np.dtype(spec.dtype).kind == "f"]
+    floats = [spec.shape for spec in model.inputs if spec.floating]
     signals = all(sum(isinstance(dim, str) and dim != samples for dim in shape) == 1 for shape in floats)
     lengths = [(True, size) for size in sorted(SIZES, key=lambda size: abs(size - 1600))]
     return [*lengths, *plain] if signals and floats else [*plain, *lengths]
@@ -66,7 +66,7 @@ def random_inputs(
     for index, spec in enumerate(model.inputs):
         shape = [dim if isinstance(dim, int) else batch if dim == samples else size for dim in spec.shape]
         dtype = np.dtype(spec.dtype)
-        if dtype.kind == "f":
+        if spec.floating:
             arrays[spec.name] = rng.standard_normal(shape).astype(dtype)
         elif dtype.kind == "O":
             arrays[spec.name] = np.full(shape, "a text of some words", dtype)

@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from qpipe.errors import InputError
 from qpipe.model.runtime.session import make_session
+from qpipe.model.simulation.constants import output_of
 from qpipe.model.simulation.module import to_torch, watched
 
 if TYPE_CHECKING:
@@ -232,7 +233,7 @@ def simulate(
         if name in names:
             if unrounded is not None and name in found:
                 unrounded[name] = found[name]
-            found[name] = value.numpy()
+            found[name] = output_of(value)
 
     watched(module, arrays, see)
     return found

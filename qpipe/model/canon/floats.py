@@ -2,8 +2,7 @@
 
 Models in float16, bfloat16 or double are converted on import, and say so in their notes: grids are found
 and errors measured against a float32 model, and the quantized one has none of the original's numbers anyway.
-Whoever feeds the model goes on as before: inputs and outputs keep their type, by a Cast at the border. Those of
-bfloat16 become float32, since onnxruntime takes no such arrays from Python.
+Whoever feeds the model goes on as before: inputs and outputs keep their type, by a Cast at the border.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import onnx_ir as ir
 from qpipe.model.network.naming import names_of
 
 OTHERS = {ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16", ir.DataType.DOUBLE: "double"}
-_OUTSIDE = frozenset({ir.DataType.FLOAT16, ir.DataType.DOUBLE})
 _KEPT = "qpipe.kept"
 _TYPE_ATTRIBUTES = ("to", "dtype")
 
@@ -47,7 +45,7 @@ def _keep_outside(graph: ir.Graph, found: set[ir.DataType]) -> None:
     names = names_of(graph)
     first = next(iter(graph), None)
     for value in graph.inputs:
-        if value.dtype not in _OUTSIDE or value.is_initializer():
+        if value.dtype not in OTHERS or value.is_initializer():
             continue
         found.add(value.dtype)
         cast = _cast(None, ir.DataType.FLOAT, names.fresh(f"{value.name}_float32"), value.shape)
@@ -56,7 +54,7 @@ def _keep_outside(graph: ir.Graph, found: set[ir.DataType]) -> None:
         value.metadata_props[_KEPT] = "1"
         graph.insert_before(first, cast) if first is not None else graph.append(cast)
     for index, value in enumerate(graph.outputs):
-        if value.dtype not in _OUTSIDE:
+        if value.dtype not in OTHERS:
             continue
         found.add(value.dtype)
         name, value.name = str(value.name), names.fresh(f"{value.name}_float32")

@@ -43,6 +43,11 @@ class ValueSpec:
     dtype: str
     shape: tuple[int | str, ...]
 
+    @property
+    def floating(self) -> bool:
+        """Whether its numbers are floats; numpy does not count bfloat16, which it borrows, among them."""
+        return self.dtype.startswith(("float", "bfloat"))
+
 
 class Params(Mapping[str, Array]):
     """The initializers of a graph by name, sorted; an array is made, read-only, when it is asked for."""

@@ -6,13 +6,15 @@ process loaded it from, and what the engine tells each action in the environment
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime
@@ -103,16 +105,47 @@ def _sha256(path: Path, _: tuple[int, ...]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class Session(onnxruntime.InferenceSession):  # type: ignore[misc]
+    """onnxruntime's, which takes bfloat16 too: as arrays of ml_dtypes' type. It gives such outputs as float32, which
+    holds every number of theirs."""
+
+    def run(
+        self, names: Sequence[str] | None, fed: Mapping[str, Any], options: onnxruntime.RunOptions | None = None
+    ) -> list[Any]:
+        """The outputs `names`, or all where it is None or empty, in their order."""
+        inside = [*self.get_inputs(), *self.get_outputs()]
+        if not any(value.type == "tensor(bfloat16)" for value in inside):
+            return list(super().run(names, fed, options))
+        found = self.run_with_ort_values(
+            names, {name: _ort_value(array) for name, array in fed.items()}, options
+        )
+        return [_array(value) for value in found]
+
+
+def _ort_value(array: np.ndarray[Any, Any]) -> onnxruntime.OrtValue:
+    if array.dtype != ml_dtypes.bfloat16:
+        return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+    bits = np.asarray(array, order="C").view(np.uint16)
+    return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, onnx.TensorProto.BFLOAT16)
+
+
+def _array(value: onnxruntime.OrtValue) -> Any:
+    """What `value` holds. onnxruntime makes no arrays of bfloat16, but says where the numbers lie."""
+    if value.data_type() != "tensor(bfloat16)":
+        return value.numpy()
+    size = value.tensor_size_in_bytes()
+    bits = np.frombuffer(ctypes.string_at(value.data_ptr(), size), ml_dtypes.bfloat16)
+    return bits.astype(np.float32).reshape(value.shape())
+
+
 def open_session(
     proto: onnx.ModelProto, arrays: dict[str, np.ndarray[Any, Any]], options: onnxruntime.SessionOptions
-) -> onnxruntime.InferenceSession:
+) -> Session:
     """A session of `proto`, whose external tensors are `arrays` by name. The session keeps them alive."""
     contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in contiguous.items()}
     if values:
         options.add_external_initializers(list(values), list(values.values()))
-    session = onnxruntime.InferenceSession(
-        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    session = Session(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     session.external_initializers = (contiguous, values)  # onnxruntime refers to their memory
     return session

@@ -21,13 +21,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 
 from qpipe.mapped import place_of
 from qpipe.model.network.packing import graph_proto, tensor_bytes
 from qpipe.model.qdq.writer import qdq_model
 from qpipe.model.runtime.external_data import set_place, write_data
-from qpipe.model.runtime.options import Mode, open_session, session_options, set_lean
+from qpipe.model.runtime.options import Mode, Session, open_session, session_options, set_lean
 
 if TYPE_CHECKING:
     from qpipe.model.network.network import Network
@@ -43,7 +42,7 @@ def make_session(
     outputs: Sequence[str] | None = None,
     threads: int | None = None,
     lean: bool | None = None,
-) -> onnxruntime.InferenceSession:
+) -> Session:
     """A session on the CPU. `plain` has no optimizations, `reference` basic ones, `deploy` all; `quantized` runs the
     QDQ form where the model has encodings; `outputs` names the values to return instead of the graph's.
 

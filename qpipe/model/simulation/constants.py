@@ -76,6 +76,11 @@ def array_of(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     return np.asarray(bits.numpy()).view(np.dtype(getattr(ml_dtypes, name)))
 
 
+def output_of(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    """An output, on the CPU, as sessions give it: bfloat16 as float32."""
+    return array_of(tensor.float() if tensor.dtype == torch.bfloat16 else tensor)
+
+
 _BORROWED = {
     "bfloat16": torch.bfloat16,
     "float8_e4m3fn": torch.float8_e4m3fn,

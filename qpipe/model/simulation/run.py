@@ -78,7 +78,7 @@ def _joined(name: str, outputs: list[Array]) -> Array:
 def _simulation(model: Network, quantized: bool, device: str) -> Callable[[tuple[Array, ...]], list[Array]]:
     import torch
 
-    from qpipe.model.simulation.constants import array_of, taken_in
+    from qpipe.model.simulation.constants import output_of, taken_in
 
     module = to_torch(model, quantized=quantized, device=device, shared=True)
 
@@ -86,7 +86,7 @@ def _simulation(model: Network, quantized: bool, device: str) -> Callable[[tuple
         with torch.inference_mode():
             outputs = module(*(taken_in(array, device) for array in arrays))
         found = outputs if isinstance(outputs, tuple | list) else (outputs,)
-        return [array_of(output.cpu()) for output in found]
+        return [output_of(output.cpu()) for output in found]
 
     return infer
 

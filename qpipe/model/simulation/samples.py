@@ -180,8 +180,9 @@ def _as_input(spec: ValueSpec, axis: int | None, array: Array) -> Array:
 def _refuse_kind(spec: ValueSpec, array: Array) -> None:
     wanted = np.dtype(spec.dtype)
     kinds = {"f": "f", "i": "iu", "u": "iu", "b": "b", "O": "U"}
-    if array.dtype != wanted and array.dtype.kind not in kinds.get(wanted.kind, ""):
-        taken = "text" if wanted.kind == "O" else wanted
+    kind = "f" if spec.floating else wanted.kind
+    if array.dtype != wanted and array.dtype.kind not in kinds.get(kind, ""):
+        taken = "text" if kind == "O" else wanted
         raise InputError(f"The model's input '{spec.name}' is {taken}, the data give {array.dtype}.")
 
 
@@ -195,6 +196,6 @@ def in_type(spec: ValueSpec, array: Array) -> Array:
         return array
     with np.errstate(over="ignore"):
         narrow = array.astype(computed, copy=False)
-    if computed.kind == "f" and (np.isinf(narrow) & np.isfinite(array)).any():
+    if spec.floating and (np.isinf(narrow) & np.isfinite(array)).any():
         raise InputError(f"The data for '{spec.name}' hold numbers that {computed} cannot hold. Scale them.")
     return array.astype(wanted, copy=False)

@@ -57,6 +57,15 @@ def test_big_models_have_their_tensors_beside_them(tmp_path: Path) -> None:
     assert Model.load(path).pack() == model.pack()
 
 
+def test_what_every_reader_infers_is_not_written(tmp_path: Path) -> None:
+    """Types behind an operator of onnxruntime's own are no such thing."""
+    text = "m (float[N,4] x) => (float[N,4] y) { a = Relu(x)  b = com.microsoft.QuickGelu(a)  c = Neg(b)  y = Abs(c) }"
+    model = Model.from_proto(parsed(text))
+    path = model.save(tmp_path)
+    assert [value.name for value in onnx.load(path).graph.value_info] == ["b"]
+    assert Model.load(path).pack() == model.pack()
+
+
 def test_a_quantized_model_is_saved_with_its_grids_and_its_float_weights(tmp_path: Path) -> None:
     model = network()
     w = model.param("w")
