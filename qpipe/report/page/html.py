@@ -181,16 +181,15 @@ def _parity(parity: facts.Parity) -> str:
 def _measured(one: measured.Measured) -> str:
     if one.error:
         return f"<p>{_text(one.node)} is not measured: {_text(one.error)}</p>"
-    shares = "".join(
-        f"<p>{_text(f'{found} of {of} {what} run on integers')}</p>" for what, found, of in one.integer
-    )
+    listed = [(ratio.name, _text(ratio.sentence)) for ratio in one.ratios]
+    listed += [("on integers", _text(one.on_integers))] if one.on_integers else []
     head = ("in float", "nodes", "form", "one of them", "why")
     rows = [
         (_text(row.op_type), f"{row.count:,}", _text(row.form), f"<code>{_text(row.example)}</code>", _text(row.why))
         for row in one.in_float[:LONG_TABLE]
     ]
     table = _table(head, rows, right=(1,)) if rows else ""
-    return f"<p>{_text(one.node)}: {_text(one.conditions)}.</p>\n{ratio_chart(one.ratios)}{shares}{table}"
+    return f"<p>{_text(one.node)}: {_text(one.conditions)}.</p>\n{ratio_chart(one.ratios)}{_list(listed)}{table}"
 
 
 def _mix(mix: Mix) -> str:
