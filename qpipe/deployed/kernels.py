@@ -121,10 +121,10 @@ class _Scope:
         weights = [name for name in node.input if self._is_read_back(name, constant=True)]
         if node.op_type == "MatMulNBits" or (weights and form[0] == node.op_type):
             return "its weight alone is quantized"
-        if node.op_type not in WITH_KERNEL:
-            return "onnxruntime has no integer kernel for it"
         if form == (node.op_type,):
             return "float in, float out"
+        if node.op_type not in WITH_KERNEL:
+            return "onnxruntime has no integer kernel for it"
         if len(form) == 2:
             return "float in" if form[0] == node.op_type else "float out"
         if any(self.types.get(self.makers[name].input[0]) in _WIDE for name in node.input if self._is_read_back(name)):

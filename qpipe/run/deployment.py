@@ -144,8 +144,8 @@ def _ask(request: dict[str, Any], libraries: Sequence[str], label: str, view: Vi
                     view.progress(label, *said["progress"])
         status = process.wait()
     finally:
-        with suppress(ProcessLookupError):
+        if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has begun
-        process.wait()
+            process.wait()
         process.stdout.close()
     return said if "found" in said or "error" in said else {"error": f"its process {cause(status)}"}
