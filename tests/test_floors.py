@@ -104,10 +104,17 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
     "plan": ((*ENGINE[:-1], "numerics"), "verdicts history keyring decision walk estimate"),
     "run": (
         (*ENGINE, "numerics"),
-        "machine checkout context isolation performing workers executor record stores sweep",
+        "machine checkout context isolation performing workers executor deployment record stores sweep",
+    ),
+    "deployed": (
+        (
+            *("errors", "artifacts", "cache", "model.network", "model.files", "model.runtime", "model.simulation"),
+            *("methods.comparison", "run"),
+        ),
+        "session kernels timing memory measurement",
     ),
     "explain": ((*ENGINE, "run"), "shape past_runs causes runs_apart artifacts verification"),
-    "report": ((), "text facts"),
+    "report": ((), "text facts measured"),
     "report.terminal": (("report",), "table activity closing plain live terminal"),
     "report.drawing": (("report", "report.terminal"), "layout rails picture"),
     "report.page": (("writing", "report", "report.drawing"), "style charts mix html"),

@@ -41,6 +41,16 @@ NODE = {
     "scores": Each(ANY), "notes": [TEXT],
     "error": Either(TEXT, {"kind": TEXT, "message": TEXT, "type": TEXT, "traceback": TEXT}),
 }  # fmt: skip
+SHARE = {"integer": NUMBER, "all": NUMBER}
+MEASURED = {
+    **{f"{which}{name}": NUMBER for which in ("", "float_") for name in ("latency_s", "size_bytes", "peak_bytes")},
+    "latency": NUMBER, "size": NUMBER, "memory": NUMBER, "batch": NUMBER, "threads": NUMBER, "cores": NUMBER,
+    "processor": TEXT, "onnxruntime": TEXT, "real_samples": TRUTH, "error": TEXT,
+    "kernels": {
+        "layers": SHARE, "others": SHARE,
+        "in_float": [{"op_type": TEXT, "count": NUMBER, "form": TEXT, "example": TEXT, "why": TEXT}],
+    },
+}  # fmt: skip
 RECORD_SHAPE: Mapping[str, Any] = {
     "schema": NUMBER, "qpipe": TEXT, "command": Either(TEXT, [TEXT]), "started": STAMP, "finished": STAMP,
     "status": TEXT, "run_dir": TEXT, "git": {"commit": TEXT, "dirty": TRUTH},
@@ -48,10 +58,11 @@ RECORD_SHAPE: Mapping[str, Any] = {
     "goal": {
         "metric": TEXT, "float": NUMBER, "allowed_drop": NUMBER, "min_score": NUMBER, "reached": NUMBER,
         "deployed": NUMBER, "met": TRUTH,
-        "reference": TEXT, "scores": TEXT,
+        "reference": TEXT, "scores": TEXT, "score_met": TRUTH, "limits": Each({"limit": NUMBER, "found": NUMBER}),
     },
     "best": {"node": TEXT, "score": NUMBER}, "ladder": [STEP], "nodes": Each(NODE), "stages": Each(Each(ANY)),
-    "listings": Each(TEXT), "edges": [[TEXT]], "files": Each(Either(TEXT, [TEXT])), "totals": Each(NUMBER),
+    "listings": Each(TEXT), "edges": [[TEXT]], "files": Each(Either(TEXT, [TEXT])), "measured": Each(MEASURED),
+    "totals": Each(NUMBER),
 }  # fmt: skip
 
 

@@ -17,6 +17,9 @@ from qpipe.stage import Maker, Stage
 
 FORM_OUTPUTS: Mapping[str, str] = {"model": "Model", "scores": "Scores"}
 
+EXPORTER = "export"
+"""The stage whose files are measured."""
+
 LONG_CIRCLE = 20
 """Nodes of a circle that are named."""
 
@@ -41,6 +44,12 @@ class Graph:
 
     def node(self, name: str) -> NodeSpec | FirstWithin:
         return self.spec.nodes[name]
+
+    @property
+    def exporters(self) -> tuple[str, ...]:
+        """The targets that export a model."""
+        nodes = (self.node(name) for name in self.targets)
+        return tuple(node.name for node in nodes if isinstance(node, NodeSpec) and node.stage.name == EXPORTER)
 
     def edges(self) -> list[tuple[str, str, str]]:
         """(source, target, port) of every edge, in order."""
@@ -74,7 +83,21 @@ def build_graph(spec: PipelineSpec) -> Graph:
     sinks = tuple(name for name in enabled if name not in used)
     targets = tuple(_target(spec, name) for name in spec.targets) or sinks
     disabled = tuple(name for name in spec.nodes if name not in enabled)
-    return Graph(spec, inputs, order, targets, disabled, resolved)
+    graph = Graph(spec, inputs, order, targets, disabled, resolved)
+    _refuse_limits_of_nothing(graph)
+    return graph
+
+
+def _refuse_limits_of_nothing(graph: Graph) -> None:
+    goal = graph.spec.goal
+    sizes = (goal.max_size, goal.max_size_bytes)
+    asked = {"max_latency": goal.max_latency, "max_size": next((size for size in sizes if size is not None), None)}
+    for name, limit in asked.items():
+        if limit is not None and not graph.exporters:
+            raise ConfigError(
+                f"goal.{name}: none of the targets exports a model, so that nothing is measured. Add a node that uses "
+                f"'{EXPORTER}', or leave the limit out."
+            )
 
 
 def outputs_of(node: NodeSpec | FirstWithin) -> Mapping[str, str]:

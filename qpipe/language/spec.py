@@ -77,7 +77,8 @@ class FirstWithin:
 class GoalSpec:
     """What the run is for: `scores` is a node whose score has to be at least `min_score`, or may lie at most `max_drop`
     below that of `reference`; None is no goal. `deployed` is a node that scores the same model in onnxruntime, and
-    has to be within the goal too."""
+    has to be within the goal too. The exported file may take at most `max_latency` times as long as float, and be at
+    most `max_size` times as large, or have `max_size_bytes`."""
 
     metric: str
     max_drop: float | None
@@ -85,6 +86,14 @@ class GoalSpec:
     scores: Ref | None = None
     min_score: float | None = None
     deployed: Ref | None = None
+    max_latency: float | None = None
+    max_size: float | None = None
+    max_size_bytes: int | None = None
+
+    @property
+    def free(self) -> bool:
+        """Whether no score is asked for."""
+        return self.max_drop is None and self.min_score is None
 
     @property
     def absolute(self) -> float | None:
@@ -95,7 +104,8 @@ class GoalSpec:
 
 @dataclasses.dataclass(frozen=True)
 class RunSpec:
-    """How to run, never in a key. `workers` 0 runs every action in this process."""
+    """How to run, never in a key. `workers` 0 runs every action in this process; `measure` says whether what was
+    exported is measured in onnxruntime."""
 
     workers: int | None = None
     threads: int | None = None
@@ -105,6 +115,7 @@ class RunSpec:
     budget_s: float | None = None
     keep_going: bool = True
     timeout_s: float | None = None
+    measure: bool = True
 
     def __post_init__(self) -> None:
         for name, least in (("workers", 0), ("threads", 1), ("max_misses", 0), ("budget_s", 0)):
@@ -152,8 +163,10 @@ def read_spec(config: DictConfig) -> PipelineSpec:
             scores=_optional_ref(goal.get("scores"), "goal.scores"),
             min_score=_drop(goal.get("min_score"), "goal.min_score"),
             deployed=_optional_ref(goal.get("deployed"), "goal.deployed"),
+            max_latency=_ratio(goal.get("max_latency"), "goal.max_latency"),
+            **_size(goal.get("max_size")),
         ),
-        run=coerce(plain.get("run") or {}, RunSpec, "run"),
+        run=_run(plain.get("run") or {}, goal),
         targets=coerce(plain.get("targets") or (), tuple[str, ...], "targets"),
         ladder=coerce(plain.get("ladder") or {}, dict[str, str | None], "ladder"),
         baselines=coerce(plain.get("baselines") or (), tuple[str, ...], "baselines"),
@@ -381,6 +394,38 @@ def _drop(value: Any, address: str) -> float | None:
     if found is not None and math.isnan(found):
         raise ConfigError(f"{address}: expected a number, got nan. Give a limit, or null for none.")
     return found
+
+
+def _ratio(value: Any, address: str) -> float | None:
+    """A share of what float takes. ConfigError for what is none, and for bytes."""
+    found: float | None = coerce(value, float | None, address)
+    bytes_too = ", or bytes with their unit (4MB)" if address == "goal.max_size" else ""
+    if found is not None and not 0 < found <= _LARGEST_RATIO:
+        raise ConfigError(
+            f"{address}: expected a share of what the float model takes, such as 0.8, got {value}. "
+            f"Give one above 0 and at most {_LARGEST_RATIO}{bytes_too}, or null for no limit."
+        )
+    return found
+
+
+_LARGEST_RATIO = 100
+"""A size above it was meant in bytes."""
+
+
+def _size(value: Any) -> dict[str, Any]:
+    """`goal.max_size`, a share of float's or, with a unit, bytes."""
+    if isinstance(value, str) and value.strip()[-1:].isalpha() and value.strip().lower() != "nan":
+        return {"max_size_bytes": parse_size(value, "goal.max_size")}
+    return {"max_size": _ratio(value, "goal.max_size")}
+
+
+def _run(plain: Mapping[str, Any], goal: Mapping[str, Any]) -> RunSpec:
+    run: RunSpec = coerce(plain, RunSpec, "run")
+    if goal.get("max_latency") is not None and not run.measure:
+        raise ConfigError(
+            "goal.max_latency: nothing is measured with run.measure=false. Leave one of them out."
+        )
+    return run
 
 
 def _candidate(item: Any, address: str) -> Candidate:

@@ -201,6 +201,13 @@ class Walk:
             source = model if source.output == "model" else scores
         return source
 
+    def origin(self, source: Source) -> Source:
+        """The output of its kind that an output goes back to: of a model, the model as it was loaded."""
+        source = self.maker(source)
+        while (before := self._made_of(source)) is not None:
+            source = self.maker(before)
+        return source
+
     def _provenance(self, action: Action) -> dict[str, Any]:
         makers: dict[str, list[list[str | None]]] = {}
         for port, sources in self.graph.inputs[action.node].items():

@@ -29,6 +29,14 @@ def duration(seconds: float | None) -> str:
     return f"{seconds:.0f} s"
 
 
+def latency(seconds: float | None) -> str:
+    """Seconds of one run, to two digits at least: "0.16 ms", "4.1 ms", "1.2 s"; "-" for None."""
+    if seconds is None or not math.isfinite(seconds):
+        return UNKNOWN
+    value, unit = (seconds, "s") if seconds >= 0.9995 else (seconds * 1000, "ms")
+    return f"{value:.{0 if value >= 99.5 else 1 if value >= 0.995 else 2 if value >= 0.0995 else 3}f} {unit}"
+
+
 def size(size_bytes: float | None) -> str:
     """`size_bytes` in decimal units: "812 B", "3.4 MB", "12 GB"; "-" for None."""
     if size_bytes is None or not math.isfinite(size_bytes):

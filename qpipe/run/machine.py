@@ -123,6 +123,16 @@ def _peak_rss_bytes() -> int:
 
 
 @functools.cache
+def processor() -> str:
+    """What the processor calls itself."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+@functools.cache
 def _instruction_set() -> str:
     """The vector extensions that decide the last bits, as far as the processor names them."""
     with contextlib.suppress(OSError):

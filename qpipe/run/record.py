@@ -14,7 +14,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from qpipe.artifacts.artifact import load
 from qpipe.cache.store import Store
@@ -45,12 +45,16 @@ class RunInfo:
     """`Checkout.found` of the working directory."""
 
 
+Measured = Mapping[str, Mapping[str, Any]]
+"""By the node that exported: the figures of `qpipe.run.deployment.deployments`."""
+
+
 def build_record(
-    walk: Walk, store: Store, info: RunInfo, files: Mapping[str, Sequence[str]]
+    walk: Walk, store: Store, info: RunInfo, files: Mapping[str, Sequence[str]], measured: Measured
 ) -> dict[str, Any]:
     """The record of one pipeline as its walk ended."""
     verdicts = walk.verdicts()
-    goal = _goal(walk)
+    goal = _goal(walk, measured)
     nodes = {name: _node(walk, name, outcome) for name, outcome in verdicts.items()}
     libraries: dict[str, str] = {}
     for outcome in verdicts.values():
@@ -71,12 +75,13 @@ def build_record(
         },
         "goal": goal,
         "best": _best(walk),
-        "ladder": _ladder(walk, verdicts),
+        "ladder": _ladder(walk, verdicts, goal["float"]),
         "nodes": nodes,
         "stages": _stages(verdicts),
         "listings": _listings(walk, verdicts),
         "edges": [list(edge) for edge in walk.graph.edges()],
         "files": {name: list(paths) for name, paths in files.items()},
+        **({"measured": {name: dict(figures) for name, figures in measured.items()}} if measured else {}),
         "totals": _totals(verdicts),
     }
 
@@ -172,7 +177,7 @@ def _score_of(walk: Walk, source: Source | None) -> float | None:
     return None if values is None else values.get("score")
 
 
-def _goal(walk: Walk) -> dict[str, Any]:
+def _goal(walk: Walk, measured: Measured) -> dict[str, Any]:
     """The goal, and whether it is met; None where it was not asked for or not reached."""
     goal, refs = walk.graph.spec.goal, walk.graph.resolved_refs
     reference = _score_of(walk, refs.get(str(goal.reference)))
@@ -180,7 +185,11 @@ def _goal(walk: Walk) -> dict[str, Any]:
     least = None if reference is None else least_score(goal.metric, reference, goal.max_drop, goal.min_score)
     deployed = _score_of(walk, refs.get(str(goal.deployed)))
     ships = reached if deployed is None or reached is None else min(reached, deployed)
+    limits = _limits(walk, measured)
     met = None if ships is None or least is None else ships >= least
+    judged = [None if found is None else found <= limit for limit, found in limits.values()]
+    if not limits or (goal.scores is not None and not goal.free):
+        judged.append(met)
     return {
         "metric": goal.metric,
         "float": reference,
@@ -188,10 +197,30 @@ def _goal(walk: Walk) -> dict[str, Any]:
         "min_score": goal.absolute,
         "reached": reached,
         "deployed": deployed,
-        "met": met,
+        "met": False if False in judged else None if None in judged else True,
         "reference": str(goal.reference) if goal.reference else None,
         "scores": str(goal.scores) if goal.scores else None,
+        **({"score_met": met, "limits": {name: row._asdict() for name, row in limits.items()}} if limits else {}),
     }
+
+
+class Limit(NamedTuple):
+    """What a goal asks of a figure of the exported files, and the largest of them; None where one was not measured."""
+
+    limit: float
+    found: float | None
+
+
+def _limits(walk: Walk, measured: Measured) -> dict[str, Limit]:
+    """By the name of the figure, what the goal asks of the exported files."""
+    goal = walk.graph.spec.goal
+    asked = {"latency": goal.max_latency, "size": goal.max_size, "size_bytes": goal.max_size_bytes}
+    found = {}
+    for name, limit in asked.items():
+        values = [measured.get(node, {}).get(name, math.nan) for node in walk.graph.exporters]
+        if limit is not None:
+            found[name] = Limit(limit, None if any(map(math.isnan, values)) else max(values))
+    return found
 
 
 def _best(walk: Walk) -> dict[str, Any]:
@@ -204,10 +233,9 @@ def _best(walk: Walk) -> dict[str, Any]:
     return {"node": node, "score": _score_of(walk, source)}
 
 
-def _ladder(walk: Walk, verdicts: Mapping[str, Outcome]) -> list[dict[str, Any]]:
+def _ladder(walk: Walk, verdicts: Mapping[str, Outcome], reference: float | None) -> list[dict[str, Any]]:
     """The steps of the closing table, in the pipeline's order, each against the float score."""
     spec = walk.graph.spec
-    goal = _goal(walk)
     best = walk.graph.resolved_refs.get(str(spec.goal.scores))
     chosen = walk.outcomes.get(best.node) if best else None
     winner = chosen.chosen[1].node if chosen and chosen.chosen else best.node if best else None
@@ -218,7 +246,6 @@ def _ladder(walk: Walk, verdicts: Mapping[str, Outcome]) -> list[dict[str, Any]]
             continue
         values = _own_scores(walk, name, verdicts[name])
         score, metric = values.get("score"), values.get("metric", spec.goal.metric)
-        comparable = score is not None and goal["float"] is not None
         provenance = (verdicts[name].result or {}).get("provenance", {})
         steps.append(
             {
@@ -226,7 +253,7 @@ def _ladder(walk: Walk, verdicts: Mapping[str, Outcome]) -> list[dict[str, Any]]
                 "label": label,
                 "score": score,
                 "metric": metric,
-                "drop": goal["float"] - score if comparable else None,
+                "drop": None if score is None or reference is None else reference - score,
                 "verdict": verdicts[name].state,
                 "duration_s": provenance.get("duration_s") if verdicts[name].state == "ran" else 0.0,
                 "original_duration_s": provenance.get("duration_s"),

@@ -24,8 +24,10 @@ from qpipe.plan.keyring import Keyring
 from qpipe.plan.verdicts import Outcome
 from qpipe.plan.walk import Walk
 from qpipe.run.checkout import Checkout
+from qpipe.run.deployment import deployments
 from qpipe.run.executor import View, execute, exit_code, forget, open_pool
 from qpipe.run.record import (
+    Measured,
     RunInfo,
     build_record,
     json_text,
@@ -152,7 +154,9 @@ def _carry_out(
         checkout.ask()
         stopped = _run(jobs, walks, store, watch, deadline)
     _tell(store.settle(), watch)
-    status = _conclude(jobs, walks, store, watch, dataclasses.replace(info, stopped=stopped, git=checkout.found()))
+    found, stopped = _measure(jobs, walks, store, watch, stopped, deadline)
+    info = dataclasses.replace(info, stopped=stopped, git=checkout.found())
+    status = _conclude(jobs, walks, store, watch, info, found)
     _tell(store.settle(), watch)  # what the records were the first to read
     return status
 
@@ -207,23 +211,46 @@ def _run(
     return ""
 
 
+def _measure(
+    jobs: Sequence[Job], walks: Sequence[Walk], store: Store, watch: Watch, stopped: str, deadline: float | None
+) -> tuple[list[Measured], str]:
+    """What each job exported, as it runs in onnxruntime, and what stopped the run; nothing where its time is over."""
+    found: list[Measured] = []
+    try:
+        for job, walk in zip(jobs, walks, strict=True):
+            if stopped or (deadline is not None and time.monotonic() >= deadline):
+                break
+            found.append(deployments(walk, store, job.spec.run, watch))
+    except KeyboardInterrupt:
+        watch.message("Interrupted. All is made and in the cache; the same command measures what is not measured yet.")
+        stopped = "interrupted"
+    return found + [{}] * (len(jobs) - len(found)), stopped
+
+
 def hits(walks: Sequence[Walk]) -> set[str]:
     """The keys of the results that the walks took from the cache."""
     outcomes = [outcome for walk in walks for outcome in walk.outcomes.values()]
     return {outcome.key for outcome in outcomes if outcome.state == "hit" and outcome.key}
 
 
-def _conclude(jobs: Sequence[Job], walks: Sequence[Walk], store: Store, watch: Watch, info: RunInfo) -> int:
+def _conclude(
+    jobs: Sequence[Job],
+    walks: Sequence[Walk],
+    store: Store,
+    watch: Watch,
+    info: RunInfo,
+    measured: Sequence[Measured],
+) -> int:
     """Write and show the records. A single job whose input was refused leaves none: its lines said it all."""
     store.touch(hits(walks))
     status = INTERRUPTED if info.stopped == "interrupted" else exit_code(walks)
     if status == InputError.exit_code and len(jobs) == 1:
         return status
     kept = []
-    for job, walk in zip(jobs, walks, strict=True):
+    for job, walk, found in zip(jobs, walks, measured, strict=True):
         own = dataclasses.replace(info, folder=job.folder, finished=time.time())
         try:
-            kept.append((job, walk, _leave(job, walk, store, own)))
+            kept.append((job, walk, _leave(job, walk, store, own, found)))
         except CacheError:  # what it reads is damaged, and is made again
             raise
         except (QpipeError, OSError) as error:  # a disk that is full: the other trials have theirs all the same
@@ -248,12 +275,12 @@ def _conclude(jobs: Sequence[Job], walks: Sequence[Walk], store: Store, watch: W
 _NO_RECORD = "No record of the run was left; what it made is in the cache, and the same command writes it."
 
 
-def _leave(job: Job, walk: Walk, store: Store, info: RunInfo) -> dict[str, Any]:
+def _leave(job: Job, walk: Walk, store: Store, info: RunInfo, measured: Measured) -> dict[str, Any]:
     """Write what the run leaves, and give its record; all of it is there or nothing."""
     files: dict[str, list[str]] = {}
     try:
         files = write_files(walk, store, job.folder)
-        record = build_record(walk, store, info, files)
+        record = build_record(walk, store, info, files, measured)
         write_record(record, job.folder)
         write_config(job.spec.resolved, job.folder)
     except BaseException:

@@ -162,7 +162,7 @@ class Processes:
             self._free.remove(worker)
         if self._busy.get(worker.key) is worker:
             del self._busy[worker.key]
-            message = worker.reason or f"its worker process {_cause(worker.process.wait())}"
+            message = worker.reason or f"its worker process {cause(worker.process.wait())}"
             yield worker.key, {"event": "failed", "kind": "WorkerDied", "message": message, "exit_code": 1}
 
 
@@ -211,13 +211,15 @@ class _Worker:
         self.process.wait()
 
 
-def _cause(status: int) -> str:
+def cause(status: int) -> str:
+    """How a process ended, by its status."""
     if status == -signal.SIGKILL:
         return "was killed (signal 9: out of memory, or by hand)"
     return f"ended by signal {-status}" if status < 0 else f"ended with status {status}"
 
 
-def _open(address: dict[str, Any]) -> Store:
+def open_at(address: dict[str, Any]) -> Store:
+    """The store that another process opened, by its `address()`."""
     if address.get("remote") is None:
         return Store(Path(address["root"]))
     from qpipe.cache.shared.tier import open_address
@@ -261,4 +263,4 @@ def _listen(connection: socket.socket, requests: queue.Queue[Request]) -> None:
 
 
 if __name__ == "__main__":
-    serve(_open(json.loads(sys.argv[1])), int(sys.argv[2]), int(sys.argv[3]))
+    serve(open_at(json.loads(sys.argv[1])), int(sys.argv[2]), int(sys.argv[3]))

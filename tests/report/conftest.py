@@ -67,6 +67,27 @@ def parity() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def measured() -> dict[str, Any]:
+    """As `qpipe.run.deployment` leaves it."""
+
+    def row(op_type: str, count: int, form: str, why: str) -> dict[str, Any]:
+        return {"op_type": op_type, "count": count, "form": form, "example": f"{op_type.lower()}_3", "why": why}
+
+    return {
+        "latency_s": 0.0004, "float_latency_s": 0.0005, "latency": 0.8, "size_bytes": 1_000_000,
+        "float_size_bytes": 4_000_000, "size": 0.25, "peak_bytes": 30_000_000, "float_peak_bytes": 20_000_000,
+        "memory": 1.5, "batch": 1, "threads": 2, "cores": 2, "processor": "A processor", "onnxruntime": "1.32.0",
+        "real_samples": True,
+        "kernels": {
+            "layers": {"integer": 28, "all": 29}, "others": {"integer": 5, "all": 24},
+            "in_float": [
+                row("Conv", 1, "Conv", "float in, float out"),
+                row("Min", 19, "DequantizeLinear -> Min -> QuantizeLinear", "onnxruntime has no integer kernel for it"),
+            ],
+        },
+    }  # fmt: skip
+
+
 def step(name: str, label: str, score: float, verdict: str, seconds: float, **more: bool) -> dict[str, Any]:
     return {
         "node": name, "label": label, "score": score, "metric": "top1", "drop": 0.9812 - score,
@@ -101,5 +122,6 @@ def record() -> dict[str, Any]:
             step("score_cle", "bnf + cle", 0.9423, "ran", 1.2),
             step("score_adaround", "bnf + cle + adaround", 0.9801, "ran", 61.0, best=True),
         ],
+        "measured": {"export": measured()},
         "files": {"export": [f"{folder}/export/model.onnx", f"{folder}/export/encodings.json"]},
     }  # fmt: skip

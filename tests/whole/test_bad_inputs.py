@@ -84,6 +84,7 @@ class Bench:
         words = [
             "pipeline=ptq", "model=onnx_file", "model.path=net.onnx", "data=npz",
             "data.calibration=calibration.npz", "data.evaluation=evaluation.npz", "run.workers=1", "run.threads=1",
+            "run.measure=false",
             *overrides,
         ]  # fmt: skip
         environment = os.environ | {"QPIPE_CACHE_DIR": str(cache or self.folder / "cache")}

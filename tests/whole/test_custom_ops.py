@@ -80,6 +80,7 @@ def test_a_model_with_operators_of_a_library(qpipe: Qpipe, tmp_path: Path) -> No
     assert status == 0, said
     assert "parity: agrees" in said
     assert (tmp_path / "out" / "export" / "model.onnx").exists()
+    assert record["measured"]["export"]["latency"] > 0  # in sessions that know the library
     assert set(verdicts(record).values()) == {"ran", "hit"}
 
     # Elsewhere, under another name: what lies below is run with the library where it is now.

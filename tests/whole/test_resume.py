@@ -22,6 +22,7 @@ OVERRIDES = (
     "stages.adaround.iterations=120",
     "stages.adaround.limit=64",
     "run.workers=1",
+    "run.measure=false",
     "run.threads=1",
 )
 

@@ -31,7 +31,7 @@ def digests(folder: Path, name: str, *arguments: str, fresh: bool = False) -> di
         (folder / "fresh" / "sitecustomize.py").write_text(FRESH)
         environment["PYTHONPATH"] = str(folder / "fresh")
     run = subprocess.run(
-        [sys.executable, "-m", "qpipe", *arguments, "run.threads=1", f"cache.dir={folder / name}",
+        [sys.executable, "-m", "qpipe", *arguments, "run.threads=1", "run.measure=false", f"cache.dir={folder / name}",
          f"hydra.run.dir={name}-run"],
         cwd=folder, env=environment, capture_output=True, text=True,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The two charts of the report as inline SVG, in the page's own colours: scores by step, and parity."""
+"""The charts of the report as inline SVG, in the page's own colours: scores by step, parity, and what ships."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from html import escape
 
 from qpipe.report import text
 from qpipe.report.facts import Distances, Step
+from qpipe.report.measured import Ratio
 
 ROW, TOP, WIDTH, LABELS, VALUES = 30, 26, 900, 190, 170
 PLOT = WIDTH - LABELS - VALUES
@@ -115,4 +116,25 @@ def parity_chart(distances: Distances, title: str) -> str:
             place = f'x="{LABELS}" y="{y + 5}" width="{max(2.0, length):.1f}" height="{ROW - 10}" rx="2"'
             parts.append(f'<rect class="{kind}" {place}/>')
         parts.append(f'<text x="{LABELS + PLOT + 14}" y="{y + 19}">{text.share(share)}</text>')
+    return "\n".join([*parts, "</svg>"])
+
+
+def ratio_chart(ratios: Sequence[Ratio]) -> str:
+    """One bar per figure, as a share of what float takes; a dashed line is float, a mark the goal's limit."""
+    if not ratios:
+        return ""
+    scale = PLOT / max(1.1, *(1.05 * max(ratio.value, ratio.limit or 0.0) for ratio in ratios))
+    bottom = TOP + ROW * len(ratios)
+    parts = [_open(bottom + 8, "What ships as a share of what float takes")]
+    parts.append(f'<path class="float" d="M{LABELS + scale:.1f} {TOP}V{bottom}"/>')
+    parts.append(f'<text class="faint" x="{LABELS + scale:.1f}" y="{TOP - 9}" text-anchor="middle">float</text>')
+    for index, ratio in enumerate(ratios):
+        y = TOP + ROW * index
+        kind = "far" if ratio.value > (ratio.limit or 1.0) else "near"
+        place = f'x="{LABELS}" y="{y + 5}" width="{max(2.0, ratio.value * scale):.1f}" height="{ROW - 10}" rx="2"'
+        parts.append(f'<text x="{LABELS - 14}" y="{y + 19}" text-anchor="end">{escape(ratio.name)}</text>')
+        parts.append(f'<rect class="{kind}" {place}><title>{escape(ratio.sentence)}</title></rect>')
+        parts.append(f'<text x="{LABELS + PLOT + 14}" y="{y + 19}">{ratio.value:.2f} of float</text>')
+        if ratio.limit is not None:
+            parts.append(f'<path class="stem" d="M{LABELS + ratio.limit * scale:.1f} {y + 1}v{ROW - 2}"/>')
     return "\n".join([*parts, "</svg>"])

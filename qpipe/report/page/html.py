@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from qpipe.report import facts, text
+from qpipe.report import facts, measured, text
 from qpipe.report.drawing.picture import svg_graph
-from qpipe.report.page.charts import parity_chart, score_chart
+from qpipe.report.page.charts import parity_chart, ratio_chart, score_chart
 from qpipe.report.page.mix import Mix, mix_chart, mixes
 from qpipe.report.page.style import STYLE
 from qpipe.writing import write_whole
@@ -45,6 +45,7 @@ def render(record: Mapping[str, Any]) -> str:
         _summary(record),
         _section("Failed", _failures(record)),
         _section("Scores", _scores(record)),
+        _section("As deployed", "".join(map(_measured, measured.measured(record)))),
         _section("Mixed precision", "".join(map(_mix, mixes(record)))),
         _section("Parity of simulation and deployment", "".join(map(_parity, facts.parities(record)))),
         _section("Pipeline", _graph(record)),
@@ -53,7 +54,7 @@ def render(record: Mapping[str, Any]) -> str:
         _section("Files", _files(record)),
         _section("Environment", _environment(record)),
     )
-    title = f"qpipe: {facts.goal_sentence(record) or record.get('status', '')}"
+    title = f"qpipe: {measured.verdict(record) or record.get('status', '')}"
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
@@ -81,7 +82,7 @@ def _badge(kind: object, label: str = "") -> str:
 
 def _summary(record: Mapping[str, Any]) -> str:
     status = str(record.get("status", ""))
-    goal = facts.goal_sentence(record)
+    goal = measured.verdict(record)
     command = record.get("command") or ""
     shown = command if isinstance(command, str) else " ".join(map(str, command))
     sentence = goal[:1].upper() + goal[1:] if goal else "A run of qpipe"
@@ -175,6 +176,20 @@ def _parity(parity: facts.Parity) -> str:
     worst = _table(("value", "operators", "distance, op by op"), rows) if rows else ""
     listed = _list([(name, _text(value)) for name, value in parity.facts])
     return f"<p>{_text(parity.node)}: {_text(parity.sentence)}.</p>\n{charts}{listed}{worst}"
+
+
+def _measured(one: measured.Measured) -> str:
+    if one.error:
+        return f"<p>{_text(one.node)} is not measured: {_text(one.error)}</p>"
+    listed = [(ratio.name, _text(ratio.sentence)) for ratio in one.ratios]
+    listed += [("on integers", _text(one.on_integers))] if one.on_integers else []
+    head = ("in float", "nodes", "form", "one of them", "why")
+    rows = [
+        (_text(row.op_type), f"{row.count:,}", _text(row.form), f"<code>{_text(row.example)}</code>", _text(row.why))
+        for row in one.in_float[:LONG_TABLE]
+    ]
+    table = _table(head, rows, right=(1,)) if rows else ""
+    return f"<p>{_text(one.node)}: {_text(one.conditions)}.</p>\n{ratio_chart(one.ratios)}{_list(listed)}{table}"
 
 
 def _mix(mix: Mix) -> str:

@@ -6,10 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from qpipe.report import facts, text
+from qpipe.report.measured import Measured, measured, verdict
 from qpipe.report.terminal.table import paint, table, wrap
 
 MANY_NOTES = 5
 MANY_FAILURES = 20
+MANY_IN_FLOAT = 4
 INDENT = "  "
 _STYLES = {"failed": "red", "skipped": "dim", "not_needed": "dim"}
 
@@ -25,6 +27,7 @@ def closing_table(
         list(_ladder(record, width, fancy, colour)),
         list(_verdict(record, width, colour)),
         list(_failures(record, width, colour)),
+        *(list(_listed(_title(one), _figures(one), width, colour)) for one in measured(record)),
         list(_listed("notes", _few_notes(record), width, colour)),
         list(_listed("parity", [(p.node, p.sentence) for p in facts.parities(record)], width, colour)),
         list(_files(record, colour)),
@@ -62,7 +65,7 @@ def _ladder(record: Mapping[str, Any], width: int, fancy: bool, colour: bool) ->
 
 
 def _verdict(record: Mapping[str, Any], width: int, colour: bool) -> Iterator[str]:
-    goal = facts.goal_sentence(record)
+    goal = verdict(record)
     if goal:
         met = facts.goal_met(record)
         style = "" if met is None else "bold green" if met else "bold yellow"
@@ -107,11 +110,25 @@ def _listed(
     """A heading and its entries, "node: sentence", each over at most three lines."""
     if not entries:
         return
-    yield INDENT + paint(title, style, colour)
+    yield from (INDENT + paint(line, style, colour) for line in wrap(title, width - len(INDENT)))
     for node, sentence in entries:
         first, *rest = wrap(text.clean(f"{node}: {sentence}" if node else sentence), width - 6, max_lines=3)
         yield f"{INDENT * 2}{first}"
         yield from (f"{INDENT * 3}{line}" for line in rest)
+
+
+def _title(one: Measured) -> str:
+    return f"{one.node} as deployed" + (f" ({one.conditions})" if one.conditions else "")
+
+
+def _figures(one: Measured) -> list[tuple[str, str]]:
+    """What it takes beside float, what runs on integers, and what most does not."""
+    found = [(ratio.name, ratio.sentence) for ratio in one.ratios]
+    found += [("on integers", one.on_integers)] if one.on_integers else []
+    found += [("in float", group.sentence) for group in one.in_float[:MANY_IN_FLOAT]]
+    more = len(one.in_float) - MANY_IN_FLOAT
+    found += [("", f"and {text.plural(more, 'more form')} in report.html")] if more > 0 else []
+    return found + ([("not measured", one.error)] if one.error else [])
 
 
 def _files(record: Mapping[str, Any], colour: bool) -> Iterator[str]:

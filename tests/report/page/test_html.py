@@ -59,7 +59,7 @@ def test_the_page_holds_the_facts(record: dict[str, Any]) -> None:
         "qpipe pipeline=autoquant", "3.11.9", "2.13.0", "never computed before",
     ):  # fmt: skip
         assert fact in page.text, fact
-    assert page.tags.count("svg") == 4
+    assert page.tags.count("svg") == 5
     assert ("href", "./export/model.onnx") in page.attributes
 
 
