@@ -12,6 +12,7 @@ import onnx
 import onnxruntime
 import yaml
 
+from qpipe.methods.placement.calibration import constant_encodings
 from qpipe.methods.placement.placement import place
 from qpipe.methods.placement.target import Target
 from qpipe.model import Model
@@ -72,6 +73,7 @@ def quantized(
             if name not in encodings:
                 low, high = min(r[0] for r in counted), max(r[1] for r in counted)
                 encodings[name] = encoding_from_range(low, high, placement.activations[name])
+    encodings.update(constant_encodings(model, placement))
     for name, (tensor_scheme, axis) in placement.weights.items():
         encodings[name] = weight_encoding(model.param(name), tensor_scheme, axis, name)
     return model.with_encodings(encodings)

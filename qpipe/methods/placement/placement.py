@@ -46,7 +46,8 @@ class Placement:
     - `follows`: value -> the value of its group whose range alone counts: what a Min or a Relu cuts off, or a
       MaxPool passes over, needs no code;
     - `survives`: value -> what counts of it, where those that read it pick or cut off (`survival`);
-    - `fixed`: value -> the grid that the target prescribes; no value is both here and in `activations`.
+    - `fixed`: value -> the grid that the target prescribes; no value is both here and in `activations`;
+    - `constants`: initializer -> its scheme, of what is added to an activation or multiplied with it.
     """
 
     weights: dict[str, tuple[TensorScheme, int]] = field(default_factory=dict)
@@ -57,6 +58,7 @@ class Placement:
     follows: dict[str, str] = field(default_factory=dict)
     survives: dict[str, Links] = field(default_factory=dict)
     fixed: dict[str, Encoding] = field(default_factory=dict)
+    constants: dict[str, TensorScheme] = field(default_factory=dict)
 
     @property
     def shared(self) -> tuple[tuple[str, ...], ...]:
@@ -95,7 +97,15 @@ def place(model: Network, target: Target, scheme: Scheme) -> Placement:
     in_order = {name: grids[name] for name in marks.names if name in grids and name not in fixed}
     follows = {name: last for name, last in marks.follows(groups).items() if name not in fixed}
     survives = _reached(marks.survives, [name for name in in_order if name not in follows])
-    return replace(weights, activations=in_order, grids=groups, follows=follows, survives=survives, fixed=fixed)
+    constants = {
+        name: replace(grids[data], granularity="per_tensor", observer="minmax")
+        for name, data in marks.constants.items()
+        if data in grids and grids[data].bitwidth == 8 and name not in weights.weights
+    }
+    return replace(
+        weights, activations=in_order, grids=groups, follows=follows, survives=survives, fixed=fixed,
+        constants=constants,
+    )  # fmt: skip
 
 
 def _reached(survives: dict[str, Links], names: list[str]) -> dict[str, Links]:
@@ -143,6 +153,8 @@ class _Marks:
         self.marked: dict[ir.Value, None] = {}
         self.joined: Joined[ir.Value] = Joined()
         self.softmax: list[ir.Value] = []
+        self.constants: dict[str, str] = {}
+        """Operands of elementwise nodes: the initializer -> the activation that it meets."""
         self.cut: dict[ir.Value, ir.Value] = {}
         self.survives = survivals(self.graph, self.data)
         self.names = [str(value.name) for value in self._values()]
@@ -222,6 +234,8 @@ class _Marks:
                 node.inputs if rule.inputs is None else [node.inputs[i] for i in _within(rule.inputs, node)]
             )
             self._mark(chosen)
+            if op in self.target.constants:
+                self._constant(node)
         if op in self.target.bound and node not in self.fused:
             self._bound(node)
         if rule.outputs:
@@ -249,6 +263,19 @@ class _Marks:
 
     def _mark(self, values: Iterable[ir.Value | None]) -> None:
         self.marked.update({value: None for value in values if value is not None and value in self.data})
+
+    def _constant(self, node: ir.Node) -> None:
+        """A constant operand has a grid of its own, without which the node has no integer kernel; one that others read
+        too has it where it is one number, which any grid over it holds exactly."""
+        import numpy as np
+
+        for value, other in (node.inputs, node.inputs[::-1]):
+            tensor = None if value is None or not value.is_initializer() else value.const_value
+            if value is None or tensor is None or not _is_float(value) or value.name in self.left.values:
+                continue
+            own = tensor.size == 1 or len(value.uses()) == 1
+            if other is not None and other in self.data and own and np.isfinite(tensor.numpy()).all():
+                self.constants[str(value.name)] = str(other.name)
 
     def _share(self, node: ir.Node, inputs: list[ir.Value]) -> None:
         outputs = [value for value in node.outputs if value in self.data]

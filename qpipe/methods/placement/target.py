@@ -119,6 +119,8 @@ class Target:
     - `bound`: operators that cut values off; one that alone reads its input puts it on the grid of its
       output, where what would be cut off saturates;
     - `on_codes`: operators of `bound` that a file has on codes, Min and Max, between roundings on one grid of 8 bits;
+    - `constants`: operators (of two inputs) whose constant operand has a grid of its own, like that of an activation of
+      8 bits;
     - `softmax`: fix the grid of a Softmax's output at scale 2^-bitwidth with zero point qmin;
     - `composite`: operators that mark the inside of a function written out (Gelu, RMS norm, …), which runs in
       float between its input and its output;
@@ -136,6 +138,7 @@ class Target:
     share: tuple[str, ...] = ()
     bound: tuple[str, ...] = ()
     on_codes: tuple[str, ...] = ()
+    constants: tuple[str, ...] = ()
     softmax: bool = True
     composite: tuple[str, ...] = ()
     weight: Limits = Limits()

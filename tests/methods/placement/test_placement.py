@@ -129,12 +129,39 @@ CONSTANTS = {
 }  # fmt: skip
 
 
+def used(text: str) -> dict[str, Any]:
+    """The constants that a graph reads."""
+    return {name: array for name, array in CONSTANTS.items() if f"{name})" in text or f"{name}," in text}
+
+
 @pytest.mark.parametrize("text", [GELU, RMS, LAYER_NORM, SWISH, HARD_SWISH])
 def test_functions_written_out_run_in_float_inside(text: str) -> None:
-    used = {name: array for name, array in CONSTANTS.items() if f"{name})" in text or f"{name}," in text}
-    placement = placed(text, **used)
+    marks = (*ONNXRUNTIME.composite, "Sigmoid", "Clip")
+    model = Model.from_proto(parsed(text, **used(text)))
+    placement = place(model, replace(ONNXRUNTIME, composite=marks), scheme())
+    assert not placement.constants
     assert len(placement.activations) == 3
     assert {"x", "y"} < set(placement.activations)
+
+
+@pytest.mark.parametrize(("text", "constants"), [(SWISH, set()), (HARD_SWISH, {"three"})])
+def test_what_has_integer_kernels_for_each_step_has_a_grid_at_each(text: str, constants: set[str]) -> None:
+    placement = placed(text, **used(text))
+    assert set(placement.activations) >= {"x", "g", "y"}
+    assert set(placement.constants) == constants
+
+
+def test_a_constant_that_an_activation_of_8_bits_meets_has_a_grid_of_its_own() -> None:
+    text = """n (float[N,4,5,5] x) => (float[N,4,5,5] y, float[N,4,5,5] z, float[N,4,5,5] m) {
+        a = Add(x, c)  y = Mul(k, a)  z = Div(x, d)  r = Mul(x, e)  s = Mul(r, e)  m = Add(s, never) }"""
+    channels = {"c": normal(4, 1, 1), "d": normal(4, 1, 1), "e": normal(4, 1, 1), "k": np.float32(2)}
+    graph = Model.from_proto(parsed(text, never=np.full((4, 1, 1), -np.inf, np.float32), **channels))
+    found = place(graph, ONNXRUNTIME, scheme()).constants
+    assert set(found) == {"c", "k"}, "no kernel for Div; two nodes read e; no grid holds -inf"
+    assert {(each.bitwidth, each.signed, each.granularity) for each in found.values()} == {(8, False, "per_tensor")}
+    assert not place(graph, ONNXRUNTIME, scheme(activation=16)).constants
+    excluded = replace(ONNXRUNTIME, nodes=Nodes(exclude=("c",)))
+    assert set(place(graph, excluded, scheme()).constants) == {"k"}
 
 
 def test_a_gate_that_comes_from_a_layer_is_no_function_written_out() -> None:
