@@ -2,7 +2,8 @@
 
 An activation has a grid when a node wants one on its input or gives one to its output. Two things move that:
 a fused activation takes over the quantizer of the node in front of it, and a node that only moves values puts
-its output on its input's grid, in both directions. What never has one: integers; values that do not come from
+its output on its input's grid, in both directions. Behind a layer whose kernel gives floats all stays in float up to
+the next layer, unless it meets what is on a grid. What never has one: integers; values that do not come from
 the data (masks, positions); the inside of a function written out; scores on their way to a Softmax once
 something is added to them, since a mask of minus infinity would take the whole range.
 """
@@ -150,6 +151,8 @@ class _Marks:
         self.adds = {layer.add for layer in find_layers(model) if layer.add is not None}
         self.biased = {layer.name for layer in find_layers(model) if layer.add is not None}
         self.fused: set[ir.Node] = set()
+        self.given: set[ir.Value] = set()
+        """What comes out of its node on a grid, whoever reads it."""
         self.marked: dict[ir.Value, None] = {}
         self.joined: Joined[ir.Value] = Joined()
         self.softmax: list[ir.Value] = []
@@ -186,14 +189,16 @@ class _Marks:
     def place(self) -> None:
         """Marks every value that the target wants quantized, and joins those that share a grid."""
         inside = {node for composite in self.composites for node in composite.nodes}
-        for composite in self.composites:
-            if not any(self.left.has(node) for node in composite.nodes):
-                self._mark([composite.root, composite.result])
+        results = {composite.result: composite for composite in self.composites}
         scores = decided(self.graph, self.target.share)
         for node in self.graph:
-            if node in inside or node in scores or self.left.has(node):
-                continue
-            self._node(node)
+            composite = results.get(node.outputs[0])
+            if composite is not None and not any(self.left.has(each) for each in composite.nodes):
+                if self._meets_grid([composite.root]):
+                    self._mark([composite.root])
+                    self._give([composite.result])
+            elif not (node in inside or node in scores or self.left.has(node)):
+                self._node(node)
 
     def groups(self) -> tuple[tuple[str, ...], ...]:
         """The marked values by the grid they are on, in the graph's order, what is excluded left out."""
@@ -225,9 +230,14 @@ class _Marks:
         op = node.op_type
         if op in self.target.share or _picks(node):
             self._share(node, data_inputs(node, self.data))
+            if not self.given.isdisjoint(node.inputs):
+                self.given.update(node.outputs)
             return
         rule = self.target.quantize.get(op)
         if rule is None or node.outputs[0] not in self.data:
+            return
+        continues = op in self.target.weights or op == "Softmax" or node in self.fused or str(node.name) in self.adds
+        if not continues and not self._meets_grid(node.inputs):
             return
         if node not in self.fused and str(node.name) not in self.adds:
             chosen = (
@@ -248,6 +258,8 @@ class _Marks:
         if str(node.name) in self.biased:
             return
         op = "MatMul" if str(node.name) in self.adds else node.op_type
+        if op in self.target.float_outputs:
+            return
         following = only_consumer(node.outputs[0])
         if (
             following is not None
@@ -257,9 +269,17 @@ class _Marks:
         ):
             self.fused.add(following)
             return
-        self._mark(node.outputs)
+        self._give(node.outputs)
         if node.op_type == "Softmax":
             self.softmax.append(node.outputs[0])
+
+    def _meets_grid(self, inputs: Iterable[ir.Value | None]) -> bool:
+        """Whether one of `inputs` is on a grid anyway; always where no layer gives floats."""
+        return not self.target.float_outputs or not self.given.isdisjoint(inputs)
+
+    def _give(self, values: Iterable[ir.Value]) -> None:
+        self._mark(values)
+        self.given.update(values)
 
     def _mark(self, values: Iterable[ir.Value | None]) -> None:
         self.marked.update({value: None for value in values if value is not None and value in self.data})

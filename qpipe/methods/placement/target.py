@@ -114,6 +114,8 @@ class Target:
     - `quantize`: operator -> rule;
     - `weights`: operators whose weight (an initializer, input 1) has a grid;
     - `bias`: their biases are int32 on the grid s_x * s_w, or stay float;
+    - `float_outputs`: layers whose kernels give floats: their outputs have a grid where a reader wants one, and what
+      follows them has none where it meets no value that is on a grid;
     - `fused`: operator -> activations computed in the same kernel, so no quantizer stands between;
     - `share`: operators whose outputs are on the grid of their inputs, since they only move values;
     - `bound`: operators that cut values off; one that alone reads its input puts it on the grid of its
@@ -134,6 +136,7 @@ class Target:
     quantize: dict[str, OpRule] = field(default_factory=dict)
     weights: tuple[str, ...] = ("Conv", "ConvTranspose", "Gemm", "MatMul")
     bias: Literal["int32", "float"] = "int32"
+    float_outputs: tuple[str, ...] = ()
     fused: dict[str, tuple[str, ...]] = field(default_factory=dict)
     share: tuple[str, ...] = ()
     bound: tuple[str, ...] = ()

@@ -12,7 +12,7 @@ from qpipe.methods.placement.placement import Placement, place
 from qpipe.methods.placement.target import Nodes
 from qpipe.model import Model
 from tests.model.nets import normal, parsed
-from tests.model.quantized import ONNXRUNTIME, scheme
+from tests.model.quantized import ONNXRUNTIME, SHIPPED, scheme
 
 
 def placed(text: str, opset: int = 21, **tensors: Any) -> Placement:
@@ -162,6 +162,35 @@ def test_a_constant_that_an_activation_of_8_bits_meets_has_a_grid_of_its_own() -
     assert not place(graph, ONNXRUNTIME, scheme(activation=16)).constants
     excluded = replace(ONNXRUNTIME, nodes=Nodes(exclude=("c",)))
     assert set(place(graph, excluded, scheme()).constants) == {"k"}
+
+
+ATTENTION = """n (float[N,6,8] x) => (float[N,6,8] y) {
+    l = LayerNormalization<axis=-1>(x, weight, shift)  q = MatMul(l, wq)  k = MatMul(l, wk)  v = MatMul(l, wv)
+    kt = Transpose<perm=[0,2,1]>(k)  s = MatMul(q, kt)  half = Mul(s, scale)  p = Softmax(half)  o = MatMul(p, v)
+    m = MatMul(o, wo)  b = Add(m, bias)  r = Add(b, x)  n = LayerNormalization<axis=-1>(r, weight, shift)
+    h = MatMul(n, wh)  g = Gelu(h)  e = MatMul(g, we)  y = Add(e, r) }"""
+
+
+def test_what_follows_layers_that_give_floats_stays_in_float_up_to_the_next_layer() -> None:
+    weights = {name: normal(8, 8, seed=i) for i, name in enumerate(("wq", "wk", "wv", "wo", "wh", "we"))}
+    given = {"weight": CONSTANTS["weight"], "shift": CONSTANTS["shift"], "bias": normal(8), "scale": np.float32(0.35)}
+    model = Model.from_proto(parsed(ATTENTION, **weights, **given))
+    found = place(model, SHIPPED, scheme())
+    assert list(found.activations) == ["l", "q", "k", "v", "kt", "o", "n", "g"], "what a MatMul reads"
+    assert list(found.fixed) == ["p"]
+    assert not found.constants
+    assert set(found.weights) == set(weights)
+
+
+def test_what_meets_a_value_on_a_grid_is_on_one_and_so_is_what_follows() -> None:
+    text = """n (float[N,4,6,6] x) => (float[N,9] z, float[N,4,6,6] y) {
+        i = Sub(x, half)  c = Conv(i, w)  p = GlobalAveragePool(c)  f = Flatten(p)  z = Gemm(f, g)
+        d = Add(x, c)  t = Tanh(d)  y = Mul(t, three) }"""
+    given = {"w": normal(4, 4, 1, 1), "g": normal(4, 9), "half": np.float32(0.5), "three": np.float32(3)}
+    found = place(Model.from_proto(parsed(text, **given)), SHIPPED, scheme())
+    assert list(found.activations) == ["x", "i", "c", "p", "f", "d", "t", "y"], "the Gemm gives floats"
+    alone = "n (float[N,4] x) => (float[N,4] y) { a = Add(x, half)  b = Sigmoid(a)  y = Mul(a, b) }"
+    assert not place(Model.from_proto(parsed(alone, half=np.float32(0.5))), SHIPPED, scheme()).grids
 
 
 def test_a_gate_that_comes_from_a_layer_is_no_function_written_out() -> None:

@@ -15,7 +15,7 @@ from qpipe.methods.comparison.parity import parity
 from qpipe.model import Model
 from qpipe.model.qdq.writer import to_qdq
 from tests.model.nets import normal, parsed
-from tests.model.quantized import deployed_db, quantized
+from tests.model.quantized import SHIPPED, deployed_db, quantized
 
 X = normal(8, 4, 12, 12)
 W = {"w": normal(6, 4, 3, 3), "v": normal(5, 6, 1, 1)}
@@ -78,3 +78,22 @@ def test_one_number_is_held_exactly_by_its_grid() -> None:
     for name in ("k", "c"):
         rounded = quantize_dequantize(model.param(name), model.encodings[name])
         np.testing.assert_allclose(rounded, given[name], rtol=1e-6)
+
+
+NORM = """m (float[n,6,16] x) => (float[n,6,16] y) {
+    a = MatMul(x, w)  b = Add(a, c)  r = Add(b, x)  l = LayerNormalization<axis=-1>(r, g, s)  p = MatMul(l, v)
+    q = Add(p, d)  y = Gelu(q) }"""
+
+
+def test_sums_and_norms_between_products_are_in_float_and_apart(tmp_path: Path) -> None:
+    vectors = {name: normal(16, seed=i) for i, name in enumerate("cdgs")}
+    given = {"w": normal(16, 16), "v": normal(16, 16, seed=9), **vectors}
+    proto, x = parsed(NORM, **given), normal(8, 6, 16)
+    model = quantized(Model.from_proto(proto), {"x": x}, target=SHIPPED)
+    kinds = optimized(model, tmp_path)
+    assert (kinds["MatMulIntegerToFloat"], kinds["QuantizeLinear"], kinds["LayerNormalization"]) == (2, 2, 1)
+    assert not kinds.keys() & {"MatMul", "SkipLayerNormalization"}, "the one kernel for Add and norm is slower than two"
+    assert [n.op_type for n in Model.from_proto(to_qdq(model)).graph] == [n.op_type for n in model.graph]
+    assert deployed_db(model, proto, {"x": x}) > 34
+    all_of_it = quantized(Model.from_proto(proto), {"x": x})
+    assert deployed_db(model, proto, {"x": x}) > 2 + deployed_db(all_of_it, proto, {"x": x})
