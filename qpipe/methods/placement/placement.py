@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qpipe.methods.placement.filters import Overridden
 from qpipe.methods.placement.joined import Joined
@@ -21,9 +21,11 @@ from qpipe.model.network.invariants import constant_tensor
 from qpipe.model.structure.layers import find_layers, initializers_behind
 from qpipe.model.structure.opaque import read_values
 from qpipe.model.structure.operands import computed_factors, find_operands
+from qpipe.numerics.observers import weight_encoding
 from qpipe.numerics.scheme import Scheme, TensorScheme, code_bounds
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     import onnx_ir as ir
 
     from qpipe.methods.placement.target import Target
@@ -94,17 +96,18 @@ def place(model: Network, target: Target, scheme: Scheme) -> Placement:
     marks.place()
     groups = marks.groups()
     grids = {name: each for group in groups if (each := schemes.activation(group)) for name in group}
-    fixed = marks.fixed(grids, groups)
-    in_order = {name: grids[name] for name in marks.names if name in grids and name not in fixed}
-    follows = {name: last for name, last in marks.follows(groups).items() if name not in fixed}
-    survives = _reached(marks.survives, [name for name in in_order if name not in follows])
     constants = {
         name: replace(grids[data], granularity="per_tensor", observer="minmax")
         for name, data in marks.constants.items()
         if data in grids and grids[data].bitwidth == 8 and name not in weights.weights
     }
+    fixed = marks.fixed(grids, groups) | marks.looked_up(constants, groups)
+    in_order = {name: grids[name] for name in marks.names if name in grids and name not in fixed}
+    follows = {name: last for name, last in marks.follows(groups).items() if name not in fixed}
+    survives = _reached(marks.survives, [name for name in in_order if name not in follows])
+    in_float = {name: why for name, why in weights.in_float.items() if name not in constants}
     return replace(
-        weights, activations=in_order, grids=groups, follows=follows, survives=survives, fixed=fixed,
+        weights, in_float=in_float, activations=in_order, grids=groups, follows=follows, survives=survives, fixed=fixed,
         constants=constants,
     )  # fmt: skip
 
@@ -157,7 +160,8 @@ class _Marks:
         self.joined: Joined[ir.Value] = Joined()
         self.softmax: list[ir.Value] = []
         self.constants: dict[str, str] = {}
-        """Operands of elementwise nodes: the initializer -> the activation that it meets."""
+        """Operands of elementwise nodes, and tables: the initializer -> the activation that it meets, or becomes."""
+        self.tables: dict[str, list[str]] = {}
         self.cut: dict[ir.Value, ir.Value] = {}
         self.survives = survivals(self.graph, self.data)
         self.names = [str(value.name) for value in self._values()]
@@ -224,10 +228,25 @@ class _Marks:
             name: _unit_grid(schemes[name]) for group in groups if names & set(group) for name in group
         }
 
+    def looked_up(
+        self, constants: Mapping[str, TensorScheme], groups: Iterable[tuple[str, ...]]
+    ) -> dict[str, Encoding]:
+        """What is looked up in tables, and what shares its grid: that of the table."""
+        found = {}
+        for name, outputs in self.tables.items():
+            table = constant_tensor(self.graph.initializers[name])
+            if name in constants and table is not None:
+                encoding = weight_encoding(table.numpy(), constants[name], 0, name)
+                reached = (group for group in groups if set(outputs) & set(group))
+                found.update({each: encoding for group in reached for each in group})
+        return found
+
     def _node(self, node: ir.Node) -> None:
         from qpipe.model.structure.composite import data_inputs
 
         op = node.op_type
+        if op in self.target.tables and node.outputs[0] in self.data:
+            self._table(node)
         if op in self.target.share or _picks(node):
             self._share(node, data_inputs(node, self.data))
             if not self.given.isdisjoint(node.inputs):
@@ -297,6 +316,18 @@ class _Marks:
             if other is not None and other in self.data and own and np.isfinite(tensor.numpy()).all():
                 self.constants[str(value.name)] = str(other.name)
 
+    def _table(self, node: ir.Node) -> None:
+        """A table has a grid, and what is looked up in it the same, where that leaves it near enough to what it is."""
+        value = node.inputs[0]
+        tensor = None if value is None or not value.is_initializer() else value.const_value
+        if value is None or tensor is None or tensor.size < _TABLE or value.name in self.left.values:
+            return
+        only = all(reader.op_type == node.op_type for reader in value.consumers())
+        if only and _is_float(value) and _fits_8_bits(tensor.numpy()):
+            self.constants[str(value.name)] = str(node.outputs[0].name)
+            self._mark(node.outputs)
+            self.tables.setdefault(str(value.name), []).append(str(node.outputs[0].name))
+
     def _share(self, node: ir.Node, inputs: list[ir.Value]) -> None:
         outputs = [value for value in node.outputs if value in self.data]
         if inputs:
@@ -339,6 +370,20 @@ class _Marks:
 
 _WITHOUT_GRID = {"Gather": (0,), "LSTM": (1, 2), "GRU": (1, 2), "RNN": (1, 2), "DeformConv": (1,)}
 """Operators whose weights no target quantizes: which of their inputs."""
+
+
+_TABLE = 1 << 12
+"""Elements from which on a table is worth a grid."""
+_NEAR_DB = 30.0
+
+
+def _fits_8_bits(table: npt.NDArray[Any]) -> bool:
+    """Whether one grid of 8 bits over `table` has noise, step^2 / 12, of at most -30 dB of what it holds."""
+    import numpy as np
+
+    step = (max(float(table.max()), 0.0) - min(float(table.min()), 0.0)) / 255
+    power = float(np.mean(np.square(table), dtype=np.float64))
+    return bool(np.isfinite(power)) and power * 12 >= step**2 * 10 ** (_NEAR_DB / 10)
 
 
 def _unit_grid(scheme: TensorScheme) -> Encoding:

@@ -123,6 +123,7 @@ class Target:
     - `on_codes`: operators of `bound` that a file has on codes, Min and Max, between roundings on one grid of 8 bits;
     - `constants`: operators (of two inputs) whose constant operand has a grid of its own, like that of an activation of
       8 bits;
+    - `tables`: operators that look up values in a constant, whose table has such a grid, and they the same;
     - `softmax`: fix the grid of a Softmax's output at scale 2^-bitwidth with zero point qmin;
     - `composite`: operators that mark the inside of a function written out (Gelu, RMS norm, …), which runs in
       float between its input and its output;
@@ -142,6 +143,7 @@ class Target:
     bound: tuple[str, ...] = ()
     on_codes: tuple[str, ...] = ()
     constants: tuple[str, ...] = ()
+    tables: tuple[str, ...] = ()
     softmax: bool = True
     composite: tuple[str, ...] = ()
     weight: Limits = Limits()

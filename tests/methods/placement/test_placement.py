@@ -11,6 +11,8 @@ import pytest
 from qpipe.methods.placement.placement import Placement, place
 from qpipe.methods.placement.target import Nodes
 from qpipe.model import Model
+from qpipe.numerics.grid import same_grid
+from qpipe.numerics.observers import weight_encoding
 from tests.model.nets import normal, parsed
 from tests.model.quantized import ONNXRUNTIME, SHIPPED, scheme
 
@@ -191,6 +193,30 @@ def test_what_meets_a_value_on_a_grid_is_on_one_and_so_is_what_follows() -> None
     assert list(found.activations) == ["x", "i", "c", "p", "f", "d", "t", "y"], "the Gemm gives floats"
     alone = "n (float[N,4] x) => (float[N,4] y) { a = Add(x, half)  b = Sigmoid(a)  y = Mul(a, b) }"
     assert not place(Model.from_proto(parsed(alone, half=np.float32(0.5))), SHIPPED, scheme()).grids
+
+
+LOOKED_UP = """n (int64[N,6] i) => (float[N,6,9] y, float[N,6,2] z) {
+    e = Gather(table, i)  o = Gather(loud, i)  s = Gather(few, i)  a = Add(e, o)  b = Add(a, s)
+    l = LayerNormalization<axis=-1>(b, weight, shift)  y = MatMul(l, w)  t = Gather(tied, i)  z = MatMul(t, v) }"""
+
+
+def test_a_table_and_what_is_looked_up_in_it_have_one_grid_where_8_bits_hold_it() -> None:
+    loud = normal(1000, 8)
+    loud[3] *= 40
+    given = {
+        "table": normal(1000, 8), "loud": loud, "few": normal(20, 8), "tied": normal(600, 8), "w": normal(8, 9),
+        "weight": CONSTANTS["weight"], "shift": CONSTANTS["shift"], "v": normal(8, 2),
+    }  # fmt: skip
+    found = place(Model.from_proto(parsed(LOOKED_UP, **given)), SHIPPED, scheme())
+    assert set(found.constants) == {"table", "tied"}
+    assert set(found.fixed) == {"e", "t"}
+    assert same_grid(found.fixed["e"], weight_encoding(given["table"], found.constants["table"]))
+    assert set(found.in_float) == {"loud", "few"}
+    assert not place(Model.from_proto(parsed(LOOKED_UP, **given)), SHIPPED, scheme(activation=16)).constants
+    head = 'z = Einsum<equation="nik,jk->nij">(t, tied)'
+    tied = LOOKED_UP.replace("z = MatMul(t, v)", head).replace(",2]", ",600]")
+    found = place(Model.from_proto(parsed(tied, **{k: v for k, v in given.items() if k != "v"})), SHIPPED, scheme())
+    assert set(found.constants) == {"table"}, "a head's weight has the grid of a weight"
 
 
 def test_a_gate_that_comes_from_a_layer_is_no_function_written_out() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 
 from qpipe.methods.comparison.parity import parity
 from qpipe.model import Model
@@ -97,3 +98,18 @@ def test_sums_and_norms_between_products_are_in_float_and_apart(tmp_path: Path) 
     assert deployed_db(model, proto, {"x": x}) > 34
     all_of_it = quantized(Model.from_proto(proto), {"x": x})
     assert deployed_db(model, proto, {"x": x}) > 2 + deployed_db(all_of_it, proto, {"x": x})
+
+
+def test_an_embedding_is_looked_up_among_codes(tmp_path: Path) -> None:
+    text = """m (int64[n,6] i) => (float[n,6,5] y) { e = Gather(table, i)  y = MatMul(e, w) }"""
+    proto = parsed(text, table=normal(2000, 16), w=normal(16, 5))
+    feeds = {"i": np.random.default_rng(0).integers(0, 2000, (8, 6))}
+    model = quantized(Model.from_proto(proto), feeds, target=SHIPPED)
+    kinds = optimized(model, tmp_path)
+    assert (kinds["Gather"], kinds["QuantizeLinear"], kinds["MatMulIntegerToFloat"]) == (1, 0, 1)
+    assert len(to_qdq(model).SerializeToString()) < 0.3 * len(proto.SerializeToString())
+    assert deployed_db(model, proto, feeds) > 35
+    simulated = model.to_torch()(torch.from_numpy(feeds["i"])).numpy()
+    found = model.session("deploy").run(None, feeds)[0]
+    np.testing.assert_allclose(found, simulated, atol=1e-5)
+    assert Model.from_proto(to_qdq(model)).encodings.keys() == model.encodings.keys()
