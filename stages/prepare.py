@@ -2,6 +2,7 @@
 
     y = alpha (x W) + beta c   ->   y = x (alpha W) + beta c written into the parameters
     a bias that several layers share, or of one number for all channels   ->   one vector for each layer
+    f * (x W + b) + s, by constants     ->   x (W f) + (b f + s); before a layer too (qpipe.model.structure.factors)
     the canonical form again: constants folded, dead and equal nodes out, every node and value named
 
 max |y - y'| / max |y| over the outputs, in onnxruntime on `data` (without, on inputs made up), has to stay within
@@ -111,6 +112,7 @@ def prepare(
     from qpipe.methods.preconditions import float_weights
     from qpipe.model.canon.form import canonical_network
     from qpipe.model.simulation.samples import fitting
+    from qpipe.model.structure.factors import fold_factors
     from qpipe.model.structure.layers import find_layers
     from qpipe.model.structure.sharing import shared_weights
 
@@ -122,9 +124,10 @@ def prepare(
     gemms = [node for node in editor.graph if node.op_type == "Gemm" and not node.domain]
     scaled = [str(node.name) for node in gemms if scale_into_parameters(editor, node)]
     widened = [str(node.name) for node in gemms if widen_bias(editor, node)]
+    folded = fold_factors(editor)
     canonical = canonical_network(editor.ir.clone(), model.facts.custom_ops)
     result, shared = separate(type(model).of(canonical), tied_weights == "copy")
-    report: dict[str, object] = {"scaled": scaled, "widened": widened, "separated": shared}
+    report: dict[str, object] = {"scaled": scaled, "widened": widened, "folded": folded, "separated": shared}
     if verify:
         error = checked(model, result, tolerance, None if data is None else data.arrays)
         on = "random inputs" if data is None else "samples"

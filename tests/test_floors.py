@@ -44,7 +44,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "model.structure": (
         (*VALUE, "numerics.rounding", "model.operators"),
-        "families opaque layers operands module_lists blocks channels sharing composite geometry",
+        "families opaque layers operands module_lists blocks channels factors sharing composite geometry",
     ),
     "model.qdq": (
         (*VALUE, "model.operators", "model.structure"),

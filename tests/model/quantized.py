@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ import onnx
 import onnxruntime
 import yaml
 
+from qpipe.methods.placement.calibration import constant_encodings
 from qpipe.methods.placement.placement import place
 from qpipe.methods.placement.target import Target
 from qpipe.model import Model
@@ -37,7 +39,9 @@ def shipped(kind: type[Any], group: str, name: str) -> Any:
     return coerce(OmegaConf.to_container(OmegaConf.merge(*merged, table), resolve=True), kind, group)
 
 
-ONNXRUNTIME: Target = shipped(Target, "target", "onnxruntime")
+SHIPPED: Target = shipped(Target, "target", "onnxruntime")
+ONNXRUNTIME: Target = replace(SHIPPED, float_outputs=())
+"""onnxruntime's target with a grid behind every layer, as all other targets have it: more to count and to compare."""
 
 
 def scheme(
@@ -72,6 +76,7 @@ def quantized(
             if name not in encodings:
                 low, high = min(r[0] for r in counted), max(r[1] for r in counted)
                 encodings[name] = encoding_from_range(low, high, placement.activations[name])
+    encodings.update(constant_encodings(model, placement))
     for name, (tensor_scheme, axis) in placement.weights.items():
         encodings[name] = weight_encoding(model.param(name), tensor_scheme, axis, name)
     return model.with_encodings(encodings)

@@ -147,7 +147,7 @@ def _tied(
     for operand in operands:
         join((operand.weight, operand.input))
     for node in model.graph:
-        join(str(value.name) for value in node.inputs if value is not None and not value.is_initializer())
+        join(str(value.name) for value in node.inputs if value is not None)
     members: dict[str, list[str]] = {}
     in_order = [name for each in operands for name in (each.input, each.weight)]
     for name in dict.fromkeys((*in_order, *placement.activations, *names)):

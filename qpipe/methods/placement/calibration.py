@@ -141,6 +141,13 @@ def weight_encodings(model: Network, placement: Placement) -> dict[str, Encoding
     return found
 
 
+def constant_encodings(model: Network, placement: Placement) -> dict[str, Encoding]:
+    """The grid of every constant that an activation meets, over its own range."""
+    return {
+        name: weight_encoding(model.param(name), scheme, 0, name) for name, scheme in placement.constants.items()
+    }
+
+
 def frozen_weights(model: Network) -> dict[str, Encoding]:
     """The grids of weights that stay, whatever a placement says: of tuned ones, and of those that came with a model."""
     return {name: e for name, e in sorted(model.encodings.items()) if e.frozen and name in model.params}
@@ -148,8 +155,8 @@ def frozen_weights(model: Network) -> dict[str, Encoding]:
 
 def all_encodings(model: Network, placement: Placement, observers: Observers) -> dict[str, Encoding]:
     """The grid of every tensor that the placement names, and of every weight whose grid stays."""
-    found = {**frozen_weights(model), **activation_encodings(placement, observers)}
-    return {**found, **weight_encodings(model, placement)}
+    found = {**activation_encodings(placement, observers), **constant_encodings(model, placement)}
+    return {**found, **frozen_weights(model), **weight_encodings(model, placement)}
 
 
 def content(model: Network) -> list[Any]:

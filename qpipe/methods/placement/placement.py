@@ -2,7 +2,8 @@
 
 An activation has a grid when a node wants one on its input or gives one to its output. Two things move that:
 a fused activation takes over the quantizer of the node in front of it, and a node that only moves values puts
-its output on its input's grid, in both directions. What never has one: integers; values that do not come from
+its output on its input's grid, in both directions. Behind a layer whose kernel gives floats all stays in float up to
+the next layer, unless it meets what is on a grid. What never has one: integers; values that do not come from
 the data (masks, positions); the inside of a function written out; scores on their way to a Softmax once
 something is added to them, since a mask of minus infinity would take the whole range.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qpipe.methods.placement.filters import Overridden
 from qpipe.methods.placement.joined import Joined
@@ -20,9 +21,11 @@ from qpipe.model.network.invariants import constant_tensor
 from qpipe.model.structure.layers import find_layers, initializers_behind
 from qpipe.model.structure.opaque import read_values
 from qpipe.model.structure.operands import computed_factors, find_operands
+from qpipe.numerics.observers import weight_encoding
 from qpipe.numerics.scheme import Scheme, TensorScheme, code_bounds
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     import onnx_ir as ir
 
     from qpipe.methods.placement.target import Target
@@ -46,7 +49,8 @@ class Placement:
     - `follows`: value -> the value of its group whose range alone counts: what a Min or a Relu cuts off, or a
       MaxPool passes over, needs no code;
     - `survives`: value -> what counts of it, where those that read it pick or cut off (`survival`);
-    - `fixed`: value -> the grid that the target prescribes; no value is both here and in `activations`.
+    - `fixed`: value -> the grid that the target prescribes; no value is both here and in `activations`;
+    - `constants`: initializer -> its scheme, of what is added to an activation or multiplied with it.
     """
 
     weights: dict[str, tuple[TensorScheme, int]] = field(default_factory=dict)
@@ -57,6 +61,7 @@ class Placement:
     follows: dict[str, str] = field(default_factory=dict)
     survives: dict[str, Links] = field(default_factory=dict)
     fixed: dict[str, Encoding] = field(default_factory=dict)
+    constants: dict[str, TensorScheme] = field(default_factory=dict)
 
     @property
     def shared(self) -> tuple[tuple[str, ...], ...]:
@@ -91,11 +96,20 @@ def place(model: Network, target: Target, scheme: Scheme) -> Placement:
     marks.place()
     groups = marks.groups()
     grids = {name: each for group in groups if (each := schemes.activation(group)) for name in group}
-    fixed = marks.fixed(grids, groups)
+    constants = {
+        name: replace(grids[data], granularity="per_tensor", observer="minmax")
+        for name, data in marks.constants.items()
+        if data in grids and grids[data].bitwidth == 8 and name not in weights.weights
+    }
+    fixed = marks.fixed(grids, groups) | marks.looked_up(constants, groups)
     in_order = {name: grids[name] for name in marks.names if name in grids and name not in fixed}
     follows = {name: last for name, last in marks.follows(groups).items() if name not in fixed}
     survives = _reached(marks.survives, [name for name in in_order if name not in follows])
-    return replace(weights, activations=in_order, grids=groups, follows=follows, survives=survives, fixed=fixed)
+    in_float = {name: why for name, why in weights.in_float.items() if name not in constants}
+    return replace(
+        weights, in_float=in_float, activations=in_order, grids=groups, follows=follows, survives=survives, fixed=fixed,
+        constants=constants,
+    )  # fmt: skip
 
 
 def _reached(survives: dict[str, Links], names: list[str]) -> dict[str, Links]:
@@ -140,9 +154,14 @@ class _Marks:
         self.adds = {layer.add for layer in find_layers(model) if layer.add is not None}
         self.biased = {layer.name for layer in find_layers(model) if layer.add is not None}
         self.fused: set[ir.Node] = set()
+        self.given: set[ir.Value] = set()
+        """What comes out of its node on a grid, whoever reads it."""
         self.marked: dict[ir.Value, None] = {}
         self.joined: Joined[ir.Value] = Joined()
         self.softmax: list[ir.Value] = []
+        self.constants: dict[str, str] = {}
+        """Operands of elementwise nodes, and tables: the initializer -> the activation that it meets, or becomes."""
+        self.tables: dict[str, list[str]] = {}
         self.cut: dict[ir.Value, ir.Value] = {}
         self.survives = survivals(self.graph, self.data)
         self.names = [str(value.name) for value in self._values()]
@@ -174,14 +193,16 @@ class _Marks:
     def place(self) -> None:
         """Marks every value that the target wants quantized, and joins those that share a grid."""
         inside = {node for composite in self.composites for node in composite.nodes}
-        for composite in self.composites:
-            if not any(self.left.has(node) for node in composite.nodes):
-                self._mark([composite.root, composite.result])
+        results = {composite.result: composite for composite in self.composites}
         scores = decided(self.graph, self.target.share)
         for node in self.graph:
-            if node in inside or node in scores or self.left.has(node):
-                continue
-            self._node(node)
+            composite = results.get(node.outputs[0])
+            if composite is not None and not any(self.left.has(each) for each in composite.nodes):
+                if self._meets_grid([composite.root]):
+                    self._mark([composite.root])
+                    self._give([composite.result])
+            elif not (node in inside or node in scores or self.left.has(node)):
+                self._node(node)
 
     def groups(self) -> tuple[tuple[str, ...], ...]:
         """The marked values by the grid they are on, in the graph's order, what is excluded left out."""
@@ -207,21 +228,43 @@ class _Marks:
             name: _unit_grid(schemes[name]) for group in groups if names & set(group) for name in group
         }
 
+    def looked_up(
+        self, constants: Mapping[str, TensorScheme], groups: Iterable[tuple[str, ...]]
+    ) -> dict[str, Encoding]:
+        """What is looked up in tables, and what shares its grid: that of the table."""
+        found = {}
+        for name, outputs in self.tables.items():
+            table = constant_tensor(self.graph.initializers[name])
+            if name in constants and table is not None:
+                encoding = weight_encoding(table.numpy(), constants[name], 0, name)
+                reached = (group for group in groups if set(outputs) & set(group))
+                found.update({each: encoding for group in reached for each in group})
+        return found
+
     def _node(self, node: ir.Node) -> None:
         from qpipe.model.structure.composite import data_inputs
 
         op = node.op_type
+        if op in self.target.tables and node.outputs[0] in self.data:
+            self._table(node)
         if op in self.target.share or _picks(node):
             self._share(node, data_inputs(node, self.data))
+            if not self.given.isdisjoint(node.inputs):
+                self.given.update(node.outputs)
             return
         rule = self.target.quantize.get(op)
         if rule is None or node.outputs[0] not in self.data:
+            return
+        continues = op in self.target.weights or op == "Softmax" or node in self.fused or str(node.name) in self.adds
+        if not continues and not self._meets_grid(node.inputs):
             return
         if node not in self.fused and str(node.name) not in self.adds:
             chosen = (
                 node.inputs if rule.inputs is None else [node.inputs[i] for i in _within(rule.inputs, node)]
             )
             self._mark(chosen)
+            if op in self.target.constants:
+                self._constant(node)
         if op in self.target.bound and node not in self.fused:
             self._bound(node)
         if rule.outputs:
@@ -234,6 +277,8 @@ class _Marks:
         if str(node.name) in self.biased:
             return
         op = "MatMul" if str(node.name) in self.adds else node.op_type
+        if op in self.target.float_outputs:
+            return
         following = only_consumer(node.outputs[0])
         if (
             following is not None
@@ -243,12 +288,45 @@ class _Marks:
         ):
             self.fused.add(following)
             return
-        self._mark(node.outputs)
+        self._give(node.outputs)
         if node.op_type == "Softmax":
             self.softmax.append(node.outputs[0])
 
+    def _meets_grid(self, inputs: Iterable[ir.Value | None]) -> bool:
+        """Whether one of `inputs` is on a grid anyway; always where no layer gives floats."""
+        return not self.target.float_outputs or not self.given.isdisjoint(inputs)
+
+    def _give(self, values: Iterable[ir.Value]) -> None:
+        self._mark(values)
+        self.given.update(values)
+
     def _mark(self, values: Iterable[ir.Value | None]) -> None:
         self.marked.update({value: None for value in values if value is not None and value in self.data})
+
+    def _constant(self, node: ir.Node) -> None:
+        """A constant operand has a grid of its own, without which the node has no integer kernel; one that others read
+        too has it where it is one number, which any grid over it holds exactly."""
+        import numpy as np
+
+        for value, other in (node.inputs, node.inputs[::-1]):
+            tensor = None if value is None or not value.is_initializer() else value.const_value
+            if value is None or tensor is None or not _is_float(value) or value.name in self.left.values:
+                continue
+            own = tensor.size == 1 or len(value.uses()) == 1
+            if other is not None and other in self.data and own and np.isfinite(tensor.numpy()).all():
+                self.constants[str(value.name)] = str(other.name)
+
+    def _table(self, node: ir.Node) -> None:
+        """A table has a grid, and what is looked up in it the same, where that leaves it near enough to what it is."""
+        value = node.inputs[0]
+        tensor = None if value is None or not value.is_initializer() else value.const_value
+        if value is None or tensor is None or tensor.size < _TABLE or value.name in self.left.values:
+            return
+        only = all(reader.op_type == node.op_type for reader in value.consumers())
+        if only and _is_float(value) and _fits_8_bits(tensor.numpy()):
+            self.constants[str(value.name)] = str(node.outputs[0].name)
+            self._mark(node.outputs)
+            self.tables.setdefault(str(value.name), []).append(str(node.outputs[0].name))
 
     def _share(self, node: ir.Node, inputs: list[ir.Value]) -> None:
         outputs = [value for value in node.outputs if value in self.data]
@@ -292,6 +370,20 @@ class _Marks:
 
 _WITHOUT_GRID = {"Gather": (0,), "LSTM": (1, 2), "GRU": (1, 2), "RNN": (1, 2), "DeformConv": (1,)}
 """Operators whose weights no target quantizes: which of their inputs."""
+
+
+_TABLE = 1 << 12
+"""Elements from which on a table is worth a grid."""
+_NEAR_DB = 30.0
+
+
+def _fits_8_bits(table: npt.NDArray[Any]) -> bool:
+    """Whether one grid of 8 bits over `table` has noise, step^2 / 12, of at most -30 dB of what it holds."""
+    import numpy as np
+
+    step = (max(float(table.max()), 0.0) - min(float(table.min()), 0.0)) / 255
+    power = float(np.mean(np.square(table), dtype=np.float64))
+    return bool(np.isfinite(power)) and power * 12 >= step**2 * 10 ** (_NEAR_DB / 10)
 
 
 def _unit_grid(scheme: TensorScheme) -> Encoding:

@@ -114,11 +114,16 @@ class Target:
     - `quantize`: operator -> rule;
     - `weights`: operators whose weight (an initializer, input 1) has a grid;
     - `bias`: their biases are int32 on the grid s_x * s_w, or stay float;
+    - `float_outputs`: layers whose kernels give floats: their outputs have a grid where a reader wants one, and what
+      follows them has none where it meets no value that is on a grid;
     - `fused`: operator -> activations computed in the same kernel, so no quantizer stands between;
     - `share`: operators whose outputs are on the grid of their inputs, since they only move values;
     - `bound`: operators that cut values off; one that alone reads its input puts it on the grid of its
       output, where what would be cut off saturates;
     - `on_codes`: operators of `bound` that a file has on codes, Min and Max, between roundings on one grid of 8 bits;
+    - `constants`: operators (of two inputs) whose constant operand has a grid of its own, like that of an activation of
+      8 bits;
+    - `tables`: operators that look up values in a constant, whose table has such a grid, and they the same;
     - `softmax`: fix the grid of a Softmax's output at scale 2^-bitwidth with zero point qmin;
     - `composite`: operators that mark the inside of a function written out (Gelu, RMS norm, …), which runs in
       float between its input and its output;
@@ -132,10 +137,13 @@ class Target:
     quantize: dict[str, OpRule] = field(default_factory=dict)
     weights: tuple[str, ...] = ("Conv", "ConvTranspose", "Gemm", "MatMul")
     bias: Literal["int32", "float"] = "int32"
+    float_outputs: tuple[str, ...] = ()
     fused: dict[str, tuple[str, ...]] = field(default_factory=dict)
     share: tuple[str, ...] = ()
     bound: tuple[str, ...] = ()
     on_codes: tuple[str, ...] = ()
+    constants: tuple[str, ...] = ()
+    tables: tuple[str, ...] = ()
     softmax: bool = True
     composite: tuple[str, ...] = ()
     weight: Limits = Limits()

@@ -60,6 +60,7 @@ SIMPLIFICATIONS: tuple[Rule, ...] = (
     layer_forms.explicit_attributes,
     layer_forms.pad_into_conv,
     layer_forms.gemm_input_first,
+    layer_forms.mean_as_pool,
 )
 _ROUNDS = 10
 """Folding makes shapes known and known shapes make constants; the deepest chain seen took 4 rounds."""

@@ -2,7 +2,8 @@
 
 - Transpose(W) goes: W is stored transposed under its own name, with the permutation in its metadata;
 - Conv, ConvTranspose and pools say their pads, group and kernel_shape themselves, where the shapes allow;
-- a Pad with zeros before a Conv is pads of the Conv; a Gemm does not transpose its input.
+- a Pad with zeros before a Conv is pads of the Conv; a Gemm does not transpose its input;
+- a mean over height and width is a GlobalAveragePool.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qpipe.model.network.invariants import PERMUTATION, SHAPE, constant, permutation
+from qpipe.model.network.rewriting import replace
 
 _WINDOWS = frozenset({"Conv", "ConvTranspose", "MaxPool", "AveragePool", "LpPool"})
 
@@ -172,6 +174,21 @@ def gemm_input_first(graph: ir.Graph, node: ir.Node) -> bool:
     graph.insert_before(node, transpose)
     node.replace_input_with(0, transpose.outputs[0])
     return True
+
+
+def mean_as_pool(graph: ir.Graph, node: ir.Node) -> bool:
+    """A mean over all of height and width is a GlobalAveragePool, which engines run on integers. Not over one dimension
+    alone: that is a norm's."""
+    value = node.inputs[0] if node.op_type == "ReduceMean" and not node.domain else None
+    axes = constant(node, 1)
+    if value is None or value.shape is None or axes is None or value.dtype != ir.DataType.FLOAT:
+        return False
+    rank = len(value.shape)
+    if rank < 4 or sorted(int(axis) % rank for axis in axes.reshape(-1)) != list(range(2, rank)):
+        return False
+    return bool(node.attributes.get_int("keepdims", 1)) and replace(
+        graph, node, ir.node("GlobalAveragePool", [value], name=node.name)
+    )
 
 
 def drop_made_up_biases(graph: ir.Graph, parameters: Collection[str]) -> None:

@@ -8,7 +8,8 @@ channels it takes for scales of these. Its integer Softmax wraps where 1 is beyo
 a graph with a quantized AveragePool that has dilations does not load, and a GlobalAveragePool whose output has a far
 finer grid than its input, since nothing of it passes a Relu, say, does not run. It sees DQ -> node -> Q there also once
 it has taken out what changes nothing between them, a mask of zeros, say. Of all this codes of 16 bits have the rounded
-weights alone. A Clip without bounds in front of the node changes no value either, and stays.
+weights alone. And an Add with the LayerNormalization behind it becomes one kernel, which is slower than the two. A Clip
+without bounds in front of the node changes no value either, and stays.
 
 **Taken on codes.** A bound between two roundings on one grid:
 
@@ -50,19 +51,30 @@ below 256: these bounds keep to it for up to 2^16 elements."""
 def guard_float_layers(graph: ir.Graph, names: Names) -> None:
     """Put a Clip without bounds in front of each such node of a QDQ graph, in place."""
     for node in list(graph):
-        value = node.inputs[0] if node.op_type in _AT_RISK and not node.domain else None
-        if value is None:
-            continue
-        before, after = _dequantizer(value), _quantizer(node)
-        if before is None or after is None:
-            continue
-        on_integers = _is_8_bit(before) and _is_8_bit(after) and (_has_other_axis(node) or _wrong(before, node, after))
-        if not (on_integers or _has_float_weight(node)):
+        value = node.inputs[0] if not node.domain else None
+        if value is None or not (_made_integer(node, value) or _made_slow(node, value)):
             continue
         result = ir.Value(name=names.fresh(f"{node.name}__input"), type=value.type, shape=value.shape)
         guard = ir.node("Clip", [value], outputs=[result], name=names.fresh(f"{node.name}__guard"))
         graph.insert_before(node, guard)
         node.replace_input_with(0, result)
+
+
+def _made_integer(node: ir.Node, value: ir.Value) -> bool:
+    """Whether onnxruntime would run `node`, which reads `value`, on integers although it must not."""
+    before, after = (_dequantizer(value), _quantizer(node)) if node.op_type in _AT_RISK else (None, None)
+    if before is None or after is None:
+        return False
+    on_integers = _is_8_bit(before) and _is_8_bit(after) and (_has_other_axis(node) or _wrong(before, node, after))
+    return on_integers or _has_float_weight(node)
+
+
+def _made_slow(node: ir.Node, value: ir.Value) -> bool:
+    """Whether onnxruntime would put `node` and the Add in front into one kernel, SkipLayerNormalization, which takes
+    more than twice the time of both (1.32). Where the Add's output is rounded it does not."""
+    add = value.producer() if node.op_type == "LayerNormalization" else None
+    rounded = any(reader.op_type == "QuantizeLinear" for reader in node.outputs[0].consumers())
+    return rounded and add is not None and add.op_type == "Add"
 
 
 def _is_8_bit(node: ir.Node) -> bool:

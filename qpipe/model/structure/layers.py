@@ -16,7 +16,7 @@ import onnx_ir as ir
 from qpipe.model.network.invariants import constant_tensor
 
 if TYPE_CHECKING:
-    from qpipe.model.network.network import Network
+    from qpipe.model.network.network import Editor, Network
 
 LayerType = Literal["Conv", "ConvTranspose", "Gemm", "MatMul"]
 
@@ -81,7 +81,7 @@ class Layer:
         return inputs == 1
 
 
-def find_layers(model: Network) -> tuple[Layer, ...]:
+def find_layers(model: Network | Editor) -> tuple[Layer, ...]:
     """The layers of `model` in topological order; `refused_layers` lists the ones that are none, and why."""
     found = (_layer(node) for node in model.graph)
     return tuple(layer for layer in found if isinstance(layer, Layer))

@@ -11,8 +11,10 @@ import pytest
 from qpipe.methods.placement.placement import Placement, place
 from qpipe.methods.placement.target import Nodes
 from qpipe.model import Model
+from qpipe.numerics.grid import same_grid
+from qpipe.numerics.observers import weight_encoding
 from tests.model.nets import normal, parsed
-from tests.model.quantized import ONNXRUNTIME, scheme
+from tests.model.quantized import ONNXRUNTIME, SHIPPED, scheme
 
 
 def placed(text: str, opset: int = 21, **tensors: Any) -> Placement:
@@ -129,12 +131,92 @@ CONSTANTS = {
 }  # fmt: skip
 
 
+def used(text: str) -> dict[str, Any]:
+    """The constants that a graph reads."""
+    return {name: array for name, array in CONSTANTS.items() if f"{name})" in text or f"{name}," in text}
+
+
 @pytest.mark.parametrize("text", [GELU, RMS, LAYER_NORM, SWISH, HARD_SWISH])
 def test_functions_written_out_run_in_float_inside(text: str) -> None:
-    used = {name: array for name, array in CONSTANTS.items() if f"{name})" in text or f"{name}," in text}
-    placement = placed(text, **used)
+    marks = (*ONNXRUNTIME.composite, "Sigmoid", "Clip")
+    model = Model.from_proto(parsed(text, **used(text)))
+    placement = place(model, replace(ONNXRUNTIME, composite=marks), scheme())
+    assert not placement.constants
     assert len(placement.activations) == 3
     assert {"x", "y"} < set(placement.activations)
+
+
+@pytest.mark.parametrize(("text", "constants"), [(SWISH, set()), (HARD_SWISH, {"three"})])
+def test_what_has_integer_kernels_for_each_step_has_a_grid_at_each(text: str, constants: set[str]) -> None:
+    placement = placed(text, **used(text))
+    assert set(placement.activations) >= {"x", "g", "y"}
+    assert set(placement.constants) == constants
+
+
+def test_a_constant_that_an_activation_of_8_bits_meets_has_a_grid_of_its_own() -> None:
+    text = """n (float[N,4,5,5] x) => (float[N,4,5,5] y, float[N,4,5,5] z, float[N,4,5,5] m) {
+        a = Add(x, c)  y = Mul(k, a)  z = Div(x, d)  r = Mul(x, e)  s = Mul(r, e)  m = Add(s, never) }"""
+    channels = {"c": normal(4, 1, 1), "d": normal(4, 1, 1), "e": normal(4, 1, 1), "k": np.float32(2)}
+    graph = Model.from_proto(parsed(text, never=np.full((4, 1, 1), -np.inf, np.float32), **channels))
+    found = place(graph, ONNXRUNTIME, scheme()).constants
+    assert set(found) == {"c", "k"}, "no kernel for Div; two nodes read e; no grid holds -inf"
+    assert {(each.bitwidth, each.signed, each.granularity) for each in found.values()} == {(8, False, "per_tensor")}
+    assert not place(graph, ONNXRUNTIME, scheme(activation=16)).constants
+    excluded = replace(ONNXRUNTIME, nodes=Nodes(exclude=("c",)))
+    assert set(place(graph, excluded, scheme()).constants) == {"k"}
+
+
+ATTENTION = """n (float[N,6,8] x) => (float[N,6,8] y) {
+    l = LayerNormalization<axis=-1>(x, weight, shift)  q = MatMul(l, wq)  k = MatMul(l, wk)  v = MatMul(l, wv)
+    kt = Transpose<perm=[0,2,1]>(k)  s = MatMul(q, kt)  half = Mul(s, scale)  p = Softmax(half)  o = MatMul(p, v)
+    m = MatMul(o, wo)  b = Add(m, bias)  r = Add(b, x)  n = LayerNormalization<axis=-1>(r, weight, shift)
+    h = MatMul(n, wh)  g = Gelu(h)  e = MatMul(g, we)  y = Add(e, r) }"""
+
+
+def test_what_follows_layers_that_give_floats_stays_in_float_up_to_the_next_layer() -> None:
+    weights = {name: normal(8, 8, seed=i) for i, name in enumerate(("wq", "wk", "wv", "wo", "wh", "we"))}
+    given = {"weight": CONSTANTS["weight"], "shift": CONSTANTS["shift"], "bias": normal(8), "scale": np.float32(0.35)}
+    model = Model.from_proto(parsed(ATTENTION, **weights, **given))
+    found = place(model, SHIPPED, scheme())
+    assert list(found.activations) == ["l", "q", "k", "v", "kt", "o", "n", "g"], "what a MatMul reads"
+    assert list(found.fixed) == ["p"]
+    assert not found.constants
+    assert set(found.weights) == set(weights)
+
+
+def test_what_meets_a_value_on_a_grid_is_on_one_and_so_is_what_follows() -> None:
+    text = """n (float[N,4,6,6] x) => (float[N,9] z, float[N,4,6,6] y) {
+        i = Sub(x, half)  c = Conv(i, w)  p = GlobalAveragePool(c)  f = Flatten(p)  z = Gemm(f, g)
+        d = Add(x, c)  t = Tanh(d)  y = Mul(t, three) }"""
+    given = {"w": normal(4, 4, 1, 1), "g": normal(4, 9), "half": np.float32(0.5), "three": np.float32(3)}
+    found = place(Model.from_proto(parsed(text, **given)), SHIPPED, scheme())
+    assert list(found.activations) == ["x", "i", "c", "p", "f", "d", "t", "y"], "the Gemm gives floats"
+    alone = "n (float[N,4] x) => (float[N,4] y) { a = Add(x, half)  b = Sigmoid(a)  y = Mul(a, b) }"
+    assert not place(Model.from_proto(parsed(alone, half=np.float32(0.5))), SHIPPED, scheme()).grids
+
+
+LOOKED_UP = """n (int64[N,6] i) => (float[N,6,9] y, float[N,6,2] z) {
+    e = Gather(table, i)  o = Gather(loud, i)  s = Gather(few, i)  a = Add(e, o)  b = Add(a, s)
+    l = LayerNormalization<axis=-1>(b, weight, shift)  y = MatMul(l, w)  t = Gather(tied, i)  z = MatMul(t, v) }"""
+
+
+def test_a_table_and_what_is_looked_up_in_it_have_one_grid_where_8_bits_hold_it() -> None:
+    loud = normal(1000, 8)
+    loud[3] *= 40
+    given = {
+        "table": normal(1000, 8), "loud": loud, "few": normal(20, 8), "tied": normal(600, 8), "w": normal(8, 9),
+        "weight": CONSTANTS["weight"], "shift": CONSTANTS["shift"], "v": normal(8, 2),
+    }  # fmt: skip
+    found = place(Model.from_proto(parsed(LOOKED_UP, **given)), SHIPPED, scheme())
+    assert set(found.constants) == {"table", "tied"}
+    assert set(found.fixed) == {"e", "t"}
+    assert same_grid(found.fixed["e"], weight_encoding(given["table"], found.constants["table"]))
+    assert set(found.in_float) == {"loud", "few"}
+    assert not place(Model.from_proto(parsed(LOOKED_UP, **given)), SHIPPED, scheme(activation=16)).constants
+    head = 'z = Einsum<equation="nik,jk->nij">(t, tied)'
+    tied = LOOKED_UP.replace("z = MatMul(t, v)", head).replace(",2]", ",600]")
+    found = place(Model.from_proto(parsed(tied, **{k: v for k, v in given.items() if k != "v"})), SHIPPED, scheme())
+    assert set(found.constants) == {"table"}, "a head's weight has the grid of a weight"
 
 
 def test_a_gate_that_comes_from_a_layer_is_no_function_written_out() -> None:

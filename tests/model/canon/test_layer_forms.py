@@ -169,3 +169,21 @@ def test_a_bias_of_zeros_that_is_no_parameter_goes(bias: float, parameters: tupl
     graph = ir.from_proto(parsed(text, w=normal(3, 5), b=np.full(5, bias, np.float32))).graph
     layer_forms.drop_made_up_biases(graph, parameters)
     assert len(graph[0].inputs) == (3 if kept else 2)
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "pools"),
+    [((2, 3), (2, 3, 5, 4), True), ((-1, -2), (2, 3, 5, 4), True), ((-3, 4, 3), (2, 3, 2, 5, 4), True),
+     ((3,), (2, 3, 5, 4), False), ((1, 2), (2, 3, 5, 4), False), ((-1,), (2, 3, 5), False)],
+)  # fmt: skip
+@pytest.mark.parametrize("keepdims", [0, 1])
+def test_a_mean_over_height_and_width_is_a_pool(
+    axes: tuple[int, ...], shape: tuple[int, ...], pools: bool, keepdims: int
+) -> None:
+    dims = ",".join(map(str, shape[1:]))
+    text = f"m (float[N,{dims}] x) => (float y) {{ y = ReduceMean<keepdims={keepdims}>(x, axes) }}"
+    model, found = changed(layer_forms.mean_as_pool, text, axes=np.array(axes))
+    assert found == (pools and keepdims == 1)
+    assert model.graph[-1].op_type == ("GlobalAveragePool" if found else "ReduceMean")
+    x = normal(*shape)
+    np.testing.assert_allclose(outputs(model, x), x.mean(axes, keepdims=keepdims == 1), rtol=1e-5, atol=1e-6)

@@ -1,0 +1,256 @@
+"""What ships: qpipe's int8 file beside those of onnxruntime's quantize_static, over float, on one thread, batch 1.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.deployed [NAME ...] [--seconds 2] [--json FILE] [--nodes]
+
+All make the file from the same float model and calibration samples: qpipe by prepare, bnf, calibrate and export, W8A8,
+minmax; quantize_static in QDQ form with uint8 activations and int8 weights, per tensor and per channel, minmax, after
+quant_pre_process.
+
+latency    processor time of a run on one thread, the median of rounds in which all take turns, over the float file's
+size       bytes of the file over those of the float one
+integer    Conv, ConvTranspose, MatMul and Gemm on integer kernels in onnxruntime's optimized graph, of all
+dB         signal to noise of the outputs against the float file's, on other samples; the output with the least
+
+`--nodes` prints, for each file, the operators that are left in float and read what was dequantized.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization.shape_inference import quant_pre_process
+
+from benchmarks.published import CACHE, CALIBRATION, CASES, EVALUATION, Array, Arrays, Case
+from qpipe.methods.placement.target import Target
+from qpipe.model import Model
+from qpipe.model.files.given import fix_shapes
+from qpipe.model.files.onnx_reader import read_onnx
+from qpipe.model.files.onnx_writer import write_onnx
+from qpipe.model.qdq.writer import qdq_model
+from qpipe.numerics.metrics import sqnr_db
+from qpipe.numerics.scheme import Scheme, TensorScheme
+from qpipe.stage import Samples
+from qpipe.stages.bnf import bnf
+from qpipe.stages.calibrate import calibrate
+from qpipe.stages.load_model import load_model
+from qpipe.stages.prepare import prepare
+from tests.model.quantized import shipped
+
+FLOAT_LAYERS = {"Conv", "FusedConv", "ConvTranspose", "MatMul", "FusedMatMul", "Gemm", "FusedGemm", "TransposeMatMul"}
+INTEGER_LAYERS = {
+    "QLinearConv", "QLinearMatMul", "QGemm", "MatMulIntegerToFloat", "ConvInteger", "MatMulInteger",
+    "DynamicQuantizeMatMul", "QLinearConvTranspose",
+}  # fmt: skip
+W8A8 = Scheme(TensorScheme(8, True, True, "auto"), TensorScheme(8, False, False))
+
+
+def feeds(case: Case, arrays: Arrays, names: list[str]) -> list[Arrays]:
+    """One dictionary a sample, as a session takes it."""
+    count = len(next(iter(arrays.values())))
+    moved = {name: np.moveaxis(arrays[name], 0, case.batch_axis.get(name, 0)) for name in names}
+    return [
+        {name: np.ascontiguousarray(moved[name].take([i], case.batch_axis.get(name, 0))) for name in names}
+        for i in range(count)
+    ]
+
+
+def session(path: Path, optimized: Path | None = None) -> onnxruntime.InferenceSession:
+    """onnxruntime's defaults, on one thread."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def outputs(path: Path, samples: list[Arrays]) -> list[Array]:
+    runs = session(path)
+    found = [runs.run(None, sample) for sample in samples]
+    return [np.stack([each[i] for each in found]) for i in range(len(found[0]))]
+
+
+def qpipe_file(model: Model, data: Samples, target: Target, path: Path) -> None:
+    write_onnx(qdq_model(calibrate(bnf(prepare(model, data)), data, scheme=W8A8, target=target)), path)
+
+
+class _Reader(CalibrationDataReader):
+    def __init__(self, samples: list[Arrays]) -> None:
+        self.samples = iter(samples)
+
+    def get_next(self) -> Arrays | None:
+        return next(self.samples, None)
+
+
+def static_file(source: Path, samples: list[Arrays], per_channel: bool, path: Path) -> None:
+    """What quantize_static makes of `source`, which is first brought to an opset that has scales per channel."""
+    proto = onnx.load(source)
+    opset = next(each.version for each in proto.opset_import if each.domain in ("", "ai.onnx"))
+    if opset < 13:
+        proto = onnx.version_converter.convert_version(proto, 17)
+    prepared = path.with_suffix(".prepared.onnx")
+    onnx.save(proto, prepared)
+    try:
+        quant_pre_process(str(prepared), str(prepared), auto_merge=True)
+    except Exception:  # its symbolic shapes do not take every model
+        quant_pre_process(str(prepared), str(prepared), skip_symbolic_shape=True)
+    quantize_static(
+        str(prepared), str(path), _Reader(samples), quant_format=QuantFormat.QDQ, per_channel=per_channel,
+        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+    )  # fmt: skip
+
+
+def layers(path: Path) -> tuple[float, dict[str, int]]:
+    """The share of layers on integer kernels, and the operators in float that read dequantized values, counted."""
+    with tempfile.TemporaryDirectory() as folder:
+        optimized = Path(folder) / "optimized.onnx"
+        session(path, optimized)
+        nodes = list(onnx.load(optimized).graph.node)
+    integer = sum(node.op_type in INTEGER_LAYERS for node in nodes)
+    in_float = sum(node.op_type in FLOAT_LAYERS for node in nodes)
+    dequantized = {node.output[0] for node in nodes if node.op_type == "DequantizeLinear"}
+    left = Counter(node.op_type for node in nodes if dequantized & set(node.input))
+    return integer / max(1, integer + in_float), dict(left.most_common())
+
+
+def latencies(paths: dict[str, Path], samples: list[Arrays], seconds: float) -> dict[str, float]:
+    """Processor seconds of a run of each, all taking turns for about `seconds` each."""
+    runs = {name: session(path) for name, path in paths.items()}
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    started, turn = time.process_time(), 0
+    while turn < 8 or time.process_time() - started < seconds * len(runs):
+        sample = samples[turn % len(samples)]
+        for name, each in runs.items():
+            before = time.process_time()
+            each.run(None, sample)
+            found[name].append(time.process_time() - before)
+        turn += 1
+    return {name: statistics.median(times[3:]) for name, times in found.items()}
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        yield
+        logging.disable(logging.NOTSET)
+
+
+def fixed(case: Case, source: Path, path: Path) -> Path:
+    """`source` with the shapes of `case` for a batch of one, as quantize_static wants them."""
+    if case.inputs or not case.shapes:
+        return source
+    model = read_onnx(source)
+    fix_shapes(model, {name: [1 if dim == "n" else dim for dim in shape] for name, shape in case.shapes.items()})
+    for value in model.graph.outputs:
+        value.shape = None
+    write_onnx(model, path)
+    return path
+
+
+def measure(name: str, target: Target, seconds: float, folder: Path) -> dict[str, Any]:
+    """All figures of one model; a file that could not be made has its error instead."""
+    case = CASES[name]
+    source = case.path(CACHE)
+    calibration, evaluation = case.data(CALIBRATION, 1), case.data(EVALUATION, 2)
+    names = list(calibration)
+    data = Samples(calibration)
+    model = Model.of(load_model(data, path=source, inputs=case.inputs, shapes=case.shapes))
+    plain = source
+    if case.inputs:  # what the file takes beside the data
+        plain = model.save(folder / "float")
+    samples = feeds(case, calibration, names)
+    makers: dict[str, Callable[[Path], None]] = {
+        "qpipe": lambda path: qpipe_file(model, data, target, path),
+        "static": lambda path: static_file(fixed(case, plain, folder / "fixed.onnx"), samples, False, path),
+        "static_per_channel": lambda path: static_file(
+            fixed(case, plain, folder / "fixed.onnx"), samples, True, path
+        ),
+    }
+    row: dict[str, Any] = {"model": name, "float_bytes": plain.stat().st_size}
+    paths, told = {"float": plain}, feeds(case, evaluation, names)
+    wanted = outputs(plain, told)
+    for maker, make in makers.items():
+        path = folder / f"{maker}.onnx"
+        try:
+            with quiet():
+                make(path)
+                found = outputs(path, told)
+        except Exception as error:  # whatever a peer, or qpipe, makes of the model is a result
+            row[maker] = {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"}
+            continue
+        share, left = layers(path)
+        row[maker] = {
+            "size": path.stat().st_size / row["float_bytes"],
+            "integer": share,
+            "sqnr_db": min(map(sqnr_db, found, wanted)),
+            "left": left,
+        }
+        paths[maker] = path
+    times = latencies(paths, told, seconds)
+    row["float_ms"] = 1e3 * times["float"]
+    for maker in paths.keys() - {"float"}:
+        row[maker]["latency"] = times[maker] / times["float"]
+    return row
+
+
+HEADER = ("model", "float ms", *(f"{who}: {what}" for who in ("qpipe", "static", "per channel")
+                                for what in ("latency", "size", "integer", "dB")))  # fmt: skip
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    found = [row["model"], f"{row['float_ms']:.2f}"]
+    for maker in ("qpipe", "static", "static_per_channel"):
+        each = row[maker]
+        if "error" in each:
+            found += [f"{each['error'][:60]}", "–", "–", "–"]
+        else:
+            found += [f"{each[key]:.2f}" for key in ("latency", "size", "integer")] + [f"{each['sqnr_db']:.1f}"]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=list(CASES), metavar="NAME", help=", ".join(CASES))
+    parser.add_argument("--seconds", type=float, default=2.0, help="of measuring, for each file")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--nodes", action="store_true")
+    parser.add_argument("--keep", type=Path, help="a folder for the files")
+    arguments = parser.parse_args()
+    CACHE.mkdir(parents=True, exist_ok=True)
+    target: Target = shipped(Target, "target", "onnxruntime")
+    print("| " + " | ".join(HEADER) + " |")
+    print("|" + "---|" * len(HEADER))
+    rows = []
+    for name in arguments.models:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) if arguments.keep is None else arguments.keep / name.replace(" ", "_")
+            folder.mkdir(parents=True, exist_ok=True)
+            rows.append(measure(name, target, arguments.seconds, folder))
+        print("| " + " | ".join(cells(rows[-1])) + " |", flush=True)
+        for maker in ("qpipe", "static", "static_per_channel") if arguments.nodes else ():
+            print(f"    {maker}: {rows[-1][maker].get('left') or rows[-1][maker]}", file=sys.stderr)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
