@@ -25,10 +25,10 @@ Exported = Callable[[str, bool, bool], Path]
 
 GRANULARITIES = "scheme.weight.granularity=per_tensor,per_channel"
 OPERATORS = {
-    "resnet18": {"Conv", "Add", "MaxPool", "Gemm"},
-    "mobilenet_v2": {"Conv", "Add", "Gemm"},
+    "resnet18": {"Conv", "Add", "MaxPool"},
+    "mobilenet_v2": {"Conv", "Add"},
     "unet": {"Conv", "ConvTranspose", "Concat", "MaxPool"},
-    "vit": {"Conv", "MatMul", "Softmax", "LayerNormalization", "Gelu", "Add", "Gemm"},
+    "vit": {"Conv", "MatMul", "Softmax", "LayerNormalization", "Gelu", "Add"},
 }
 
 
