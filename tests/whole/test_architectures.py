@@ -1,7 +1,8 @@
 """Networks as `torch.onnx.export` writes them go through the whole pipeline; onnxruntime computes what was simulated.
 
-Op by op, from equal inputs, none is off by more than one grid step, and at 8 bits at least 99.9 % are equal. At 16
-bits a step is near the rounding of a float32 sum: there values next to the middle between two codes may differ.
+Op by op, from equal inputs, none is off by more than one grid step, and at 8 bits at least 99.9 % are equal, or what
+differs lies in the middle between two codes to four digits. At 16 bits a step is near the rounding of a float32 sum:
+there values next to the middle may differ.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def assert_units_agree(units: list[dict[str, Any]], bits: int) -> None:
     share = 0.9999 if bits == 8 else 0.998
     for unit in units:
         assert unit["largest"] <= 1, unit
-        assert unit["within_0"] >= 0.999 or (bits == 16 and unit["tie_distance"] < 0.1), unit
+        assert unit["within_0"] >= 0.999 or unit["tie_distance"] < (1e-4 if bits == 8 else 0.1), unit
     counts = np.sum([unit["counts"] for unit in units], axis=0)
     assert counts[0] / counts.sum() >= share
 
