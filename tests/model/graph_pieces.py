@@ -77,7 +77,8 @@ def _conv_transpose(net: Net, x: Value) -> Value:
         # inference adds output_padding.
         strides, extra = [min(s, r) for s, r in zip(strides, reach, strict=True)], [0] * len(spatial)
         sizes = [n * s for n, s in zip(spatial, strides, strict=True)]
-    asked = net.flag() and auto != "VALID"
+    # Below the input's size onnx infers a shape without spatial dimensions, so that onnxruntime refuses what reads it.
+    asked = net.flag() and auto != "VALID" and all(size >= n for size, n in zip(sizes, spatial, strict=True))
     inputs = [x.name, net.weight(channels, out, *kernel), *_bias(net, out * groups)]
     return net.add(
         "ConvTranspose", inputs, (BATCH, out * groups, *sizes), group=_unless(net, groups, 1),

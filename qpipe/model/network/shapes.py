@@ -14,10 +14,12 @@ def infer_shapes(model: ir.Model) -> None:
     A number beats a name and a name that the graph has already beats a name that inference makes up, so
     the exporter's `batch` survives. Where inference fails, what was known stays."""
     proto, _ = graph_proto(model)
-    for node in proto.graph.node:
+    for place, node in reversed(list(enumerate(proto.graph.node))):
         if node.op_type == "GroupNormalization":  # onnx infers nothing for it, nor for anything behind it
             node.op_type = "InstanceNormalization"
             del node.attribute[:]
+        elif node.op_type == "ConvTranspose":
+            _as_it_is_sized(proto.graph, place, node)
     try:
         inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
     except Exception:  # onnx raises RuntimeError, ValueError or its own InferenceError
@@ -27,6 +29,21 @@ def infer_shapes(model: ir.Model) -> None:
     for info in [*graph.value_info, *graph.output]:
         if info.name in known:
             _merge(known[info.name], info.type)
+
+
+def _as_it_is_sized(graph: onnx.GraphProto, place: int, node: onnx.NodeProto) -> None:
+    """A ConvTranspose whose `output_shape` is smaller than its input has a shape without spatial dimensions for onnx:
+    here it is one of a single pixel, with a kernel of that size."""
+    given = {attribute.name: attribute for attribute in node.attribute}
+    if "output_shape" not in given:
+        return
+    group = [given["group"]] if "group" in given else []
+    kernel = onnx.helper.make_attribute("kernel_shape", given["output_shape"].ints)
+    del node.attribute[:]
+    node.attribute.extend([kernel, *group])
+    pixel = f"{node.output[0]}__pixel"
+    graph.node.insert(place, onnx.helper.make_node("GlobalAveragePool", [node.input[0]], [pixel]))
+    node.input[0] = pixel
 
 
 def believe_graph(model: ir.Model) -> dict[str, ir.Shape]:

@@ -42,6 +42,15 @@ def test_behind_a_group_normalization_shapes_are_known() -> None:
     assert inferred(text, b=normal(4)) == {"a": "[N,4,5]", "y": "[N,4,5]"}
 
 
+def test_a_transposed_convolution_has_the_shape_that_it_asks_for() -> None:
+    """onnx gives [N,6] where the output is smaller than the input."""
+    for sizes in ((4, 3), (9, 11)):
+        layer = f"ConvTranspose<group=2, output_shape={list(sizes)}>(x, w)"
+        text = f"m (float[N,4,5,6] x) => (float[N,p,q,r] y) {{ a = {layer} y = Relu(a) }}"
+        found = inferred(text, w=normal(4, 3, 2, 2))
+        assert {name: found[name] for name in "ay"} == dict.fromkeys("ay", f"[N,6,{sizes[0]},{sizes[1]}]")
+
+
 def test_where_inference_fails_what_was_known_stays() -> None:
     text = "m (float[2,4] x) => (float[2,6] y) { a = MatMul(x, w)  y = Relu(a) }"
     assert inferred(text, w=normal(5, 6))["y"] == "[2,6]"
