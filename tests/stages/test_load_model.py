@@ -22,6 +22,7 @@ from qpipe.stages.evaluate import evaluate
 from qpipe.stages.export import export
 from qpipe.stages.load_model import load_model
 from qpipe.stages.parity import parity
+from qpipe.stages.prepare import prepare
 from tests.model.nets import normal, parsed
 
 NETS = """
@@ -273,17 +274,18 @@ def test_a_file_in_bfloat16_is_taken_and_the_note_says_that_it_is_not_checked(tm
     np.testing.assert_array_equal(found, wanted.astype(ml_dtypes.bfloat16).astype(np.float32))
 
 
-def test_a_model_in_bfloat16_is_quantized_scored_and_exported_with_its_border(tmp_path, notes, target):
-    w = (normal(16, 8) / 4).astype(ml_dtypes.bfloat16)
-    text = "m (bfloat16[N,16] x) => (bfloat16[N,8] y) { h = MatMul(x, w)  y = Relu(h) }"
+@pytest.mark.parametrize("name", ["bfloat16", "float16", "double"])
+def test_a_model_in_another_type_is_quantized_scored_and_exported_with_its_border(tmp_path, notes, target, name):
+    w = (normal(16, 8) / 4).astype({"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "double": np.float64}[name])
+    text = f"m ({name}[N,16] x) => ({name}[N,8] y) {{ h = MatMul(x, w)  y = Relu(h) }}"
     onnx.save(parsed(text, w=w), tmp_path / "net.onnx")
     data = Samples({"x": normal(64, 16, seed=1)})
     scheme = Scheme(TensorScheme(8, True, True), TensorScheme(8, False, False))
-    model = load_model(data, path=tmp_path / "net.onnx", ctx=notes)
+    model = prepare(load_model(data, path=tmp_path / "net.onnx", ctx=notes), data)
     quantized = calibrate(model, data, scheme=scheme, target=target)
     for backend in ("simulation", "onnxruntime"):
         assert 25 < evaluate(quantized, data, model, metric="sqnr_db", backend=backend).values["score"] < 60, backend
     assert parity(quantized, data).values["agree"]
     (tmp_path / "model.onnx").write_bytes(export(quantized).read("model.onnx"))
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
-    assert [item.type for item in (*session.get_inputs(), *session.get_outputs())] == ["tensor(bfloat16)"] * 2
+    assert [item.type for item in (*session.get_inputs(), *session.get_outputs())] == [f"tensor({name})"] * 2

@@ -77,7 +77,10 @@ def _convert_value(value: ir.Value, found: set[ir.DataType]) -> None:
         value.const_value = _converted(tensor, value.name)
     if value.dtype in OTHERS:
         found.add(value.dtype)
-        value.dtype = ir.DataType.FLOAT
+        if isinstance(value.type, ir.TensorType):
+            value.type = ir.TensorType(ir.DataType.FLOAT)  # not in place: clones of a graph share it
+        else:
+            value.dtype = ir.DataType.FLOAT
 
 
 def _converted(tensor: ir.TensorProtocol, name: str | None) -> ir.TensorProtocol:
