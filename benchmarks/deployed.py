@@ -11,7 +11,7 @@ size       bytes of the file over those of the float one
 integer    Conv, ConvTranspose, MatMul and Gemm on integer kernels in onnxruntime's optimized graph, of all
 dB         signal to noise of the outputs against the float file's, on other samples; the output with the least
 
-`--nodes` prints, for each file, the operators that are left in float and read what was dequantized.
+`--nodes` prints, for each file, the operators that are left in float beside a rounding.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from benchmarks.published import CACHE, CALIBRATION, CASES, EVALUATION, Array, Arrays, Case
+from qpipe.deployed.kernels import kernels
+from qpipe.deployed.session import open_file
 from qpipe.methods.placement.target import Target
 from qpipe.model import Model
 from qpipe.model.files.given import fix_shapes
@@ -53,11 +54,6 @@ from qpipe.stages.load_model import load_model
 from qpipe.stages.prepare import prepare
 from tests.model.quantized import shipped
 
-FLOAT_LAYERS = {"Conv", "FusedConv", "ConvTranspose", "MatMul", "FusedMatMul", "Gemm", "FusedGemm", "TransposeMatMul"}
-INTEGER_LAYERS = {
-    "QLinearConv", "QLinearMatMul", "QGemm", "MatMulIntegerToFloat", "ConvInteger", "MatMulInteger",
-    "DynamicQuantizeMatMul", "QLinearConvTranspose",
-}  # fmt: skip
 W8A8 = Scheme(TensorScheme(8, True, True, "auto"), TensorScheme(8, False, False))
 
 
@@ -71,18 +67,8 @@ def feeds(case: Case, arrays: Arrays, names: list[str]) -> list[Arrays]:
     ]
 
 
-def session(path: Path, optimized: Path | None = None) -> onnxruntime.InferenceSession:
-    """onnxruntime's defaults, on one thread."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 4
-    if optimized is not None:
-        options.optimized_model_filepath = str(optimized)
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
 def outputs(path: Path, samples: list[Arrays]) -> list[Array]:
-    runs = session(path)
+    runs = open_file(path, 1)
     found = [runs.run(None, sample) for sample in samples]
     return [np.stack([each[i] for each in found]) for i in range(len(found[0]))]
 
@@ -118,21 +104,20 @@ def static_file(source: Path, samples: list[Arrays], per_channel: bool, path: Pa
 
 
 def layers(path: Path) -> tuple[float, dict[str, int]]:
-    """The share of layers on integer kernels, and the operators in float that read dequantized values, counted."""
+    """The share of layers on integer kernels, and the operators in float beside a rounding, counted."""
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
-        session(path, optimized)
-        nodes = list(onnx.load(optimized).graph.node)
-    integer = sum(node.op_type in INTEGER_LAYERS for node in nodes)
-    in_float = sum(node.op_type in FLOAT_LAYERS for node in nodes)
-    dequantized = {node.output[0] for node in nodes if node.op_type == "DequantizeLinear"}
-    left = Counter(node.op_type for node in nodes if dequantized & set(node.input))
-    return integer / max(1, integer + in_float), dict(left.most_common())
+        open_file(path, 1, optimized=optimized)
+        found = kernels(onnx.load(path), onnx.load(optimized, load_external_data=False))
+    left: Counter[str] = Counter()
+    for row in found["in_float"]:
+        left[row["op_type"]] += row["count"] * ("->" in row["form"])
+    return found["layers"]["integer"] / max(1, found["layers"]["all"]), dict((+left).most_common())
 
 
 def latencies(paths: dict[str, Path], samples: list[Arrays], seconds: float) -> dict[str, float]:
     """Processor seconds of a run of each, all taking turns for about `seconds` each."""
-    runs = {name: session(path) for name, path in paths.items()}
+    runs = {name: open_file(path, 1) for name, path in paths.items()}
     found: dict[str, list[float]] = {name: [] for name in runs}
     started, turn = time.process_time(), 0
     while turn < 8 or time.process_time() - started < seconds * len(runs):

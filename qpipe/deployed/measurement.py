@@ -21,11 +21,10 @@ from qpipe.errors import InputError
 from qpipe.run.workers import open_at
 
 if TYPE_CHECKING:
-    from onnxruntime import InferenceSession
-
     from qpipe.artifacts.kinds import Files, Samples
     from qpipe.cache.store import Store
     from qpipe.model.network.network import Network
+    from qpipe.model.runtime.options import Session
 
 Tell = Callable[[int, int, str], None]
 """Hears of (done, total, what)."""
@@ -99,7 +98,7 @@ def _in_onnxruntime(
     }
 
 
-def _feed(network: Network, data: Samples | None, session: InferenceSession) -> dict[str, Any]:
+def _feed(network: Network, data: Samples | None, session: Session) -> dict[str, Any]:
     """The first batch of `data`, else inputs made up in a size that the model runs on; text as numpy can write it."""
     from qpipe.deployed.session import fed
     from qpipe.methods.comparison.inputs import trial_inputs

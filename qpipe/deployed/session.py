@@ -8,10 +8,12 @@ from typing import Any
 
 import onnxruntime
 
+from qpipe.model.runtime.options import Session
+
 
 def open_file(
     path: Path, threads: int | None, libraries: Sequence[str] = (), optimized: Path | None = None
-) -> onnxruntime.InferenceSession:
+) -> Session:
     """A session of the file with `threads`, None for as many as onnxruntime takes, and the libraries of custom
     operators that it needs; where `optimized` names a file, the graph that onnxruntime made of it is written there, its
     tensors beside it."""
@@ -27,10 +29,10 @@ def open_file(
         entry = "session.optimized_model_external_initializers_"
         options.add_session_config_entry(f"{entry}file_name", f"{optimized.name}.data")
         options.add_session_config_entry(f"{entry}min_size_in_bytes", "1024")
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return Session(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def fed(session: onnxruntime.InferenceSession, arrays: dict[str, Any]) -> list[Any]:
+def fed(session: Session, arrays: dict[str, Any]) -> list[Any]:
     """The outputs for `arrays` by input name; inputs that the graph does not read any more are left out."""
     wanted = {value.name for value in session.get_inputs()}
     outputs: list[Any] = session.run(None, {name: array for name, array in arrays.items() if name in wanted})

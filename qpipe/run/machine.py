@@ -83,21 +83,24 @@ def asked_threads() -> int | None:
 def free_memory() -> None:
     """Give back what an action left behind: models hold on to themselves in circles, and malloc to what is freed.
 
-    Only where 256 MB more are held than after it was done last, since it takes 0.1 s.
+    Only where 256 MB more are held than at the least since it was done last, since it takes 0.1 s.
     """
     if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT <= _HELD:
         return  # it never held as much, and this is the cheaper question
-    if (_resident_bytes() or 0) > _left[0] + _HELD:
+    resident = _resident_bytes() or 0
+    if resident > _left[0] + _HELD:
         gc.collect()
         with contextlib.suppress(OSError, AttributeError):  # Linux with glibc alone
             import ctypes  # rarely needed
 
             ctypes.CDLL(None).malloc_trim(0)
         _left[0] = _resident_bytes() or 0
+    else:
+        _left[0] = min(_left[0], resident)
 
 
 _left = [0]
-"""The bytes that were resident when memory was last freed."""
+"""The fewest bytes that were resident since memory was last freed."""
 
 
 def _resident_bytes() -> int | None:

@@ -9,6 +9,7 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -19,6 +20,7 @@ from qpipe.deployed.measurement import measure
 from qpipe.errors import InputError
 from qpipe.model import Model
 from qpipe.model.files.onnx_writer import write_onnx
+from tests.model.nets import normal, parsed
 from tests.whole.test_bad_inputs import net
 
 
@@ -64,6 +66,18 @@ def test_without_data_inputs_are_made_up(asked: Asked) -> None:
     assert found["batch"] == 1
     assert 0.2 < found["latency_s"] / found["float_latency_s"] < 5  # the same computation
     assert {what for _, _, what in asked.told} == {"latency", "memory"}
+
+
+def test_a_model_that_takes_and_gives_bfloat16_is_measured(tmp_path: Path) -> None:
+    text = "m (bfloat16[N,16] x) => (bfloat16[N,8] y) { h = MatMul(x, w)  y = Relu(h) }"
+    model = Model.from_proto(parsed(text, w=normal(16, 8).astype(ml_dtypes.bfloat16)))
+    with Store(tmp_path / "cache") as store:
+        exported = save(Files({"model.onnx": model.save(tmp_path / "out")}), store)
+        request = {"exported": astuple(exported), "float": astuple(save(model, store)), "threads": 1, "timed": True}
+        request["data"] = astuple(save(Samples({"x": normal(4, 16)}), store))
+        found = measure(request, store, lambda *_: None)
+    assert found["latency_s"] > 0
+    assert found["peak_bytes"] > 0
 
 
 def test_samples_that_do_not_fit_are_told_in_one_line(asked: Asked) -> None:

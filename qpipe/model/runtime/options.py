@@ -10,7 +10,7 @@ import ctypes
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -113,13 +113,16 @@ class Session(onnxruntime.InferenceSession):  # type: ignore[misc]
         self, names: Sequence[str] | None, fed: Mapping[str, Any], options: onnxruntime.RunOptions | None = None
     ) -> list[Any]:
         """The outputs `names`, or all where it is None or empty, in their order."""
-        inside = [*self.get_inputs(), *self.get_outputs()]
-        if not any(value.type == "tensor(bfloat16)" for value in inside):
+        if not self._narrow:
             return list(super().run(names, fed, options))
         found = self.run_with_ort_values(
             names, {name: _ort_value(array) for name, array in fed.items()}, options
         )
         return [_array(value) for value in found]
+
+    @cached_property
+    def _narrow(self) -> bool:
+        return any(value.type == "tensor(bfloat16)" for value in (*self.get_inputs(), *self.get_outputs()))
 
 
 def _ort_value(array: np.ndarray[Any, Any]) -> onnxruntime.OrtValue:
