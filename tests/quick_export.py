@@ -57,12 +57,42 @@ def remember() -> None:
         # Each of 10,000 registrations that an export makes defines a function and works out its annotations.
         _ops.Callable = _Callable
     with contextlib.suppress(ImportError, AttributeError):
+        from torch.export import exported_program
+        from torch.onnx._internal.exporter import _decomp
+
+        _decomp.create_onnx_friendly_decomposition_table = _by_operators(
+            _decomp.create_onnx_friendly_decomposition_table
+        )
+        exported_program._split_decomp_table_to_cia_and_python_decomp = _by_operators(
+            exported_program._split_decomp_table_to_cia_and_python_decomp
+        )
+    with contextlib.suppress(ImportError, AttributeError):
         from torch._subclasses import fake_impls
         from torch.export import exported_program
 
         make = exported_program._override_composite_implicit_decomp
         rules = fake_impls.op_implementations_dict
         exported_program._override_composite_implicit_decomp = _overriding(make, rules)
+
+
+def _by_operators(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`make`, a function of operators (what they are made into is torch's own), asked once for each collection of them,
+    and again where there are more composite operators than there were."""
+    known: dict[Any, Any] = {}
+
+    def copied(result: Any) -> Any:
+        return tuple(map(copied, result)) if isinstance(result, tuple) else result.copy()
+
+    def remembered(operators: Any) -> Any:
+        count = len(torch._C._dispatch_get_registrations_for_dispatch_key("CompositeImplicitAutograd"))
+        key = (count, *sorted(map(id, operators)))
+        if key not in known:
+            known[key] = [*operators], copied(make(operators))  # who is kept keeps its id
+        return copied(known[key][1])
+
+    import torch
+
+    return remembered
 
 
 def _overriding(

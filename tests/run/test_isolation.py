@@ -21,7 +21,6 @@ from tests.toy import Toy
 DEED = '''
 import os, random, signal, sys, threading, time
 import numpy as np
-import torch
 
 COUNTED: list[int] = []
 
@@ -36,11 +35,9 @@ def nothing(): ...
 def cwd(): os.chdir(os.path.join(os.path.dirname(__file__), os.pardir, "elsewhere"))
 def path(): sys.path.insert(0, "/left_behind")
 def whole_path(): sys.path = ["/left_behind", *sys.path]
-def dtype(): torch.set_default_dtype(torch.float64)
-def grad(): torch.set_grad_enabled(False)
 def errors(): np.seterr(all="raise")
 def environment(): os.environ.update(LEFT_BEHIND="yes")
-def draws(): random.seed(7), np.random.seed(7), torch.manual_seed(7)
+def draws(): random.seed(7), np.random.seed(7)
 def handler(): signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 def thread(): threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
 def module(): COUNTED.append(1)
@@ -56,23 +53,38 @@ def around():
     """What the process is like, and what is drawn from its global random states."""
     return {
         "cwd": os.path.basename(os.getcwd()), "path": [entry for entry in sys.path if "left_behind" in entry],
-        "dtype": str(torch.zeros(1).dtype), "errors": np.geterr()["divide"], "grad": torch.is_grad_enabled(),
-        "environment": os.environ.get("LEFT_BEHIND", ""), "usr1": str(signal.getsignal(signal.SIGUSR1)),
-        "drawn": [random.random(), float(np.random.rand()), float(torch.rand(1, dtype=torch.float64))],
+        "errors": np.geterr()["divide"], "usr1": str(signal.getsignal(signal.SIGUSR1)),
+        "environment": os.environ.get("LEFT_BEHIND", ""), "drawn": [random.random(), float(np.random.rand())],
     }
+'''
+TORCH_DEED = '''
+import torch
+import hostile_deed
+from hostile_deed import counted
+
+def dtype(): torch.set_default_dtype(torch.float64)
+def grad(): torch.set_grad_enabled(False)
+def seed(): torch.manual_seed(7)
+
+def around():
+    """What else the process is like where torch is loaded, which takes ten times as long as all the rest."""
+    before = hostile_deed.around()
+    drawn = [*before.pop("drawn"), float(torch.rand(1, dtype=torch.float64))]
+    return {**before, "dtype": str(torch.zeros(1).dtype), "grad": torch.is_grad_enabled(), "drawn": drawn}
 '''
 HOSTILE = '''
 from pathlib import Path
-import hostile_deed
 from qpipe.stage import Factory, Scores, stage
 from qpipe.param import load_factory
 
 @stage(version=1)
-def look(scores: Scores, *, path: Path = "w.txt", seen: list[str] = [], by: Factory, deed: str = "") -> Scores:
+def look(
+    scores: Scores, *, path: Path = "w.txt", seen: list[str] = [], by: Factory, around: Factory, deed: str = ""
+) -> Scores:
     seen.append("x")
     kept = [load_factory(by)() for _ in range(2)]
     read = {"text": path.read_text(), "absolute": path.is_absolute(), "seen": seen, "kept": kept}
-    return Scores({"score": 1.0, "metric": "toy", **hostile_deed.around(), **read})
+    return Scores({"score": 1.0, "metric": "toy", **load_factory(around)(), **read})
 
 @stage(version=1)
 def spoil(scores: Scores, *, by: Factory) -> Scores:
@@ -84,22 +96,25 @@ def spoil(scores: Scores, *, by: Factory) -> Scores:
 def use(*, by: Factory, turn: int = 0) -> Scores:
     return Scores({"score": 1.0, "metric": "toy", **load_factory(by)()})
 '''
+TORCH_DEEDS = ("dtype", "grad", "seed")
 DEEDS = (
-    *("cwd", "path", "whole_path", "dtype", "grad", "errors", "environment", "draws", "handler", "thread"),
+    *("cwd", "path", "whole_path", "errors", "environment", "draws", "handler", "thread"),
     *("module", "attribute", "default"),
 )
-ABOUT_THE_PROCESS = DEEDS[:-3]
+ABOUT_THE_PROCESS = (*DEEDS[:-3], *TORCH_DEEDS)
 
 
 @pytest.fixture
 def hostile(toy: Toy) -> Toy:
-    """Stages and factories that leave something behind: `hostile_deed:DEED` when it is called, `top_DEED` when it is
-    loaded."""
+    """Stages and factories that leave something behind: `hostile_deed:DEED` when it is called, `hostile_torch:DEED` with
+    torch loaded, `top_DEED` when it is loaded."""
     plug_in = toy.folder / "plugin"
     (plug_in / "hostile.py").write_text(HOSTILE)
     (plug_in / "hostile_deed.py").write_text(DEED)
-    for deed in DEEDS:
-        top = f"import hostile_deed\nhostile_deed.{deed}()\nbuild = hostile_deed.around\n"
+    (plug_in / "hostile_torch.py").write_text(TORCH_DEED)
+    for deed in ABOUT_THE_PROCESS:
+        module = module_of(deed)
+        top = f"import {module}\n{module}.{deed}()\nbuild = {module}.around\n"
         (plug_in / f"top_{deed}.py").write_text(top)
     points = toy.folder / "registered" / "toy-1.0.dist-info" / "entry_points.txt"
     names = ("look", "spoil", "use")
@@ -108,6 +123,10 @@ def hostile(toy: Toy) -> Toy:
     (toy.folder / "elsewhere").mkdir()
     (toy.folder / "elsewhere" / "w.txt").write_text("elsewhere")
     return toy
+
+
+def module_of(deed: str) -> str:
+    return "hostile_torch" if deed in TORCH_DEEDS else "hostile_deed"
 
 
 def scores_of(toy: Toy, stages: dict[str, Any], name: str, workers: int) -> dict[str, dict[str, Any]]:
@@ -126,13 +145,15 @@ def looks_after(toy: Toy, deeds: tuple[str, ...], name: str, workers: int) -> li
     """What `look` sees behind each of the deeds, all of them in one run; what it draws is what its key says."""
     stages: dict[str, Any] = {"first": {"uses": "toy_number"}}
     for deed in deeds:
-        stages[f"spoil_{deed}"] = {"uses": "hostile_spoil", "scores": "first", "by": f"hostile_deed:{deed}"}
-        look = {"uses": "hostile_look", "path": "w.txt", "seen": ["a"], "by": "hostile_deed:counted"}
+        module = module_of(deed)
+        stages[f"spoil_{deed}"] = {"uses": "hostile_spoil", "scores": "first", "by": f"{module}:{deed}"}
+        look = {"uses": "hostile_look", "path": "w.txt", "seen": ["a"], "by": f"{module}:counted"}
+        look["around"] = f"{module}:around"
         stages[f"look_{deed}"] = {**look, "scores": f"spoil_{deed}", "deed": deed}
     scores = scores_of(toy, stages, name, workers)
     found = [{**scores[node], "deed": node} for node in scores if node.startswith("look")]
     for one in found:
-        assert one.pop("drawn") == drawn(one.pop("key")), one
+        assert one["drawn"] == drawn(one.pop("key"))[: len(one.pop("drawn"))], one
         del one["deed"]
     return found
 
@@ -216,8 +237,10 @@ def test_a_thread_that_goes_on_makes_the_process_spent() -> None:
 def test_an_action_gives_the_same_in_a_used_worker_and_in_a_fresh_one(hostile: Toy) -> None:
     (alone,) = looks_after(hostile, ("nothing",), "alone", 1)
     assert alone["text"] == "here"
+    with_torch = alone | {"dtype": "torch.float32", "grad": True}
+    wanted = [alone] * len(DEEDS) + [with_torch] * len(TORCH_DEEDS)
     for name, workers in (("one", 1), ("many", 4)):
-        assert looks_after(hostile, DEEDS, name, workers) == [alone] * len(DEEDS)
+        assert looks_after(hostile, (*DEEDS, *TORCH_DEEDS), name, workers) == wanted
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,16 +28,16 @@ OVERRIDES = (
 )
 
 
-def start(folder: Path, cache: str) -> subprocess.Popen[str]:
+def start(folder: Path, cache: str, *more: str) -> subprocess.Popen[str]:
     environment = os.environ | {"QPIPE_CACHE_DIR": str(folder / cache)}
-    command = [sys.executable, "-m", "qpipe", *OVERRIDES]
+    command = [sys.executable, "-m", "qpipe", *OVERRIDES, *more]
     return subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
 
 
-def finish(folder: Path, cache: str) -> dict[str, Any]:
-    process = start(folder, cache)
+def finish(folder: Path, cache: str, *more: str) -> dict[str, Any]:
+    process = start(folder, cache, *more)
     _, told = process.communicate(timeout=280)
     assert process.returncode in (0, 3), told
     paths = sorted(folder.glob("outputs/*/*/record.json"), key=lambda path: path.stat().st_mtime_ns)
@@ -53,6 +54,8 @@ def tuned_layers(folder: Path, cache: str) -> int:
 
 @pytest.mark.slow
 def test_a_killed_adaround_goes_on_and_ends_with_the_same_digests(tmp_path: Path) -> None:
+    finish(tmp_path, "disturbed", "targets=[start]")  # all that goes before is not disturbed
+    shutil.copytree(tmp_path / "disturbed", tmp_path / "undisturbed")
     undisturbed = finish(tmp_path, "undisturbed")
     whole = tuned_layers(tmp_path, "undisturbed")
     process = start(tmp_path, "disturbed")
