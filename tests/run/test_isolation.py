@@ -106,8 +106,8 @@ ABOUT_THE_PROCESS = (*DEEDS[:-3], *TORCH_DEEDS)
 
 @pytest.fixture
 def hostile(toy: Toy) -> Toy:
-    """Stages and factories that leave something behind: `hostile_deed:DEED` when it is called, `hostile_torch:DEED` with
-    torch loaded, `top_DEED` when it is loaded."""
+    """Stages and factories that leave something behind: `hostile_deed:DEED` when it is called, `hostile_torch:DEED`
+    with torch loaded, `top_DEED` when it is loaded."""
     plug_in = toy.folder / "plugin"
     (plug_in / "hostile.py").write_text(HOSTILE)
     (plug_in / "hostile_deed.py").write_text(DEED)

@@ -58,8 +58,8 @@ def quantize(folder: Path, net: str, paths: list[Path], *overrides: str) -> dict
         f"model.path={','.join(map(str, paths))}", "data=npz",
         f"data.calibration={paths[0].parent / f'{net}_calibration.npz'}",
         f"data.evaluation={paths[0].parent / f'{net}_evaluation.npz'}",
-        "goal.metric=sqnr_db", "goal.max_drop=null", "targets=[parity,export]", "run.workers=0", "run.threads=1", "run.measure=false",
-        *overrides,
+        "goal.metric=sqnr_db", "goal.max_drop=null", "targets=[parity,export]", "run.workers=0", "run.threads=1",
+        "run.measure=false", *overrides,
     ]  # fmt: skip
     environment = os.environ | {"QPIPE_CACHE_DIR": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
