@@ -1,6 +1,6 @@
 """What ships: qpipe's int8 file beside those of onnxruntime's quantize_static, over float, on one thread, batch 1.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.deployed [NAME ...] [--seconds 2] [--json FILE] [--nodes]
+    OMP_NUM_THREADS=1 python -m benchmarks.deployed [NAME ...] [--seconds 2] [--json FILE] [--nodes] [--peers PEER ...]
 
 All make the file from the same float model and calibration samples: qpipe by prepare, bnf, calibrate and export, W8A8,
 minmax; quantize_static in QDQ form with uint8 activations and int8 weights, per tensor and per channel, minmax, after
@@ -10,6 +10,9 @@ latency    processor time of a run on one thread, the median of rounds in which 
 size       bytes of the file over those of the float one
 integer    Conv, ConvTranspose, MatMul and Gemm on integer kernels in onnxruntime's optimized graph, of all
 dB         signal to noise of the outputs against the float file's, on other samples; the output with the least
+agree      how far the file decides as the float one does on those: classes, pixels, text, boxes (benchmarks/agreement)
+
+`--peers` adds other quantizers, from environments that are made for them: benchmarks/peers.py.
 
 `--nodes` prints, for each file, the operators that are left in float beside a rounding.
 """
@@ -36,6 +39,7 @@ import onnx
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
+from benchmarks.peers import PINS, peer_file
 from benchmarks.published import CACHE, CALIBRATION, CASES, EVALUATION, Array, Arrays, Case
 from qpipe.deployed.kernels import kernels
 from qpipe.deployed.session import open_file
@@ -151,7 +155,7 @@ def fixed(case: Case, source: Path, path: Path) -> Path:
     return path
 
 
-def measure(name: str, target: Target, seconds: float, folder: Path) -> dict[str, Any]:
+def measure(name: str, target: Target, seconds: float, folder: Path, peers: list[str]) -> dict[str, Any]:
     """All figures of one model; a file that could not be made has its error instead."""
     case = CASES[name]
     source = case.path(CACHE)
@@ -170,6 +174,12 @@ def measure(name: str, target: Target, seconds: float, folder: Path) -> dict[str
             fixed(case, plain, folder / "fixed.onnx"), samples, True, path
         ),
     }
+    given = folder / "samples.npz"
+    np.savez(given, **{name: np.stack([sample[name] for sample in samples]) for name in samples[0]})  # type: ignore[arg-type]
+    for peer in peers:
+        makers[peer] = lambda path, peer=peer: peer_file(  # type: ignore[misc]
+            peer, CACHE, fixed(case, plain, folder / "fixed.onnx"), given, path, case.transformer
+        )
     row: dict[str, Any] = {"model": name, "float_bytes": plain.stat().st_size}
     paths, told = {"float": plain}, feeds(case, evaluation, names)
     wanted = outputs(plain, told)
@@ -187,6 +197,7 @@ def measure(name: str, target: Target, seconds: float, folder: Path) -> dict[str
             "size": path.stat().st_size / row["float_bytes"],
             "integer": share,
             "sqnr_db": min(map(sqnr_db, found, wanted)),
+            "agree": case.agree(*([each[:, 0] for each in outputs] for outputs in (wanted, found))),
             "left": left,
         }
         paths[maker] = path
@@ -197,18 +208,23 @@ def measure(name: str, target: Target, seconds: float, folder: Path) -> dict[str
     return row
 
 
-HEADER = ("model", "float ms", *(f"{who}: {what}" for who in ("qpipe", "static", "per channel")
-                                for what in ("latency", "size", "integer", "dB")))  # fmt: skip
+WHO = {"qpipe": "qpipe", "static": "static", "static_per_channel": "per channel"}
+WHAT = {"latency": ".2f", "size": ".2f", "integer": ".2f", "sqnr_db": ".1f", "agree": ".3f"}
 
 
-def cells(row: dict[str, Any]) -> list[str]:
+def header(peers: list[str]) -> list[str]:
+    who = (*WHO.values(), *peers)
+    return ["model", "float ms", *(f"{each}: {what.replace('sqnr_db', 'dB')}" for each in who for what in WHAT)]
+
+
+def cells(row: dict[str, Any], peers: list[str]) -> list[str]:
     found = [row["model"], f"{row['float_ms']:.2f}"]
-    for maker in ("qpipe", "static", "static_per_channel"):
+    for maker in (*WHO, *peers):
         each = row[maker]
         if "error" in each:
-            found += [f"{each['error'][:60]}", "–", "–", "–"]
+            found += [f"{each['error'][:60]}", *["–"] * (len(WHAT) - 1)]
         else:
-            found += [f"{each[key]:.2f}" for key in ("latency", "size", "integer")] + [f"{each['sqnr_db']:.1f}"]
+            found += [format(each[what], form) for what, form in WHAT.items()]
     return found
 
 
@@ -217,21 +233,23 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=list(CASES), metavar="NAME", help=", ".join(CASES))
     parser.add_argument("--seconds", type=float, default=2.0, help="of measuring, for each file")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--peers", nargs="+", default=[], choices=list(PINS))
     parser.add_argument("--nodes", action="store_true")
     parser.add_argument("--keep", type=Path, help="a folder for the files")
     arguments = parser.parse_args()
     CACHE.mkdir(parents=True, exist_ok=True)
     target: Target = shipped(Target, "target", "onnxruntime")
-    print("| " + " | ".join(HEADER) + " |")
-    print("|" + "---|" * len(HEADER))
+    titles = header(arguments.peers)
+    print("| " + " | ".join(titles) + " |")
+    print("|" + "---|" * len(titles))
     rows = []
     for name in arguments.models:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) if arguments.keep is None else arguments.keep / name.replace(" ", "_")
             folder.mkdir(parents=True, exist_ok=True)
-            rows.append(measure(name, target, arguments.seconds, folder))
-        print("| " + " | ".join(cells(rows[-1])) + " |", flush=True)
-        for maker in ("qpipe", "static", "static_per_channel") if arguments.nodes else ():
+            rows.append(measure(name, target, arguments.seconds, folder, arguments.peers))
+        print("| " + " | ".join(cells(rows[-1], arguments.peers)) + " |", flush=True)
+        for maker in (*WHO, *arguments.peers) if arguments.nodes else ():
             print(f"    {maker}: {rows[-1][maker].get('left') or rows[-1][maker]}", file=sys.stderr)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")

@@ -1,7 +1,7 @@
 """Other quantizers for `benchmarks/deployed.py --peers`, each in an environment of its own with what is pinned here.
 
     peer     pins                                     how it is called
-    nncf     nncf==3.2.0                              nncf.quantize, mixed preset, all samples; transformers with its model type
+    nncf     nncf==3.2.0                              nncf.quantize, mixed preset; transformers with its model type
     quark    amd-quark==0.13, torch==2.13.0           U8S8_AAWS, as documented for CPUs
 
 The environments lie beside the published models and are made when they are first asked for. Run as a script by an

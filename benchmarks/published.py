@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from benchmarks.agreement import Agreement, same_boxes, same_class, same_side, same_text
 from qpipe.demo.data import load as demo_data
 from qpipe.model import Model
 from tests import architectures
@@ -31,16 +32,20 @@ Array = np.ndarray[Any, Any]
 Arrays = dict[str, Array]
 CALIBRATION, EVALUATION = 24, 16
 CACHE = Path.home() / ".cache" / "qpipe" / "published"
+CLASS = same_class()
 LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz0123456789-.:/ "
 
 
 @dataclass(frozen=True)
 class Case:
     """A float model in an ONNX file, and who makes `count` samples of it from a seed. `inputs` and `shapes` are what
-    `load_model` takes; `batch_axis` says along which axis an input has its samples, which are first in the data."""
+    `load_model` takes; `batch_axis` says along which axis an input has its samples, which are first in the data.
+    `agree` is what the model decides, held against the float one's."""
 
     path: Callable[[Path], Path]
     data: Callable[[int, int], Arrays]
+    agree: Agreement
+    transformer: bool = field(default=False, kw_only=True)
     inputs: dict[str, Any] = field(default_factory=dict)
     shapes: dict[str, tuple[int | str | None, ...]] = field(default_factory=dict)
     batch_axis: dict[str, int] = field(default_factory=dict)
@@ -61,7 +66,13 @@ def from_wheel(wheel: str, member: str) -> Callable[[Path], Path]:
     return get
 
 
-def from_torch(name: str, build: Callable[[], torch.nn.Module], example: Callable[[int, int], Arrays]) -> Case:
+def from_torch(
+    name: str,
+    build: Callable[[], torch.nn.Module],
+    example: Callable[[int, int], Arrays],
+    agree: Agreement = CLASS,
+    transformer: bool = False,
+) -> Case:
     """A module with random weights; BatchNorm has the statistics of a batch."""
 
     def get(cache: Path) -> Path:
@@ -76,7 +87,7 @@ def from_torch(name: str, build: Callable[[], torch.nn.Module], example: Callabl
             Model.from_torch(module.eval(), example_inputs, input_names=list(example(1, 5))).save(path.parent)
         return path
 
-    return Case(get, example)
+    return Case(get, example, agree, transformer=transformer)
 
 
 def pictures(size: int) -> Callable[[int, int], Arrays]:
@@ -181,41 +192,42 @@ def _transformer(family: str, **settings: Any) -> torch.nn.Module:
     return architectures.Logits(getattr(transformers, f"{family}ForImageClassification")(config))
 
 
+_ATTENTION: Any = {"transformer": True}
 _ENCODER = {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 768}
 _STAGES = {"embedding_size": 64, "hidden_sizes": [64, 128, 256], "depths": [2, 2, 2], "layer_type": "basic"}
 _OCR = "rapidocr-onnxruntime==1.4.4", "rapidocr_onnxruntime/models/"
 CASES: dict[str, Case] = {
     "built-in": Case(
         lambda _: Path(__file__).parents[1] / "qpipe/demo/mobilenet.onnx",
-        lambda count, seed: {"image": demo_data("calibration")["image"][seed * 32 :][:count]},
+        lambda count, seed: {"image": demo_data("calibration")["image"][seed * 32 :][:count]}, CLASS,
     ),
     "ResNet": from_torch("resnet", lambda: _transformer("ResNet", **_STAGES), pictures(96)),
-    "ViT": from_torch("vit", lambda: _transformer("ViT", image_size=96, patch_size=8, **_ENCODER), pictures(96)),
-    "BERT": from_torch("bert", lambda: _transformer("Bert", vocab_size=30522, **_ENCODER), tokens(64, 30522)),
-    "U-Net": from_torch("unet", lambda: architectures.UNet(16), pictures(96)),
+    "ViT": from_torch("vit", lambda: _transformer("ViT", image_size=96, patch_size=8, **_ENCODER), pictures(96), **_ATTENTION),
+    "BERT": from_torch("bert", lambda: _transformer("Bert", vocab_size=30522, **_ENCODER), tokens(64, 30522), **_ATTENTION),
+    "U-Net": from_torch("unet", lambda: architectures.UNet(16), pictures(96), same_class(1)),
     "PP-OCR det": Case(
-        from_wheel(_OCR[0], f"{_OCR[1]}ch_PP-OCRv4_det_infer.onnx"), text_images("x", 320, 320, 7),
+        from_wheel(_OCR[0], f"{_OCR[1]}ch_PP-OCRv4_det_infer.onnx"), text_images("x", 320, 320, 7), same_side(0.3),
         shapes={"x": ("n", 3, 320, 320)},
     ),
     "PP-OCR rec": Case(
-        from_wheel(_OCR[0], f"{_OCR[1]}ch_PP-OCRv4_rec_infer.onnx"), text_images("x", 320, 48, 1),
+        from_wheel(_OCR[0], f"{_OCR[1]}ch_PP-OCRv4_rec_infer.onnx"), text_images("x", 320, 48, 1), same_text,
         shapes={"x": ("n", 3, 48, 320)},
     ),
     "PP-OCR cls": Case(
         from_wheel(_OCR[0], f"{_OCR[1]}ch_ppocr_mobile_v2.0_cls_infer.onnx"), text_images("x", 192, 48, 1, turned=True),
-        shapes={"x": ("n", 3, 48, 192)},
+        CLASS, shapes={"x": ("n", 3, 48, 192)},
     ),
     "YOLOv8n": Case(
-        from_wheel("nudenet==3.4.2", "nudenet/320n.onnx"), photographs("images", 320),
+        from_wheel("nudenet==3.4.2", "nudenet/320n.onnx"), photographs("images", 320), same_boxes(0.05),
         shapes={"images": ("n", 3, 320, 320)},
     ),
-    "magika": Case(from_wheel("magika==1.0.3", "magika/models/standard_v3_3/model.onnx"), file_bytes),
+    "magika": Case(from_wheel("magika==1.0.3", "magika/models/standard_v3_3/model.onnx"), file_bytes, CLASS),
     "basic-pitch": Case(
         from_wheel("basic-pitch==0.4.0", "basic_pitch/saved_models/icassp_2022/nmp.onnx"),
-        lambda count, seed: {"serving_default_input_2:0": tones(count, 43844, 22050, seed)[..., None]},
+        lambda count, seed: {"serving_default_input_2:0": tones(count, 43844, 22050, seed)[..., None]}, same_side(0.3),
     ),
     "silero-vad": Case(
-        from_wheel("silero-vad==6.2.3", "silero_vad/data/silero_vad_16k_op15.onnx"), speech, inputs={"sr": 16000},
-        shapes={"input": ("n", 576), "state": (2, "n", 128)}, batch_axis={"state": 1},
+        from_wheel("silero-vad==6.2.3", "silero_vad/data/silero_vad_16k_op15.onnx"), speech, same_side(0.1),
+        inputs={"sr": 16000}, shapes={"input": ("n", 576), "state": (2, "n", 128)}, batch_axis={"state": 1},
     ),
 }  # fmt: skip
