@@ -192,7 +192,6 @@ def _transformer(family: str, **settings: Any) -> torch.nn.Module:
     return architectures.Logits(getattr(transformers, f"{family}ForImageClassification")(config))
 
 
-_ATTENTION: Any = {"transformer": True}
 _ENCODER = {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 768}
 _STAGES = {"embedding_size": 64, "hidden_sizes": [64, 128, 256], "depths": [2, 2, 2], "layer_type": "basic"}
 _OCR = "rapidocr-onnxruntime==1.4.4", "rapidocr_onnxruntime/models/"
@@ -202,8 +201,12 @@ CASES: dict[str, Case] = {
         lambda count, seed: {"image": demo_data("calibration")["image"][seed * 32 :][:count]}, CLASS,
     ),
     "ResNet": from_torch("resnet", lambda: _transformer("ResNet", **_STAGES), pictures(96)),
-    "ViT": from_torch("vit", lambda: _transformer("ViT", image_size=96, patch_size=8, **_ENCODER), pictures(96), **_ATTENTION),
-    "BERT": from_torch("bert", lambda: _transformer("Bert", vocab_size=30522, **_ENCODER), tokens(64, 30522), **_ATTENTION),
+    "ViT": from_torch(
+        "vit", lambda: _transformer("ViT", image_size=96, patch_size=8, **_ENCODER), pictures(96), transformer=True
+    ),
+    "BERT": from_torch(
+        "bert", lambda: _transformer("Bert", vocab_size=30522, **_ENCODER), tokens(64, 30522), transformer=True
+    ),
     "U-Net": from_torch("unet", lambda: architectures.UNet(16), pictures(96), same_class(1)),
     "PP-OCR det": Case(
         from_wheel(_OCR[0], f"{_OCR[1]}ch_PP-OCRv4_det_infer.onnx"), text_images("x", 320, 320, 7), same_side(0.3),
