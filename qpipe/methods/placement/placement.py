@@ -3,9 +3,10 @@
 An activation has a grid when a node wants one on its input or gives one to its output. Two things move that:
 a fused activation takes over the quantizer of the node in front of it, and a node that only moves values puts
 its output on its input's grid, in both directions. Behind a layer whose kernel gives floats all stays in float up to
-the next layer, unless it meets what is on a grid. What never has one: integers; values that do not come from
-the data (masks, positions); the inside of a function written out; scores on their way to a Softmax once
-something is added to them, since a mask of minus infinity would take the whole range.
+the next layer, unless it meets what is on a grid; what is joined as it leaves the model may stay in float. What never
+has a grid: integers; values that do not come from the data (masks, positions); the inside of a function written out;
+scores on their way to a Softmax once something is added to them, since a mask of minus infinity would take the whole
+range.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from qpipe.methods.placement.filters import Overridden
 from qpipe.methods.placement.joined import Joined
-from qpipe.methods.placement.survival import Links, decided, survivals
+from qpipe.methods.placement.survival import Links, decided, ending, survivals
 from qpipe.model.network.invariants import constant_tensor
 from qpipe.model.structure.layers import find_layers, initializers_behind
 from qpipe.model.structure.opaque import read_values
@@ -194,14 +195,15 @@ class _Marks:
         """Marks every value that the target wants quantized, and joins those that share a grid."""
         inside = {node for composite in self.composites for node in composite.nodes}
         results = {composite.result: composite for composite in self.composites}
-        scores = decided(self.graph, self.target.share)
+        share = self.target.share
+        in_float = decided(self.graph, share) | ending(self.graph, self.target.float_ends, share)
         for node in self.graph:
             composite = results.get(node.outputs[0])
             if composite is not None and not any(self.left.has(each) for each in composite.nodes):
                 if self._meets_grid([composite.root]):
                     self._mark([composite.root])
                     self._give([composite.result])
-            elif not (node in inside or node in scores or self.left.has(node)):
+            elif not (node in inside or node in in_float or self.left.has(node)):
                 self._node(node)
 
     def groups(self) -> tuple[tuple[str, ...], ...]:

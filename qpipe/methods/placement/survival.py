@@ -94,6 +94,19 @@ def decided(graph: ir.Graph, share: Container[str]) -> set[ir.Node]:
     return found
 
 
+def ending(graph: ir.Graph, op_types: Container[str], share: Container[str]) -> set[ir.Node]:
+    """The nodes of `op_types` whose result only leaves the model, moved at most, and those of `share` that move it."""
+    last, found = set[ir.Node](), set[ir.Node]()
+    for node in reversed(list(graph)):
+        if (node.op_type in share or node.op_type in op_types) and _readers(node) <= last:
+            last.add(node)
+    for node in graph:
+        before = {value.producer() for value in node.inputs if value is not None}
+        if node in last and (node.op_type in op_types or before & found):
+            found.add(node)
+    return found
+
+
 def survivals(graph: ir.Graph, data: set[ir.Value]) -> dict[str, Links]:
     """The activations of which not everything counts, by name, with what their readers say; `data` are all."""
     found: dict[str, Links] = {}

@@ -116,6 +116,8 @@ class Target:
     - `bias`: their biases are int32 on the grid s_x * s_w, or stay float;
     - `float_outputs`: layers whose kernels give floats: their outputs have a grid where a reader wants one, and what
       follows them has none where it meets no value that is on a grid;
+    - `float_ends`: operators that join values, which stay in float where their result leaves the model: a place in a
+      picture and a probability have no grid in common;
     - `fused`: operator -> activations computed in the same kernel, so no quantizer stands between;
     - `share`: operators whose outputs are on the grid of their inputs, since they only move values;
     - `bound`: operators that cut values off; one that alone reads its input puts it on the grid of its
@@ -138,6 +140,7 @@ class Target:
     weights: tuple[str, ...] = ("Conv", "ConvTranspose", "Gemm", "MatMul")
     bias: Literal["int32", "float"] = "int32"
     float_outputs: tuple[str, ...] = ()
+    float_ends: tuple[str, ...] = ()
     fused: dict[str, tuple[str, ...]] = field(default_factory=dict)
     share: tuple[str, ...] = ()
     bound: tuple[str, ...] = ()

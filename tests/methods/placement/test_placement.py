@@ -12,7 +12,10 @@ from qpipe.methods.placement.placement import Placement, place
 from qpipe.methods.placement.target import Nodes
 from qpipe.model import Model
 from qpipe.numerics.grid import same_grid
+from qpipe.numerics.metrics import sqnr_db
 from qpipe.numerics.observers import weight_encoding
+from qpipe.stage import Samples
+from qpipe.stages.calibrate import calibrate
 from tests.model.nets import normal, parsed
 from tests.model.quantized import ONNXRUNTIME, SHIPPED, scheme
 
@@ -182,6 +185,37 @@ def test_what_follows_layers_that_give_floats_stays_in_float_up_to_the_next_laye
     assert list(found.fixed) == ["p"]
     assert not found.constants
     assert set(found.weights) == set(weights)
+
+
+@pytest.mark.parametrize(
+    ("ends", "in_float"),
+    [
+        ("y = Concat<axis=1>(boxes, scores)", {"y"}),
+        ("t = Concat<axis=1>(boxes, scores)  y = Transpose<perm=[0,2,1]>(t)", {"t", "y"}),
+        ("t = Concat<axis=1>(boxes, scores)  y = Conv(t, v)", set()),
+    ],
+)
+def test_what_is_joined_as_it_leaves_the_model_stays_in_float(ends: str, in_float: set[str]) -> None:
+    before = "boxes = Conv(x, w)  c = Conv(x, w)  scores = Sigmoid(c)"
+    text = f"n (float[N,4,9] x) => (float[N,A,B] y) {{ {before}  {ends} }}"
+    model = Model.from_proto(parsed(text, w=normal(4, 4, 1), v=normal(4, 8, 1)))
+    on_grids = set(place(model, replace(ONNXRUNTIME, float_ends=()), scheme()).activations)
+    assert on_grids - set(place(model, ONNXRUNTIME, scheme()).activations) == in_float
+    assert {"boxes", "scores"} <= set(place(model, ONNXRUNTIME, scheme()).activations)
+
+
+def test_a_detector_that_is_deployed_keeps_its_scores() -> None:
+    """Boxes of hundreds of pixels do not take the codes of scores below 1."""
+    text = """n (float[N,4,30] x) => (float[N,8,30] y) {
+        c = Conv(x, w)  boxes = Mul(c, size)  d = Conv(x, v)  scores = Sigmoid(d)
+        y = Concat<axis=1>(boxes, scores) }"""
+    model = Model.from_proto(parsed(text, w=normal(4, 4, 1), v=normal(4, 4, 1), size=np.float32(300)))
+    data = Samples({"x": normal(32, 4, 30)})
+    wanted, found = (
+        Model.of(each).session(mode="deploy").run(None, data.arrays)[0][:, 4:]
+        for each in (model, calibrate(model, data, scheme=scheme(), target=SHIPPED))
+    )
+    assert sqnr_db(found, wanted) > 30
 
 
 def test_what_meets_a_value_on_a_grid_is_on_one_and_so_is_what_follows() -> None:

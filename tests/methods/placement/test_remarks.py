@@ -186,7 +186,8 @@ BOXES = """m (float[N,8] x) => (float[N,12] y) {
 
 @pytest.mark.parametrize("name", ["onnxruntime", "qualcomm_htp"])
 def test_an_input_of_a_concat_that_is_within_one_step_of_its_grid_is_noted_and_the_way_out_is_one(name: str) -> None:
-    feeds, target = {"x": normal(64, 8)}, replace(shipped(Target, "target", name), float_outputs=())
+    feeds = {"x": normal(64, 8)}
+    target = replace(shipped(Target, "target", name), float_outputs=(), float_ends=())
     proto = parsed(BOXES, w=300 * normal(8, 4), v=normal(8, 8, seed=2))
     model, (note,) = calibrated(proto, feeds, target=target)
     step = float(model.encodings["y"].scale)
