@@ -36,8 +36,8 @@ class Facts:
     """`biases`: whether quantized layers have int32 biases or keep float ones. `came_quantized`: whether the grids came
     with the model, so that its weights stay where they are. `statistics`: the Spread of a layer's output, by its name.
     `tied`: names under which torch knows a parameter besides its own: that name -> the initializer's. `custom_ops`: the
-    libraries without which onnxruntime does not know all operators. `on_codes`: the operators (Min, Max) that a file
-    has on codes where both roundings around them are on one grid.
+    libraries without which onnxruntime does not know all operators. `on_codes`: the operators (bounds, moves) that a
+    file has on codes where both roundings around them are on one grid.
     """
 
     biases: Literal["int32", "float"] = "int32"

@@ -1,6 +1,6 @@
-"""What onnxruntime makes of a QDQ graph: nodes that it must not run on integers, and bounds that it can take on codes.
+"""Nodes of a QDQ graph that onnxruntime must not run on integers.
 
-**Kept in float.** Given DQ -> Conv, ConvTranspose or Gemm with a float weight -> Q (Relu or Clip may stand in front of
+Given DQ -> Conv, ConvTranspose or Gemm with a float weight -> Q (Relu or Clip may stand in front of
 the Q), onnxruntime rounds the weight to 8 bits per tensor by itself (WeightBiasQuantization, at every level of
 optimization from basic on): a layer that a target's filters leave in float, or one whose bias is computed, would run on
 integers and nobody would have said so. Scales of a Conv's or a Gemm's weight along another axis than that of the output
@@ -10,34 +10,15 @@ finer grid than its input, since nothing of it passes a Relu, say, does not run.
 it has taken out what changes nothing between them, a mask of zeros, say. Of all this codes of 16 bits have the rounded
 weights alone. And an Add with the LayerNormalization behind it becomes one kernel, which is slower than the two. A Clip
 without bounds in front of the node changes no value either, and stays.
-
-**Taken on codes.** A bound between two roundings on one grid:
-
-    v -> Q -> DQ -> Min(b) -> Q -> DQ        v -> Q -> Min(codes of b) -> DQ
-
-Rounding keeps the order, so that both give the same bits. The left form is what a bounded activation becomes once its
-channels were equalized, a bound for each: onnxruntime runs it in float between two conversions, and the operators
-around it lose their integer kernels. Its Min and Max of codes exist for 8 bits. A bound that no code exceeds goes.
-
-They are fastest where the constant need not be spread over the inner dimensions: where these are known, an Expand
-writes it out. onnxruntime computes that when it loads the file, which stays small.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from qpipe.model.network.invariants import constant_tensor
-from qpipe.model.network.naming import Names, fresh_name
-from qpipe.model.qdq.nodes import clips_to_grid, dequantizes, grid, has_grid, initializer, quantizes
-from qpipe.numerics.grid import quantize, same_grid
+from qpipe.model.network.naming import Names
 
-Array = npt.NDArray[Any]
 _ROUNDED = frozenset({"Conv", "ConvTranspose", "Gemm"})
 _AT_RISK = _ROUNDED | {"Softmax", "AveragePool", "GlobalAveragePool"}
 _TAKEN_OUT = frozenset({"Identity", "Dropout", "Add", "Sub", "Mul", "Div"})
@@ -151,113 +132,3 @@ def _quantizer(node: ir.Node) -> ir.Node | None:
         node = readers[0]
         if node.op_type not in _PASSED:
             return node if node.op_type == "QuantizeLinear" else None
-
-
-SPREAD = 1 << 16
-"""Elements up to which a bound is written out whole; beyond, along the last dimension alone."""
-
-
-def bound_codes(graph: ir.Graph, op_types: Collection[str], keep: Collection[str] = ()) -> None:
-    """Take the bounds of `op_types` (Min, Max) on codes where both roundings are on one grid of 8-bit codes, in place.
-    The dequantized values named in `keep` stay in the graph."""
-    for node in list(graph):
-        found = _between(node) if node.op_type in op_types and not node.domain else None
-        if found is None:
-            continue
-        first, bound, last = found
-        codes, result = first.inputs[0], last.outputs[0]
-        assert codes is not None
-        source = _rounded(codes)
-        cut = _codes(bound, last)
-        name, result.name = str(result.name), None
-        if not np.all(cut == (grid(last).qmax if node.op_type == "Min" else grid(last).qmin)):
-            output = ir.Value(name=name, type=result.type, shape=result.shape)
-            inputs = [codes, _spread(graph, node, cut, f"{bound.name}__quantized", result.shape)]
-            made = ir.node(node.op_type, inputs, outputs=[output], name=node.name)
-            made.metadata_props.update(node.metadata_props)
-            graph.insert_before(last, made)
-            codes = output
-        clips = [reader for reader in node.outputs[0].consumers() if reader is not last]  # to the grid
-        for use in tuple(result.uses()):
-            use.node.replace_input_with(use.idx, codes)
-        graph.remove([last, *clips, node], safe=True)
-        floats = first.outputs[0]
-        if not (floats.uses() or floats.is_graph_output() or floats.name in keep):
-            graph.remove(first, safe=True)
-            if source is not None and str(source.name).startswith(f"{floats.name}__float"):
-                source.name, floats.name = floats.name, None  # nobody else has it any more
-
-
-def _between(node: ir.Node) -> tuple[ir.Node, ir.Value, ir.Node] | None:
-    """The DequantizeLinear in front of a bound, the bound and the QuantizeLinear behind, where both say one grid of
-    codes of 8 bits and nothing else reads what is between."""
-    last = clip = _alone(node)
-    if clip is not None and clip.op_type == "Clip":
-        last = _alone(clip)
-    if len(node.inputs) != 2 or last is None or not quantizes(last) or not has_grid(last) or _bits(last) != 8:
-        return None
-    if clip is None or (clip is not last and not clips_to_grid(clip, last)):
-        return None
-    for position, value in enumerate(node.inputs):
-        first, bound = None if value is None else value.producer(), node.inputs[1 - position]
-        if first is None or bound is None or bound.const_value is None:
-            continue
-        same = dequantizes(first) and has_grid(first) and same_grid(grid(first), grid(last))
-        if same and len(bound.const_value.shape) <= len(value.shape or ()):  # type: ignore[union-attr]
-            return first, bound, last
-    return None
-
-
-def _rounded(codes: ir.Value) -> ir.Value | None:
-    """What `codes` are made of by a QuantizeLinear, behind a Clip to its grid."""
-    node = codes.producer()
-    value = node.inputs[0] if node is not None and quantizes(node) else None
-    clip = None if value is None else value.producer()
-    if node is not None and clip is not None and clip.op_type == "Clip" and clips_to_grid(clip, node):
-        return clip.inputs[0]
-    return value
-
-
-def _alone(node: ir.Node) -> ir.Node | None:
-    """The only one that reads what `node` gives."""
-    uses = tuple(node.outputs[0].uses())
-    return uses[0].node if len(uses) == 1 and uses[0].idx == 0 and not node.outputs[0].is_graph_output() else None
-
-
-def _bits(quantizer: ir.Node) -> int:
-    tensor = constant_tensor(quantizer.inputs[2])
-    return 0 if tensor is None else tensor.dtype.bitwidth
-
-
-def _codes(bound: ir.Value, quantizer: ir.Node) -> Array:
-    """The codes of a constant, in their type; a Clip to the grid, behind the bound, is in them."""
-    array, point = constant_tensor(bound), constant_tensor(quantizer.inputs[2])
-    assert array is not None
-    assert point is not None
-    return quantize(array.numpy(), grid(quantizer), str(bound.name)).astype(point.dtype.numpy())
-
-
-def _spread(graph: ir.Graph, node: ir.Node, codes: Array, name: str, shape: ir.Shape | None) -> ir.Value:
-    """`codes` as a constant, written out over the dimensions behind the channels as far as they are known."""
-    value = _constant(graph, codes, name)
-    known = [dim if isinstance(dim, int) else 1 for dim in shape or ()]
-    rank = len(known)
-    full = [1, *known[1:]]
-    if np.prod(full) > SPREAD:
-        full = [1] * (rank - 1) + known[-1:]
-    aligned = [1] * (rank - codes.ndim) + list(codes.shape)
-    wanted = [max(pair) for pair in zip(aligned, full, strict=True)]
-    if codes.size == 1 or wanted == aligned:
-        return value
-    name = fresh_name(graph, f"{name}_spread")
-    output = ir.Value(name=name, type=value.type, shape=ir.Shape(wanted))
-    sizes = _constant(graph, np.array(wanted, np.int64), f"{name}_shape")
-    made = ir.node("Expand", [value, sizes], outputs=[output], name=name)
-    graph.insert_before(node, made)
-    return output
-
-
-def _constant(graph: ir.Graph, array: Array, name: str) -> ir.Value:
-    value = initializer(fresh_name(graph, name), array)
-    graph.register_initializer(value)
-    return value

@@ -39,7 +39,7 @@ from qpipe.model.qdq.nodes import (
     quantizes,
 )
 from qpipe.model.qdq.weights import SUFFIX, Grids, follow_weights, take_over
-from qpipe.model.structure.families import MOVING
+from qpipe.model.structure.families import MOVING, ON_CODES
 from qpipe.numerics.grid import Encoding, dequantize, same_grid
 
 Array = npt.NDArray[Any]
@@ -159,8 +159,9 @@ def _absorb(
                 continue
             reader.replace_input_with(0, floats)
             bound = bound_of_codes(reader)
-            if bound is not None:
+            if bound is not None or reader.op_type in ON_CODES:
                 grids.on_codes.add(reader.op_type)
+            if bound is not None:
                 _bound_floats(graph, reader, bound, encoding, names)
             if bound is not None or _moves(reader):
                 if reader.op_type == "Pad":

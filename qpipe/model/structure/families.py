@@ -10,6 +10,9 @@ MOVING = frozenset(
 )
 """Their outputs hold values of their first input: on the same grid a second quantizer is redundant."""
 
+ON_CODES = (MOVING - {"Identity", "MaxPool", "GlobalMaxPool"}) | {"Pad"}
+"""Of what moves values: what onnxruntime's CPU has for codes of 8 bits, unsigned ones."""
+
 RANDOM = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
 )
