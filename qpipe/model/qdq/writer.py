@@ -85,6 +85,7 @@ def qdq_model(model: Network, keep: Collection[str] = ()) -> ir.Model:
     for name in [name for name, value in graph.initializers.items() if not value.uses()]:
         if not graph.initializers[name].is_graph_output():
             del graph.initializers[name]
+    graph.meta.pop(_KNOWN, None)
     return clone
 
 
@@ -235,9 +236,22 @@ def _say_bitwidth(nodes: list[ir.Node], encoding: Encoding, dtype: ir.DataType) 
 def _constants(
     graph: ir.Graph, name: str, encoding: Encoding, dtype: ir.DataType
 ) -> tuple[ir.Value, ir.Value]:
-    """Scale and zero point as initializers."""
-    scale = _constant(graph, f"{name}__scale", encoding.scale)
-    return scale, _constant(graph, f"{name}__zero_point", encoding.zero_point, dtype)
+    """Scale and zero point as initializers: those of the first with the same numbers, zero points called after them."""
+    points, codes = np.asarray(encoding.zero_point), str(dtype.name).lower()
+    title = f"zero_point_{codes}_{points.reshape(-1)[0] if points.size else 0}" + ("" if points.ndim == 0 else "s")
+    return _shared(graph, f"{name}__scale", encoding.scale, None), _shared(graph, title, points, dtype)
+
+
+def _shared(graph: ir.Graph, name: str, array: Array, dtype: ir.DataType | None) -> ir.Value:
+    """`array` as an initializer, one for all that have the same."""
+    known: dict[tuple[object, ...], ir.Value] = graph.meta.setdefault(_KNOWN, {})
+    key = (dtype, array.shape, array.tobytes())
+    if key not in known:
+        known[key] = _constant(graph, name, array, dtype)
+    return known[key]
+
+
+_KNOWN = "qpipe.grids"
 
 
 _NUMPY: dict[ir.DataType, Any] = {
