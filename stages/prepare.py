@@ -2,7 +2,8 @@
 
     y = alpha (x W) + beta c   ->   y = x (alpha W) + beta c written into the parameters
     a bias that several layers share, or of one number for all channels   ->   one vector for each layer
-    f * (x W + b) + s, by constants     ->   x (W f) + (b f + s); before a layer too (qpipe.model.structure.factors)
+    f * (x W + b) + s, by constants     ->   x (W f) + (b f + s); before layers too (qpipe.model.structure.factors)
+    HardSigmoid(x W + b)                ->   Clip(x (a W) + (a b + c), 0, 1)
     the canonical form again: constants folded, dead and equal nodes out, every node and value named
 
 max |y - y'| / max |y| over the outputs, in onnxruntime on `data` (without, on inputs made up), has to stay within

@@ -186,9 +186,12 @@ def mean_as_pool(graph: ir.Graph, node: ir.Node) -> bool:
     rank = len(value.shape)
     if rank < 4 or sorted(int(axis) % rank for axis in axes.reshape(-1)) != list(range(2, rank)):
         return False
-    return bool(node.attributes.get_int("keepdims", 1)) and replace(
-        graph, node, ir.node("GlobalAveragePool", [value], name=node.name)
-    )
+    pool = ir.node("GlobalAveragePool", [value], name=node.name)
+    if node.attributes.get_int("keepdims", 1):
+        return replace(graph, node, pool)
+    pool.metadata_props.update(node.metadata_props)
+    graph.insert_before(node, pool)
+    return replace(graph, node, ir.node("Flatten", [pool.outputs[0]], {"axis": 1}))
 
 
 def drop_made_up_biases(graph: ir.Graph, parameters: Collection[str]) -> None:

@@ -5,8 +5,10 @@
              (f * x + s) W      ->  (x + s / f) (f W)          where something does
 
 So `Conv -> Mul -> Add`, `Div 6 -> Conv` behind a HardSwish written out, and the 1 / sqrt(d) behind a projection go. One
-number alone goes behind: factors for each channel would change how far apart the channels of an activation are. What a
-second node reads, or another layer shares, stays. Arithmetic in float64, rounded once to float32.
+number alone goes behind: factors for each channel would change how far apart the channels of an activation are. It goes
+into all layers that it comes to, past the product with a gate too; where one way ends elsewhere, it stays, and so does
+what goes before a layer that a second node reads, or that shares its weight. A HardSigmoid behind a layer is a Clip
+behind one with its slope and shift. Arithmetic in float64, rounded once to float32.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qpipe.model.network.invariants import constant_tensor
+from qpipe.model.network.rewriting import replace
 from qpipe.model.structure.channels import RESHAPES, bias_vector, dims, grouped, set_bias, ungrouped
 from qpipe.model.structure.layers import Layer, find_layers
 
@@ -63,7 +66,26 @@ def fold_factors(editor: Editor) -> list[str]:
     gone: list[str] = []
     while found := _sweep(editor):
         gone += found
+    _open_gates(editor)
     return gone
+
+
+def _open_gates(editor: Editor) -> None:
+    """HardSigmoid(x) behind a layer that it alone reads becomes Clip(alpha x + beta, 0, 1), whose factor and shift go
+    into the layer: engines have the Clip in the layer's kernel."""
+    layers = {layer.add or layer.name: layer for layer in find_layers(editor)}
+    for node in list(editor.graph):
+        value = node.inputs[0] if node.op_type == "HardSigmoid" and not node.domain else None
+        producer = None if value is None or not _read_once(value) else value.producer()
+        layer = None if producer is None else layers.get(str(producer.name))
+        if value is None or layer is None or not _alone(editor, layer) or (layer.op_type == "MatMul" and not layer.bias):
+            continue
+        alpha, beta = node.attributes.get_float("alpha", 0.2), node.attributes.get_float("beta", 0.5)
+        layers[layer.add or layer.name] = _rewritten(
+            editor, layer, np.full(layer.channels, alpha), bias_vector(editor, layer) * alpha + beta
+        )
+        ends = [editor.add_param(f"{node.name}.{side}", np.float32(end)) for side, end in (("min", 0), ("max", 1))]
+        replace(editor.graph, node, ir.node("Clip", [value, *ends], name=node.name))
 
 
 def _sweep(editor: Editor) -> list[str]:
@@ -106,37 +128,62 @@ def _before(editor: Editor, node: ir.Node, line: Line, layers: dict[str, Layer])
 def _behind(
     editor: Editor, node: ir.Node, line: Line, layers: dict[str, Layer], heads: dict[str, str]
 ) -> bool:
-    """Into the layer that alone reads what `node` gives, past what a factor or a shift passes."""
+    """Into the layers that read what `node` gives, past what a factor or a shift passes."""
     if line.factor.size != 1 or line.shift.size != 1 or not line.factor.all():
         return False
     factor, shift = float(line.factor.reshape(())), float(line.shift.reshape(()))
-    value, adds = node.outputs[0], list[tuple[ir.Node, Line]]()
-    passed = RESHAPES | _MEANS | (_HOMOGENEOUS if factor > 0 and not shift else frozenset())
-    while True:
-        reader = value.consumers()[0] if _read_once(value) else None
-        if reader is None:
-            return False
-        if str(reader.name) in heads and reader.inputs[0] is value:
-            break
-        if reader.op_type not in passed or reader.inputs[0] is not value:
-            other = None if shift else read_line(reader)
-            if other is None or reader.op_type not in ("Add", "Sub"):
-                return False
-            adds.append((reader, other))
-        value = reader.outputs[0]
-    key = heads[str(reader.name)]
-    layer = layers[key]
-    if not _alone(editor, layer) or (shift and (layer.bias is None or _pads(layer))):
+    found = _reached(node.outputs[0], factor, bool(shift), heads)
+    if found is None:
         return False
-    weight = grouped(editor.param(layer.weight), layer.groups, layer.channel_axis)
-    bias = bias_vector(editor, layer) + shift * weight.sum(axis=(2, 3)).reshape(-1)
-    layers[key] = _rewritten(editor, layer, np.full(layer.channels, factor), bias)
+    ends, adds = found
+    for layer in (layers[key] for key in ends):
+        if not _alone(editor, layer) or (shift and (layer.bias is None or _pads(layer))):
+            return False
+    for key in ends:
+        layer = layers[key]
+        weight = grouped(editor.param(layer.weight), layer.groups, layer.channel_axis)
+        bias = bias_vector(editor, layer) + shift * weight.sum(axis=(2, 3)).reshape(-1)
+        layers[key] = _rewritten(editor, layer, np.full(layer.channels, factor), bias)
     for reader, other in adds:
         moved = (other.shift / factor if reader.op_type == "Add" else -other.shift / factor).astype(np.float32)
         name = str(reader.inputs[other.position].name)  # type: ignore[union-attr]  # a constant
         reader.replace_input_with(other.position, editor.add_param(name, moved))
     _remove(editor, node, line.data)
     return True
+
+
+def _reached(
+    value: ir.Value, factor: float, shifted: bool, heads: dict[str, str]
+) -> tuple[list[str], list[tuple[ir.Node, Line]]] | None:
+    """The layers that a factor of `value`, and a shift, come to on all ways, and the constants that are added on them;
+    None where one ends elsewhere, or two meet."""
+    passed = RESHAPES | _MEANS | (_HOMOGENEOUS if factor > 0 and not shifted else frozenset())
+    pending, seen, ends, adds = [value], set[ir.Node](), list[str](), list[tuple[ir.Node, Line]]()
+    while pending:
+        value = pending.pop()
+        if value.is_graph_output() or not value.uses():
+            return None
+        for use in value.uses():
+            reader, first = use.node, use.idx == 0
+            if reader in seen:
+                return None
+            seen.add(reader)
+            if first and str(reader.name) in heads:
+                ends.append(heads[str(reader.name)])
+                continue
+            if not (first and reader.op_type in passed):
+                other = None if shifted else read_line(reader)
+                if other is not None and reader.op_type in ("Add", "Sub"):
+                    adds.append((reader, other))
+                elif shifted or not (other is not None or _multiplies(reader)):
+                    return None
+            pending.append(reader.outputs[0])
+    return ends, adds
+
+
+def _multiplies(node: ir.Node) -> bool:
+    """Whether it is the product of two activations."""
+    return node.op_type == "Mul" and not any(constant_tensor(value) is not None for value in node.inputs)
 
 
 def _pads(layer: Layer) -> bool:

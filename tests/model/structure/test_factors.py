@@ -14,7 +14,7 @@ from qpipe.model.structure.factors import fold_factors
 
 PARAMS: dict[str, tuple[int, ...]] = {
     "w": (6, 4, 3, 3), "d": (6, 1, 3, 3), "v": (5, 6, 1, 1), "b": (6,), "h": (6,), "e": (5,), "k": (1, 6, 1, 1),
-    "m": (6, 5), "t": (4, 6, 3, 3), "g": (1, 1, 5), "q": (6, 6),
+    "q11": (6, 6, 1, 1), "m": (6, 5), "t": (4, 6, 3, 3), "g": (1, 1, 5), "q": (6, 6),
 }  # fmt: skip
 NUMBERS = {"two": 2.0, "six": 6.0, "half": 0.5, "three": 3.0, "minus": -2.0, "nil": 0.0}
 
@@ -55,6 +55,24 @@ CASES = {
     "behind, padded": (
         f"c = {CONV}  r = Sigmoid(c)  f = Div(r, six)  p = Mul(f, minus)  s = Sub(p, half)  y = {DEPTHWISE}",
         ["Conv", "Sigmoid", "Sub", "Conv"],
+    ),
+    "a gate": (f"c = {CONV}  y = HardSigmoid<alpha=0.3, beta=0.4>(c)", ["Conv", "Clip"]),
+    "a gate, its bias apart": ("c = Conv(x, w)  s = Add(c, k)  y = HardSigmoid(s)", ["Conv", "Clip"]),
+    "a gate that another reads too": (
+        f"c = {CONV}  o = HardSigmoid(c)  y = Mul(c, o)", ["Conv", "HardSigmoid", "Mul"]
+    ),
+    "on two ways, past a product with a gate": (
+        f"c = {CONV}  r = Sigmoid(c)  s = Div(r, six)  p = GlobalAveragePool(s)  z = Conv(p, q11, h)  o = Sigmoid(z)"
+        "  n = Mul(s, o)  y = Conv(n, v, e)",
+        ["Conv", "Sigmoid", "GlobalAveragePool", "Conv", "Sigmoid", "Mul", "Conv"],
+    ),
+    "on two ways, one of which ends elsewhere": (
+        f"c = {CONV}  r = Sigmoid(c)  s = Div(r, six)  p = Conv(s, q11, h)  y = Add(s, p)",
+        ["Conv", "Sigmoid", "Div", "Conv", "Add"],
+    ),
+    "on two ways that meet in a product": (
+        f"c = {CONV}  r = Sigmoid(c)  s = Div(r, six)  p = GlobalAveragePool(s)  n = Mul(s, p)  y = Conv(n, v, e)",
+        ["Conv", "Sigmoid", "Div", "GlobalAveragePool", "Mul", "Conv"],
     ),
     "past a Relu": (
         f"c = {CONV}  r = Sigmoid(c)  f = Mul(r, two)  p = Relu(f)  y = Conv(p, v)",
