@@ -148,7 +148,9 @@ class _Marks:
         from qpipe.model.structure.composite import find_composites
 
         self.graph, self.target = model.graph, target
-        self.left = left_in_float(model.graph, target.nodes)
+        self.narrow = _narrow(model, target.one_channel)
+        left = left_in_float(model.graph, target.nodes)
+        self.left = replace(left, nodes=left.nodes | self.narrow)
         self.data = data_values(model.graph)
         self.data_names = {str(value.name) for value in self.data}
         self.composites = find_composites(model.graph, self.data, target.composite)
@@ -171,6 +173,8 @@ class _Marks:
         """Why a weight has no grid, in a clause; None where it gets one."""
         if operand.op_type not in self.target.weights:
             return f"the target '{self.target.name}' quantizes no weight of {operand.op_type}"
+        if self.graph.node(operand.name) in self.narrow:
+            return f"the target '{self.target.name}' leaves layers of one channel in float"
         if self.left.has(self.graph.node(operand.name)) or operand.weight in self.left.values:
             return "target.nodes leaves it in float"
         if operand.input not in self.data_names:
@@ -464,6 +468,14 @@ def _is_float(value: ir.Value) -> bool:
 def _picks(node: ir.Node) -> bool:
     """Resize by nearest neighbours moves values only."""
     return node.op_type == "Resize" and node.attributes.get_string("mode", "nearest") == "nearest"
+
+
+def _narrow(model: Network, op_types: Iterable[str]) -> frozenset[ir.Node]:
+    """The layers of `op_types` with one channel in and one out,"""
+    chosen = [layer for layer in find_layers(model) if layer.op_type in op_types]
+    return frozenset(
+        model.graph.node(layer.name) for layer in chosen if layer.weight_shape[:2] == (1, 1) and layer.groups == 1
+    )
 
 
 def _within(positions: tuple[int, ...], node: ir.Node) -> list[int]:

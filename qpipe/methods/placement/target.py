@@ -114,6 +114,8 @@ class Target:
     - `quantize`: operator -> rule;
     - `weights`: operators whose weight (an initializer, input 1) has a grid;
     - `bias`: their biases are int32 on the grid s_x * s_w, or stay float;
+    - `one_channel`: operators whose layers of one input and one output channel stay in float: their integer kernels are
+      slower;
     - `float_outputs`: layers whose kernels give floats: their outputs have a grid where a reader wants one, and what
       follows them has none where it meets no value that is on a grid;
     - `float_ends`: operators that join values, which stay in float where their result leaves the model: a place in a
@@ -140,6 +142,7 @@ class Target:
     quantize: dict[str, OpRule] = field(default_factory=dict)
     weights: tuple[str, ...] = ("Conv", "ConvTranspose", "Gemm", "MatMul")
     bias: Literal["int32", "float"] = "int32"
+    one_channel: tuple[str, ...] = ()
     float_outputs: tuple[str, ...] = ()
     float_ends: tuple[str, ...] = ()
     fused: dict[str, tuple[str, ...]] = field(default_factory=dict)

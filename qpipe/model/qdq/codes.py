@@ -4,14 +4,14 @@
     v -> Q -> DQ -> Pad(0) -> Q -> DQ        v -> Q -> Pad(code of 0) -> DQ
 
 **Bounds.** Rounding keeps the order, so that both give the same bits. The left form is what a bounded activation
-becomes once its channels were equalized, a bound for each: onnxruntime runs it in float between two conversions, and the
-operators around it lose their integer kernels. Its Min and Max of codes exist for 8 bits. A bound that no code exceeds
-goes. They are fastest where the constant need not be spread over the inner dimensions: where these are known, an Expand
-writes it out. onnxruntime computes that when it loads the file, which stays small.
+becomes once its channels were equalized, a bound for each: onnxruntime runs it in float between two conversions, and
+the operators around it lose their integer kernels. Its Min and Max of codes exist for 8 bits. A bound that no code
+exceeds goes. They are fastest where the constant need not be spread over the inner dimensions: where these are known,
+an Expand writes it out. onnxruntime computes that when it loads the file, which stays small.
 
-**Moves.** What moves values moves their codes as well. onnxruntime itself takes most of these on codes when it loads the
-file, but neither a Pad nor a SpaceToDepth; and the file has two nodes less for each. For unsigned codes alone: it makes
-unsigned ones of signed ones itself, where it finds the roundings around each layer.
+**Moves.** What moves values moves their codes as well. onnxruntime itself takes most of these on codes when it loads
+the file, but neither a Pad nor a SpaceToDepth; and the file has two nodes less for each. For unsigned codes alone: it
+makes unsigned ones of signed ones itself, where it finds the roundings around each layer.
 """
 
 from __future__ import annotations

@@ -78,8 +78,10 @@ def _open_gates(editor: Editor) -> None:
         value = node.inputs[0] if node.op_type == "HardSigmoid" and not node.domain else None
         producer = None if value is None or not _read_once(value) else value.producer()
         layer = None if producer is None else layers.get(str(producer.name))
-        if value is None or layer is None or not _alone(editor, layer) or (layer.op_type == "MatMul" and not layer.bias):
+        if value is None or layer is None or not _alone(editor, layer):
             continue
+        if layer.op_type == "MatMul" and layer.bias is None:
+            continue  # its bias would be an Add
         alpha, beta = node.attributes.get_float("alpha", 0.2), node.attributes.get_float("beta", 0.5)
         layers[layer.add or layer.name] = _rewritten(
             editor, layer, np.full(layer.channels, alpha), bias_vector(editor, layer) * alpha + beta

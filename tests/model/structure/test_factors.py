@@ -62,8 +62,10 @@ CASES = {
         f"c = {CONV}  o = HardSigmoid(c)  y = Mul(c, o)", ["Conv", "HardSigmoid", "Mul"]
     ),
     "on two ways, past a product with a gate": (
-        f"c = {CONV}  r = Sigmoid(c)  s = Div(r, six)  p = GlobalAveragePool(s)  z = Conv(p, q11, h)  o = Sigmoid(z)"
-        "  n = Mul(s, o)  y = Conv(n, v, e)",
+        (
+            f"c = {CONV}  r = Sigmoid(c)  s = Div(r, six)  p = GlobalAveragePool(s)  o = Conv(p, q11, h)  "
+            "z = Sigmoid(o)  n = Mul(s, z)  y = Conv(n, v, e)"
+        ),
         ["Conv", "Sigmoid", "GlobalAveragePool", "Conv", "Sigmoid", "Mul", "Conv"],
     ),
     "on two ways, one of which ends elsewhere": (
