@@ -12,7 +12,7 @@ equal blobs in every process, and two models that share a tensor share its blob.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,25 +43,37 @@ def graph_proto(
 ) -> tuple[onnx.ModelProto, dict[str, ir.TensorProtocol]]:
     """The model in its deterministic form, and the tensors left out of it (None: everything stays inline)."""
     outside: dict[str, ir.TensorProtocol] = {}
-    copy = model.clone()
-    graph = copy.graph
-    values = sorted(graph.initializers.values(), key=lambda value: str(value.name))
-    graph.initializers.clear()
-    for value in values:
-        name, tensor = str(value.name), value.const_value
+    initializers = {}
+    for name, value in sorted(model.graph.initializers.items()):
+        tensor = value.const_value
         assert tensor is not None
         text = tensor.dtype == ir.DataType.STRING  # has no raw bytes
         if inline_bytes is not None and not text and tensor.nbytes > inline_bytes:
             outside[name] = tensor
-            value.const_value = ir.ExternalTensor(
-                name, None, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name
-            )
+            shape = ir.Shape(tensor.shape.numpy())
+            tensor = ir.ExternalTensor(name, None, tensor.nbytes, tensor.dtype, shape=shape, name=name)
         else:
-            value.const_value = _plain(tensor, name)
-        graph.initializers.add(value)
-    proto = ir.to_proto(copy)
+            tensor = _plain(tensor, name)
+        initializers[name] = _With(value, const_value=tensor)
+    # Not a clone with other tensors: that takes longer than all the rest.
+    graph = _With(model.graph, initializers=initializers)
+    proto = ir.serde.serialize_model_into(onnx.ModelProto(), _With(model, graph=graph))
     _sort_fields(proto)
     return proto, outside
+
+
+class _With:
+    """What stands for `inner` where it is written, with some things other than its own."""
+
+    def __init__(self, inner: Any, **given: Any) -> None:
+        self.__dict__.update(given)
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._inner)
 
 
 def _plain(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
