@@ -7,7 +7,8 @@ minmax; quantize_static in QDQ form with uint8 activations and int8 weights, per
 quant_pre_process.
 
 latency    processor time of a run on one thread, the median of rounds in which all take turns, over the float file's
-size       bytes of the file over those of the float one
+size       bytes of the file over those of the float one; in the last column over those of quantize_static's file, per
+           channel
 integer    Conv, ConvTranspose, MatMul and Gemm on integer kernels in onnxruntime's optimized graph, of all
 dB         signal to noise of the outputs against the float file's, on other samples; the output with the least
 agree      how far the file decides as the float one does on those: classes, pixels, text, boxes (benchmarks/agreement)
@@ -203,6 +204,8 @@ def measure(name: str, target: Target, seconds: float, folder: Path, peers: list
         paths[maker] = path
     times = latencies(paths, told, seconds)
     row["float_ms"] = 1e3 * times["float"]
+    sizes = [row[maker].get("size") for maker in ("qpipe", "static_per_channel")]
+    row["size_over_static"] = None if None in sizes else sizes[0] / sizes[1]
     for maker in paths.keys() - {"float"}:
         row[maker]["latency"] = times[maker] / times["float"]
     return row
@@ -212,9 +215,12 @@ WHO = {"qpipe": "qpipe", "static": "static", "static_per_channel": "per channel"
 WHAT = {"latency": ".2f", "size": ".2f", "integer": ".2f", "sqnr_db": ".1f", "agree": ".3f"}
 
 
+OVER = "qpipe's size over per channel's"
+
+
 def header(peers: list[str]) -> list[str]:
     who = (*WHO.values(), *peers)
-    return ["model", "float ms", *(f"{each}: {what.replace('sqnr_db', 'dB')}" for each in who for what in WHAT)]
+    return ["model", "float ms", *(f"{each}: {what.replace('sqnr_db', 'dB')}" for each in who for what in WHAT), OVER]
 
 
 def cells(row: dict[str, Any], peers: list[str]) -> list[str]:
@@ -225,7 +231,8 @@ def cells(row: dict[str, Any], peers: list[str]) -> list[str]:
             found += [f"{each['error'][:60]}", *["–"] * (len(WHAT) - 1)]
         else:
             found += [format(each[what], form) for what, form in WHAT.items()]
-    return found
+    over = row["size_over_static"]
+    return [*found, "–" if over is None else f"{over:.3f}"]
 
 
 def main() -> None:

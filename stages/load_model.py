@@ -70,11 +70,8 @@ def from_module(module: torch.nn.Module, example: Any, data: Samples | None) -> 
     """The module as a model; a single input takes the name that the samples give it."""
     from qpipe.model.torch_export.exporter import from_torch
 
-    model = from_torch(module, example)
     names = list(data.arrays) if data is not None else []
-    if len(names) == len(model.inputs) == 1 and names[0] != model.inputs[0].name:
-        model = from_torch(module, example, input_names=names)
-    return model
+    return from_torch(module, example, only_input=names[0] if len(names) == 1 else None)
 
 
 def judged(name: str, check: ImportCheck, tolerance: float | None) -> str:

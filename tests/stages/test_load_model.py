@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 
 import ml_dtypes
@@ -106,6 +107,14 @@ def test_without_example_inputs_the_first_sample_serves(nets):
     model = load_model(data, factory=f"{nets}:conv")
     assert model.inputs[0].name == "image", "a single input takes the name that the data give it"
     assert model.inputs[0].shape == ("batch", 3, 8, 8)
+
+
+def test_a_module_is_exported_once_and_python_collects_garbage_again_after_it(nets, monkeypatch):
+    calls, export = [], torch.onnx.export
+    monkeypatch.setattr(torch.onnx, "export", lambda *a, **k: calls.append(gc.isenabled()) or export(*a, **k))
+    load_model(Samples({"image": np.zeros((5, 3, 8, 8), np.float32)}), factory=f"{nets}:conv")
+    assert calls == [False]
+    assert gc.isenabled()
 
 
 def test_several_inputs_are_matched_by_argument_name(nets, run):

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-import networkx as nx
 import onnx_ir as ir
 
 from qpipe.model.structure.families import WIDE_UNSIGNED
@@ -71,6 +70,8 @@ def units(graph: ir.Graph) -> list[ir.Node | Part]:
     opaque = set(opaque_nodes(graph))
     if not opaque:
         return list(graph)
+    import networkx as nx  # half a second, for models that have such nodes
+
     place = {node: index for index, node in enumerate(graph)}
     joined: nx.Graph[ir.Node] = nx.Graph()
     joined.add_nodes_from(opaque)

@@ -37,6 +37,20 @@ def test_a_layer_has_grids_on_input_weight_and_after_its_activation() -> None:
     assert placement.fixed == {}
 
 
+def test_a_layer_from_one_channel_to_one_stays_in_float_where_the_target_says_so() -> None:
+    model = Model.from_proto(
+        parsed(
+            "n (float[N,1,1,64] x) => (float[N,4,p,q] y) { t = Conv(x, w)  y = Conv(t, v) }",
+            w=normal(1, 1, 1, 8), v=normal(4, 1, 1, 8),
+        )
+    )  # fmt: skip
+    placement = place(model, SHIPPED, scheme())
+    assert list(placement.weights) == ["v"]
+    assert "one channel" in placement.in_float["w"]
+    assert list(placement.activations) == ["t", "y"]
+    assert list(place(model, replace(SHIPPED, one_channel=()), scheme()).weights) == ["v", "w"]
+
+
 def test_no_quantizer_is_fused_away_when_somebody_else_reads_the_value() -> None:
     placement = placed(
         "n (float[N,4] x) => (float[N,4] y) { t = MatMul(x, w)  r = Relu(t)  y = Add(t, r) }", w=normal(4, 4)

@@ -50,6 +50,11 @@ def types(proto: onnx.ModelProto) -> dict[str, str]:
     return {t.name: onnx.TensorProto.DataType.Name(t.data_type) for t in proto.graph.initializer}
 
 
+def zero_point(proto: onnx.ModelProto, name: str) -> str:
+    """The initializer that is the zero point of the value `name`."""
+    return next(str(node.input[2]) for node in proto.graph.node if name in node.output)
+
+
 def test_codes_scales_and_names() -> None:
     model = quantized(cnn(), X)
     proto = to_qdq(model)
@@ -58,7 +63,7 @@ def test_codes_scales_and_names() -> None:
     found = types(proto)
     assert found["w1__quantized"] == "INT8"
     assert found["b1__quantized"] == "INT32"
-    assert found["r__zero_point"] == "UINT8"
+    assert found[zero_point(proto, "r")] == "UINT8"
     arrays = {t.name: onnx.numpy_helper.to_array(t) for t in proto.graph.initializer}
     np.testing.assert_array_equal(arrays["w1__scale"], model.encodings["w1"].scale)
     np.testing.assert_array_equal(
@@ -67,6 +72,16 @@ def test_codes_scales_and_names() -> None:
     assert not {"w1", "b1"} & set(arrays)
     assert [entry.name for entry in proto.graph.input] == ["x"]
     assert [entry.name for entry in proto.graph.output] == ["y"]
+
+
+def test_grids_with_the_same_numbers_are_one_constant() -> None:
+    model = quantized(cnn(), X)
+    proto = to_qdq(model)
+    tensors = [onnx.numpy_helper.to_array(tensor) for tensor in proto.graph.initializer]
+    grids = {name for node in proto.graph.node if "Linear" in node.op_type for name in node.input[1:]}
+    named = zip(proto.graph.initializer, tensors, strict=True)
+    kept = [(array.dtype, array.shape, array.tobytes()) for tensor, array in named if tensor.name in grids]
+    assert len(kept) == len(set(kept)) == len(grids)
 
 
 def test_the_float_model_is_not_touched() -> None:
@@ -168,7 +183,7 @@ def test_tied_weights_are_written_once_and_a_shared_bias_per_layer() -> None:
     x = {"x": normal(16, 4)}
     model = quantized(Model.from_proto(proto), x)
     found = types(to_qdq(model))
-    assert [name for name in found if name.startswith("w")] == ["w__quantized", "w__scale", "w__zero_point"]
+    assert [name for name in found if name.startswith("w")] == ["w__quantized", "w__scale"]
     assert sum(kind == "INT32" for name, kind in found.items() if name.endswith("__quantized")) == 2
     simulated = model.to_torch()(torch.tensor(x["x"])).numpy()
     step = float(model.encodings["y"].scale)
@@ -177,7 +192,7 @@ def test_tied_weights_are_written_once_and_a_shared_bias_per_layer() -> None:
 
 def test_four_bit_activations_are_stored_in_eight_and_clipped() -> None:
     proto = to_qdq(quantized(cnn(), X, scheme(activation=4)))
-    assert types(proto)["r__zero_point"] == "UINT8"
+    assert types(proto)[zero_point(proto, "r")] == "UINT8"
     assert "r__clip" in {node.name for node in proto.graph.node}
     # What MaxPool moves has 4-bit codes already.
     assert "m__clip" not in {node.name for node in proto.graph.node}
