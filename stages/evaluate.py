@@ -5,6 +5,9 @@
     mse                 the same, negated: for every metric, higher is better
     module:function     a function of your own: (outputs, labels) -> number, higher is better
 
+What is scored on `held_out` besides is for choosing (qpipe's first_within): the metric, where these samples have the
+labels for it, and sqnr_db, each with what every part of the samples says of it.
+
 Assumes: labels for top1 and top5, `float_model` for sqnr_db, cosine and mse. With several outputs, top1 and top5 look
 at the first of floats, the others take the mean over those of floats and say which is the worst, and a function of your
 own gets a dict by output name. `outputs` names those that count instead.
@@ -22,14 +25,18 @@ from qpipe.param import load_factory
 from qpipe.stage import NULL, Context, Factory, Maker, Range, Samples, Scores, stage
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
 
     from qpipe.model.network.network import Network
 
+    from qpipe.numerics.jackknife import Rows
+
     Outputs = Mapping[str, NDArray[Any]]
+    Score = Callable[[Outputs, NDArray[Any] | None, Outputs | None], float]
+    """Of outputs, labels, and the float model's outputs."""
 
 
 def spread(data: Samples, limit: int | None) -> Samples:
@@ -70,6 +77,60 @@ def without_labels(params: Mapping[str, Any]) -> bool:
         return False  # whoever loads it says what is wrong
 
 
+def scorer(metric: Metric | Factory, outputs: tuple[str, ...]) -> Score:
+    """The metric as a function, of the outputs that count."""
+    from qpipe.numerics.metrics import counting, score_by_function, score_outputs
+
+    if metric in get_args(Metric):
+        return lambda found, labels, reference: score_outputs(metric, found, labels, reference, outputs)
+    function = load_factory(metric)
+
+    def score(found: Outputs, labels: NDArray[Any] | None, _: Outputs | None) -> float:
+        return score_by_function(function, metric, counting(found, outputs) if outputs else found, labels)
+
+    return score
+
+
+def judged(
+    score: Score, found: Outputs, labels: NDArray[Any] | None, reference: Outputs | None
+) -> dict[str, Any]:
+    """`score` of all held-out samples, and `parts`, what each part of them says; none where parts have no score."""
+    from qpipe.errors import StageError
+    from qpipe.numerics.jackknife import pseudo_values
+
+    def of(rows: Rows) -> float:
+        own, other = ({name: array[rows] for name, array in each.items()} for each in (found, reference or {}))
+        return score(own, None if labels is None else labels[rows], None if reference is None else other)
+
+    whole = score(found, labels, reference)
+    try:
+        return {"score": whole, "parts": pseudo_values(of, len(next(iter(found.values()))))}
+    except (InputError, StageError):  # a metric of the user's may need every class, or more samples
+        return {"score": whole, "parts": []}
+
+
+def on_held_out(
+    metric: Metric | Factory, outputs: tuple[str, ...], held_out: Samples, found: Outputs, reference: Outputs | None,
+    labelled: bool, ctx: Context,
+) -> dict[str, Any]:  # fmt: skip
+    """{metric: what it says of the held-out samples}: the one asked for where it can be had, then sqnr_db. `labelled`
+    says whether the metric has labels elsewhere, so that it needs them here."""
+    from qpipe.errors import StageError
+
+    names: list[str] = [metric] if held_out.labels is not None or not labelled else []
+    if metric in get_args(Comparison):
+        names = [metric]
+    if reference is not None:
+        names += [name for name in ("sqnr_db",) if name not in names]
+    said = {}
+    for name in names:
+        try:
+            said[name] = judged(scorer(name, outputs), found, held_out.labels, reference)
+        except StageError as error:
+            ctx.note(f"The held-out samples cannot be scored by {name}: {error}")
+    return said
+
+
 @stage(
     version=1,
     config={"data": "evaluation", "metric": "${goal.metric}", "outputs": "${goal.outputs}"},
@@ -79,6 +140,7 @@ def evaluate(
     model: Network,
     data: Samples,
     float_model: Network | None = None,
+    held_out: Samples | None = None,
     *,
     metric: Metric | Factory = "top1",
     outputs: tuple[str, ...] = (),
@@ -93,41 +155,38 @@ def evaluate(
     `metric` is top1, top5, sqnr_db, cosine, mse or a function of your own, module:function; higher is better.
     `outputs` names the outputs that count; by default all of floats. `batch_size` samples are run at a time.
     `limit` takes that many samples, evenly spread. `backend` simulation runs the torch module with fake-quantize,
-    onnxruntime the QDQ graph as it is deployed. `quantized: false` scores the float weights. Errors: InputError for
-    labels or a float model that are missing, and data that do not fit; StageError where a metric of the user's
-    fails.
+    onnxruntime the QDQ graph as it is deployed. `quantized: false` scores the float weights. What is scored on
+    `held_out` is in `held_out`, by metric. Errors: InputError for labels or a float model that are missing, and data
+    that do not fit; StageError where a metric of the user's fails.
     """
     from qpipe.model.simulation.run import run
-    from qpipe.numerics.metrics import (
-        LABELLED,
-        counting,
-        refuse_missing,
-        score_by_function,
-        score_outputs,
-        scores_by_output,
-    )
+    from qpipe.numerics.metrics import LABELLED, refuse_missing, scores_by_output
 
     data = spread(data, limit)
     own = metric not in get_args(Metric)
 
-    def outputs_of(scored: Network, simulated: bool) -> Outputs:
+    def outputs_of(scored: Network, samples: Samples, simulated: bool) -> Outputs:
         return run(
-            scored, data.arrays, batch_size=batch_size, quantized=simulated, backend=backend,
+            scored, samples.arrays, batch_size=batch_size, quantized=simulated, backend=backend,
             device=ctx.device, progress=lambda done, total: ctx.progress(done, total, "samples"),
         )  # fmt: skip
 
-    compared = not own and metric not in LABELLED and float_model is not None
-    reference = outputs_of(float_model, False) if compared and float_model is not None else None
+    def reference_of(samples: Samples) -> Outputs | None:
+        return None if float_model is None else outputs_of(float_model, samples, False)
+
+    reference = None if own or metric in LABELLED else reference_of(data)
     if not own:
         refuse_missing(metric, data.labels, reference)
-    found = outputs_of(model, quantized)
+    found = outputs_of(model, data, quantized)
     said: dict[str, Any] = {"metric": metric, "n": len(data), "backend": backend, "quantized": quantized}
-    if own:
-        given = counting(found, outputs) if outputs else found
-        return Scores({"score": score_by_function(load_factory(metric), metric, given, data.labels), **said})
-    score = score_outputs(metric, found, data.labels, reference, outputs)
+    said = {"score": scorer(metric, outputs)(found, data.labels, reference), **said}
     if reference is not None and len(each := scores_by_output(metric, found, reference, outputs)) > 1:
         worst = min(each, key=lambda name: each[name])
-        ctx.note(f"{metric} of the worst output, '{worst}': {each[worst]:.6g}; the mean of {len(each)}: {score:.6g}.")
+        mean = f"the mean of {len(each)}: {said['score']:.6g}"
+        ctx.note(f"{metric} of the worst output, '{worst}': {each[worst]:.6g}; {mean}.")
         said |= {"worst": each[worst], "worst_output": worst}
-    return Scores({"score": score, **said})
+    if held_out is not None:
+        seen, wanted = outputs_of(model, held_out, quantized), reference_of(held_out)
+        labelled = metric in LABELLED or (own and data.labels is not None)
+        said["held_out"] = on_held_out(metric, outputs, held_out, seen, wanted, labelled, ctx)
+    return Scores(said)

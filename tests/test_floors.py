@@ -26,7 +26,7 @@ ENGINE = (
 HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
     "numerics": (
         ("errors",),
-        "scheme grid fake_quantize ranges observers allocation search thinning metric_names metrics images",
+        "scheme grid fake_quantize ranges observers allocation search thinning metric_names metrics jackknife images",
     ),
     "numerics.rounding": (("errors", "numerics"), "moments unfold rows codes gram gradient"),
     "keys": (("errors", "mapped"), "hashing companions syntax code state loaded changes"),
@@ -101,7 +101,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
         ("errors", "keys", "numerics", "param", "stage", "cache.shared"),
         "catalog interpolation spec graph labels",
     ),
-    "plan": ((*ENGINE[:-1], "numerics"), "verdicts history keyring decision walk estimate"),
+    "plan": ((*ENGINE[:-1], "numerics"), "choice verdicts history keyring decision walk estimate"),
     "run": (
         (*ENGINE, "numerics"),
         "machine checkout context isolation performing workers executor deployment record stores sweep",

@@ -139,9 +139,13 @@ def _form_inputs(spec: PipelineSpec, node: FirstWithin) -> dict[str, tuple[Sourc
     for i, candidate in enumerate(node.candidates):
         wires[f"candidates[{i}].model"] = (candidate.model, f"{address}.candidates[{i}].model", "Model")
         wires[f"candidates[{i}].scores"] = (candidate.scores, f"{address}.candidates[{i}].scores", "Scores")
+        if candidate.cost is not None:
+            wires[f"candidates[{i}].cost"] = (candidate.cost, f"{address}.candidates[{i}].cost", "Scores")
     found: dict[str, tuple[Source, ...]] = {}
     for name, (ref, at, kind) in wires.items():
         source = _resolve(spec, ref, at, kind)
+        if source is None and name.endswith(".cost"):
+            continue
         if source is None:
             raise ConfigError(f"{at}: node '{ref.node}' is disabled and has no {kind} to hand on. Enable it.")
         found[name] = (source,)

@@ -51,20 +51,25 @@ class NodeSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
+    """A model, what it scores and, where that is asked, what it costs to run."""
+
     model: Ref
     scores: Ref
+    cost: Ref | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class FirstWithin:
-    """The lazy form: the first candidate whose score is within `max_drop` of the reference's, else the best one. Where
-    `max_drop` and `min_score` are None there is no goal, and the best of all is taken."""
+    """The lazy form: the first candidate whose score is within `max_drop` of the reference's, or one behind it that is
+    within, too, and saves more than `least_saving` of its cost; else the best one. Where `max_drop` and `min_score` are
+    None there is no goal, and the best of all is taken (qpipe.plan.choice)."""
 
     name: str
     candidates: tuple[Candidate, ...]
     reference: Ref
     max_drop: float | None
     min_score: float | None = None
+    least_saving: float = 0.0
     enabled: bool = True
 
     @property
@@ -361,7 +366,7 @@ def _optional_ref(value: Any, address: str) -> Ref | None:
     return None if value is None else _ref(value, address)
 
 
-_FORM_KEYS = ("uses", "enabled", "candidates", "reference", "max_drop", "min_score")
+_FORM_KEYS = ("uses", "enabled", "candidates", "reference", "max_drop", "min_score", "least_saving")
 
 
 def _first_within(name: str, body: Mapping[str, Any]) -> FirstWithin:
@@ -385,6 +390,7 @@ def _first_within(name: str, body: Mapping[str, Any]) -> FirstWithin:
         reference=_ref(body["reference"], f"{address}.reference"),
         max_drop=_drop(body["max_drop"], f"{address}.max_drop"),
         min_score=_drop(body.get("min_score"), f"{address}.min_score"),
+        least_saving=_saving(body.get("least_saving", 0.0), f"{address}.least_saving"),
         enabled=coerce(body.get("enabled", True), bool, f"{address}.enabled"),
     )
 
@@ -393,6 +399,14 @@ def _drop(value: Any, address: str) -> float | None:
     found: float | None = coerce(value, float | None, address)
     if found is not None and math.isnan(found):
         raise ConfigError(f"{address}: expected a number, got nan. Give a limit, or null for none.")
+    return found
+
+
+def _saving(value: Any, address: str) -> float:
+    """A share of a cost. ConfigError for what is none."""
+    found: float = coerce(value, float, address)
+    if not 0.0 <= found < 1.0:
+        raise ConfigError(f"{address}: expected a share of a cost, at least 0 and below 1, got {value}. Give 0.1 for 10 %.")
     return found
 
 
@@ -429,6 +443,7 @@ def _run(plain: Mapping[str, Any], goal: Mapping[str, Any]) -> RunSpec:
 
 
 def _candidate(item: Any, address: str) -> Candidate:
-    if not isinstance(item, Mapping) or set(item) != {"model", "scores"}:
-        raise ConfigError(f"{address}: expected {{model: node, scores: node}}, got {item!r}.")
-    return Candidate(_ref(item["model"], f"{address}.model"), _ref(item["scores"], f"{address}.scores"))
+    if not isinstance(item, Mapping) or set(item) - {"cost"} != {"model", "scores"}:
+        raise ConfigError(f"{address}: expected {{model: node, scores: node}}, with or without cost, got {item!r}.")
+    model, scores = (_ref(item[key], f"{address}.{key}") for key in ("model", "scores"))
+    return Candidate(model, scores, _optional_ref(item.get("cost"), f"{address}.cost"))

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from qpipe.artifacts.artifact import Artifact
 from qpipe.language.graph import Source
+from qpipe.plan.choice import Contest
 
 OF_STAGE = ("format", "version", "function", "code", "libraries")
 """The ingredients of a key that all nodes of a stage have in common; params and ports are the node's own."""
@@ -39,8 +40,8 @@ class Action:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a node ended. `result` is the action result behind it, `chosen` the model and the
-    scores that a first_within settled on."""
+    """How a node ended. `result` is the action result behind it, `chosen` the model and the scores that a first_within
+    settled on, `contest` how it came to that."""
 
     state: State
     outputs: Mapping[str, Artifact] = dataclasses.field(default_factory=dict)
@@ -50,6 +51,7 @@ class Outcome:
     error: Mapping[str, Any] | None = None
     ingredients: Mapping[str, Any] | None = None
     chosen: tuple[Source, Source] | None = None
+    contest: Contest | None = None
 
     @property
     def good(self) -> bool:

@@ -18,8 +18,8 @@ from qpipe.cache.store import Store
 from qpipe.keys.hashing import digest
 from qpipe.language.graph import Graph, Source, outputs_of
 from qpipe.language.spec import FirstWithin, NodeSpec
-from qpipe.numerics.metric_names import least_score
 from qpipe.param import listed
+from qpipe.plan.choice import Choice, Contest, Wanted, least_of
 from qpipe.plan.decision import decide
 from qpipe.plan.history import expected_s
 from qpipe.plan.keyring import Keyring
@@ -38,14 +38,13 @@ class Walk:
         self._store = store
         self._missing: dict[str, set[str]] = {}
         self._dependents: dict[str, list[str]] = {}
-        self._asked: dict[str, int] = {}
         self._origins: dict[Source, Source] = {}
         nodes = (graph.node(name) for name in graph.inputs)
         found = (path for node in nodes if isinstance(node, NodeSpec) for path in keyring.libraries(node))
         self.libraries = tuple(dict.fromkeys(found))
         self._settled = 0
-        self._judged: dict[str, dict[int, float]] = {}
-        """Of each first_within, the scores of the candidates so far, by their place."""
+        self._contests: dict[str, Contest] = {}
+        """Of each first_within, what is known of its candidates so far."""
         self._ready: deque[str] = deque()
         self._demand(graph.targets)
 
@@ -245,11 +244,9 @@ class Walk:
                 continue
             node = self.graph.node(name)
             if isinstance(node, FirstWithin):
-                self._asked[name] = 0
-                ports = self.graph.inputs[name]
-                asked = len(node.candidates) if node.free else 1
-                scores = [source for i in range(asked) for source in ports[f"candidates[{i}].scores"]]
-                needs = [*ports["reference"], *scores]
+                contest = self._contests[name] = Contest(node)
+                first = range(len(node.candidates) if node.free else 1)
+                needs = [*self.graph.inputs[name]["reference"], *self._of(contest, Wanted(tuple(first)))]
             else:
                 needs = self._sources(name)
             stack.extend(reversed([source.node for source in needs]))
@@ -276,31 +273,40 @@ class Walk:
         self._settle(name, Outcome("skipped", reasons=(f"{listed(culprits)} did not succeed",)))
 
     def _choose(self, node: FirstWithin) -> None:
-        """Judge the candidate asked for last: settle on it, ask for the next, or, behind the last, take the best."""
-        wires = self.graph.inputs[node.name]
+        """Hear of the candidates asked for last, then settle on one or ask for more."""
+        wires, contest = self.graph.inputs[node.name], self._contests[node.name]
         reference = self.scores(wires["reference"][0])
         if reference is None:
             self._settle(node.name, Outcome("skipped", reasons=(f"{node.reference} did not succeed",)))
             return
-        asked, found = self._asked[node.name], self._judged.setdefault(node.name, {})
-        if asked not in found and (scores := self.scores(wires[f"candidates[{asked}].scores"][0])):
-            found[asked] = scores["score"]
-        metric = str(reference.get("metric", self.graph.spec.goal.metric))
-        wanted = least_score(metric, reference["score"], node.max_drop, node.min_score)
-        met = asked in found and wanted is not None and found[asked] >= wanted
-        if not met and asked + 1 < len(node.candidates):
-            self._asked[node.name] = asked + 1
-            self._ask(node.name, wires[f"candidates[{asked + 1}].scores"])
-            return
-        if not found:
+        for place in contest.asked - set(contest.scores):
+            if scores := self.scores(wires[f"candidates[{place}].scores"][0]):
+                contest.scores[place] = scores
+        for place in contest.weighed - set(contest.costs):
+            if scores := self.scores(wires[f"candidates[{place}].cost"][0]):
+                contest.costs[place] = scores["score"]
+        found = contest.step(least_of(node, reference, self.graph.spec.goal.metric))
+        if isinstance(found, Wanted):
+            self._ask(node.name, self._of(contest, found))
+        elif isinstance(found, Choice):
+            self._adopt(contest, found)
+        else:
             self._settle(node.name, Outcome("skipped", reasons=("no candidate succeeded",)))
-            return
-        chosen = asked if met else max(found, key=lambda i: (found[i], -i))
-        self._adopt(node.name, chosen, met)
 
-    def _adopt(self, name: str, chosen: int, met: bool) -> None:
+    def _of(self, contest: Contest, wanted: Wanted) -> tuple[Source, ...]:
+        """The outputs that say what is wanted; they count as asked for."""
+        wires = self.graph.inputs[contest.node.name]
+        scored = [place for place in wanted.places if wanted.scores]
+        weighed = [place for place in wanted.places if wanted.cost and f"candidates[{place}].cost" in wires]
+        contest.asked.update(scored)
+        contest.weighed.update(weighed)
+        found = {"scores": scored, "cost": weighed}
+        return tuple(wires[f"candidates[{place}].{port}"][0] for port, places in found.items() for place in places)
+
+    def _adopt(self, contest: Contest, choice: Choice) -> None:
+        name = contest.node.name
         wires = self.graph.inputs[name]
-        model, scores = wires[f"candidates[{chosen}].model"][0], wires[f"candidates[{chosen}].scores"][0]
+        model, scores = (wires[f"candidates[{choice.place}].{port}"][0] for port in ("model", "scores"))
         if model.node not in self.outcomes:
             self._ask(name, (model,))
             return
@@ -310,11 +316,12 @@ class Walk:
         }
         reason = (
             f"{model.node} is within the goal"
-            if met
+            if choice.met
             else f"{self._unmet(name)}; {model.node} is the best"
         )
+        told = contest.told(candidate.model.node for candidate in contest.node.candidates)
         state: State = "ran" if self._outcome(scores).state == "ran" else "hit"
-        self._settle(name, Outcome(state, outputs, reasons=(reason,), chosen=(model, scores)))
+        self._settle(name, Outcome(state, outputs, reasons=(reason, *told), chosen=(model, scores), contest=contest))
 
     def _unmet(self, name: str) -> str:
         node = self.graph.node(name)
