@@ -42,7 +42,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from benchmarks.peers import PINS, peer_file
 from benchmarks.published import CACHE, CALIBRATION, CASES, EVALUATION, Array, Arrays, Case
-from qpipe.deployed.kernels import kernels
+from qpipe.model.runtime.kernels import kernels
 from qpipe.deployed.session import open_file
 from qpipe.methods.placement.target import Target
 from qpipe.model import Model

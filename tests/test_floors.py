@@ -50,7 +50,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
         (*VALUE, "model.operators", "model.structure"),
         "nodes bias weights block_form operator_form reader guards codes writer",
     ),
-    "model.runtime": ((*VALUE, "param", "model.qdq"), "options external_data session types"),
+    "model.runtime": ((*VALUE, "param", "model.qdq"), "options external_data session types kernels optimized"),
     "model.canon": (
         MODEL,
         (
@@ -65,7 +65,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "model.torch_export": ((*MODEL, "model.canon", "model.simulation"), "errors names translations exporter fidelity"),
     "model": ((*MODEL, "model.canon", "model.simulation", "model.files", "model.torch_export"), "model"),
-    "methods": (VALUE, "preconditions"),
+    "methods": ((*MODEL, "model.simulation"), "preconditions running_cost"),
     "methods.placement": (
         (*MODEL, "model.simulation"),
         "joined target filters survival placement calibration remarks",
@@ -111,7 +111,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
             *("errors", "artifacts", "cache", "model.network", "model.files", "model.runtime", "model.simulation"),
             *("methods.comparison", "run"),
         ),
-        "session kernels timing memory measurement",
+        "session timing memory measurement",
     ),
     "explain": ((*ENGINE, "run"), "shape past_runs causes runs_apart artifacts verification"),
     "report": ((), "text facts measured"),

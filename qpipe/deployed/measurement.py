@@ -68,7 +68,7 @@ def _in_onnxruntime(
     import numpy as np
     import onnx
 
-    from qpipe.deployed.kernels import kernels
+    from qpipe.model.runtime.kernels import kernels
     from qpipe.deployed.memory import peak_bytes
     from qpipe.deployed.session import fed, open_file
     from qpipe.deployed.timing import alternated

@@ -33,7 +33,8 @@ ARTIFACT = {"kind": TEXT, "digest": TEXT, "size_bytes": NUMBER}
 TIMES = {"duration_s": NUMBER, "original_duration_s": NUMBER, "cpu_s": NUMBER, "peak_rss_bytes": NUMBER}
 STEP = {
     **TIMES, "node": TEXT, "label": TEXT, "score": NUMBER, "metric": TEXT, "drop": NUMBER, "verdict": TEXT,
-    "best": TRUTH, "baseline": TRUTH,
+    "best": TRUTH, "baseline": TRUTH, "cost": NUMBER,
+    "choice": {"fate": TEXT, "metric": TEXT, "gain": NUMBER, "noise": NUMBER},
 }  # fmt: skip
 NODE = {
     **TIMES, "stage": TEXT, "verdict": TEXT, "reasons": [TEXT], "key": TEXT, "params": Each(ANY), "counted": Each(ANY),

@@ -17,7 +17,7 @@ from qpipe.param import listed, nearest
 
 _NAMED = re.compile(r"\{([^{}]*)\}")
 _GONE = re.compile(r"\0, |, \0|\0")
-_NOT_STEPS = ("parity",)
+_NOT_STEPS = ("parity", "cost")
 """Stages that give scores to a model, and have a section of their own in a report."""
 
 

@@ -284,7 +284,7 @@ class Walk:
                 contest.scores[place] = scores
         for place in contest.weighed - set(contest.costs):
             if scores := self.scores(wires[f"candidates[{place}].cost"][0]):
-                contest.costs[place] = scores["score"]
+                contest.costs[place] = scores["cost"]
         found = contest.step(least_of(node, reference, self.graph.spec.goal.metric))
         if isinstance(found, Wanted):
             self._ask(node.name, self._of(contest, found))

@@ -31,6 +31,10 @@ class Step:
     original_duration_s: float | None
     best: bool
     baseline: bool
+    cost: float | None = None
+    """What running it costs, as a share of float."""
+    choice: str = ""
+    """What became of it where one was chosen of several, and by how much it was better than the best before it."""
 
     @property
     def time(self) -> str:
@@ -159,7 +163,19 @@ def _step(entry: Mapping[str, Any]) -> Step:
         original_duration_s=real(entry.get("original_duration_s")),
         best=bool(entry.get("best")),
         baseline=bool(entry.get("baseline")),
+        cost=real(entry.get("cost")),
+        choice=_choice(_mapping(entry.get("choice"))),
     )
+
+
+def _choice(choice: Mapping[str, Any]) -> str:
+    """The fate in words, with the gain on the held-out samples."""
+    fate, metric, gain = (choice.get(name) for name in ("fate", "metric", "gain"))
+    words = [text.clean(fate).replace("_", " ")] if fate else []
+    if (gained := real(gain)) is not None:
+        unit = " dB" if str(metric).endswith("_db") else " points" if metric in text.PERCENT_METRICS else ""
+        words.append(text.change(-gained, text.clean(metric)) + unit)
+    return ", ".join(words)
 
 
 def goal_met(record: Record) -> bool | None:

@@ -73,6 +73,11 @@ def change(drop: float | None, metric: str) -> str:
     return _signed(("+" if drop < 0 else "-") + _plain(abs(drop)))
 
 
+def cost(value: float | None) -> str:
+    """What running a model costs, as a share of float: "0.31"; "" for None."""
+    return "" if value is None or not math.isfinite(value) else f"{value:.2f}" if value < 9.995 else f"{value:.0f}"
+
+
 def amount(difference: float, metric: str) -> str:
     """The size of a difference of two scores, with its unit: "1.20 points", "3.00 dB", "0.0120"."""
     if metric in PERCENT_METRICS:

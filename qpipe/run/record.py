@@ -239,10 +239,11 @@ def _ladder(walk: Walk, verdicts: Mapping[str, Outcome], reference: float | None
     best = walk.graph.resolved_refs.get(str(spec.goal.scores))
     chosen = walk.outcomes.get(best.node) if best else None
     winner = chosen.chosen[1].node if chosen and chosen.chosen else best.node if best else None
-    steps = []
+    steps: list[dict[str, Any]] = []
+    choices, repeated = _choices(walk), _repeated(walk)
     settled = {name: outcome.chosen[1].node for name, outcome in walk.outcomes.items() if outcome.chosen}
     for name, label in labels.steps(walk.graph, settled).items():
-        if name not in verdicts:  # disabled
+        if name not in verdicts or name in repeated:  # disabled, or said by another row
             continue
         values = _own_scores(walk, name, verdicts[name])
         score, metric = values.get("score"), values.get("metric", spec.goal.metric)
@@ -259,9 +260,38 @@ def _ladder(walk: Walk, verdicts: Mapping[str, Outcome], reference: float | None
                 "original_duration_s": provenance.get("duration_s"),
                 "best": name == winner,
                 "baseline": name in spec.baselines,
+                **choices.get(name, {}),
             }
         )
     return steps
+
+
+def _choices(walk: Walk) -> dict[str, dict[str, Any]]:
+    """By the node that scored a candidate: its `cost`, and its `choice`, the fate that it had, with what it had more
+    than the best before it. Where several chose among them, the one that the goal is asked of counts."""
+    goal = walk.graph.resolved_refs.get(str(walk.graph.spec.goal.scores))
+    found: dict[str, dict[str, Any]] = {}
+    for name in sorted(walk.outcomes, key=lambda name: goal is None or name != goal.node):
+        contest, wires = walk.outcomes[name].contest, walk.graph.inputs[name]
+        for place in sorted(contest.scores) if contest else ():
+            entry = found.setdefault(wires[f"candidates[{place}].scores"][0].node, {})
+            if contest and place in contest.costs:
+                entry.setdefault("cost", contest.costs[place])
+            if contest and place in contest.fates:
+                gain = contest.gained.get(place)
+                told = {} if gain is None else {"metric": gain.metric, "gain": gain.amount, "noise": gain.noise}
+                entry.setdefault("choice", {"fate": contest.fates[place], **told})
+    return found
+
+
+def _repeated(walk: Walk) -> set[str]:
+    """The baselines that score the very model of another row, on the same samples."""
+    spec = walk.graph.spec
+    scored = {name: _digests(walk, name).get("model") for name in spec.ladder if name in walk.outcomes}
+    others = {model for name, model in scored.items() if name not in spec.baselines}
+    reference = walk.graph.resolved_refs.get(str(spec.goal.reference))
+    baselines = set(spec.baselines) - ({reference.node} if reference else set())
+    return {name for name in baselines if name in scored and scored[name] in others}
 
 
 def _totals(verdicts: Mapping[str, Outcome]) -> dict[str, Any]:

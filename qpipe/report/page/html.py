@@ -138,6 +138,8 @@ def _scores(record: Mapping[str, Any]) -> str:
             _text(step.label) + (" (best)" if step.best else ""),
             _text(text.score(step.score, step.metric)),
             "" if step.baseline else _text(text.change(step.drop, step.metric)),
+            _text(text.cost(step.cost)),
+            _text(step.choice),
             _badge(step.verdict),
             _text(step.time),
         )
@@ -145,10 +147,10 @@ def _scores(record: Mapping[str, Any]) -> str:
     ]
     metrics = sorted({step.metric for step in steps if step.metric})
     points = set(metrics) <= set(text.PERCENT_METRICS)
-    head = ("step", _text(", ".join(metrics) or "score"), "points" if points else "change", "verdict", "time")
+    head = ("step", _text(", ".join(metrics) or "score"), "points" if points else "change", "cost", "held out", "verdict", "time")
     least = facts.least(record)
     best = [index for index, step in enumerate(steps) if step.best]
-    return score_chart(steps, least) + _table(head, rows, right=(1, 2, 4), best=best)
+    return score_chart(steps, least) + _table(head, rows, right=(1, 2, 3, 6), best=best)
 
 
 def _table(

@@ -42,7 +42,7 @@ def _ladder(record: Mapping[str, Any], width: int, fancy: bool, colour: bool) ->
     metrics = {step.metric for step in steps if step.metric}
     one = metrics.pop() if len(metrics) == 1 else ""
     points = one in text.PERCENT_METRICS
-    header = ("", "step", one or "score", "points" if points else "change", "", "time")
+    header = ("", "step", one or "score", "points" if points else "change", "cost", "held out", "", "time")
     best = "▶" if fancy else ">"
     rows = [header] + [
         (
@@ -50,12 +50,17 @@ def _ladder(record: Mapping[str, Any], width: int, fancy: bool, colour: bool) ->
             step.label,
             text.score(step.score, step.metric) + ("" if one else f" {step.metric}"),
             "" if step.baseline else text.change(step.drop, step.metric),
+            text.cost(step.cost),
+            step.choice,
             step.verdict.replace("_", " "),
             step.time,
         )
         for step in steps
     ]
-    lines = table(rows, width - len(INDENT), right=(2, 3, 5), flexible=1, ellipsis="…" if fancy else "...")
+    told = [column for column in range(len(header)) if column not in (4, 5) or any(row[column] for row in rows[1:])]
+    rows = [tuple(row[column] for column in told) for row in rows]
+    right = [place for place, column in enumerate(told) if column in (2, 3, 4, 7)]
+    lines = table(rows, width - len(INDENT), right=right, flexible=1, ellipsis="…" if fancy else "...")
     rule = ("─" if fancy else "-") * max(len(line) for row in lines for line in row)
     yield INDENT + paint(lines[0][0], "bold", colour)
     yield INDENT + paint(rule, "dim", colour)

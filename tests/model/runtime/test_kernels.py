@@ -9,7 +9,7 @@ import onnx
 import onnx.parser
 import pytest
 
-from qpipe.deployed.kernels import kernels
+from qpipe.model.runtime.kernels import kernels
 from qpipe.deployed.session import open_file
 
 HEAD = '<ir_version: 10, opset_import: ["": 21]>\nmain (float[1, 4, 8, 8] x) => (float[1, 4, 8, 8] y)\n'

@@ -1,0 +1,73 @@
+"""What the exported model would cost to run, as a share of float: by its graph, so that it is the same everywhere.
+
+    cost = time(onnxruntime's graph of the QDQ file) / time(its graph of the float model)
+
+with time as qpipe.methods.running_cost counts it: multiplications by what they are carried out on, conversions between
+floats and codes, what stays in float, a start for every operator. It knows no machine, so it can be cached, and what is
+chosen by it is chosen the same way everywhere; what this machine takes is measured when a run ends (docs/deployed.md).
+
+Assumes: onnxruntime on a CPU. For another target it is a guess. Source: own; the fusions are onnxruntime's.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from qpipe.stage import NULL, Context, Samples, Scores, stage
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from qpipe.methods.running_cost import Running
+    from qpipe.model.network.network import Network
+
+
+def weighed(model: Network, data: Samples, folder: Path) -> tuple[Running, int]:
+    """What running the model takes, written to `folder`, for the first of the samples; and the bytes of its files."""
+    from qpipe.methods.comparison.inputs import trial_inputs
+    from qpipe.methods.running_cost import running
+    from qpipe.model.files.onnx_writer import write_onnx
+    from qpipe.model.qdq.writer import qdq_model
+    from qpipe.model.runtime.optimized import optimized, shapes
+
+    folder.mkdir()
+    path = folder / "model.onnx"
+    write_onnx(qdq_model(model) if model.encodings else model.ir, path)
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    graph = optimized(path, model.facts.custom_ops)
+    feed = next(trial_inputs(model, data.arrays, batch=1))
+    return running(graph, shapes(graph, folder, feed, model.facts.custom_ops)), size
+
+
+@stage(version=1, config={"data": "calibration"})
+def cost(model: Network, float_model: Network, data: Samples, *, ctx: Context = NULL) -> Scores:
+    """`cost`, the time that running the model is counted with, and `size`, the bytes of its file, as shares of those of
+    `float_model`; `on_integers`, the share of its multiplications there, and `conversions` between floats and codes.
+
+    `data` say how large the values are: the first sample is run once. Errors: RuntimeError where onnxruntime does not
+    load what was written.
+    """
+    import tempfile
+    from pathlib import Path
+
+    from qpipe.methods.placement.calibration import content
+
+    first = {name: array[:1] for name, array in data.arrays.items()}
+
+    def of_float(*_: Any) -> list[float]:
+        with tempfile.TemporaryDirectory() as name:
+            found, size = weighed(float_model.with_encodings({}), data, Path(name) / "float")
+        return [found.time_us, float(size)]
+
+    time_us, float_bytes = ctx.memo("float", of_float, content(float_model), first)
+    with tempfile.TemporaryDirectory() as name:
+        found, size = weighed(model, data, Path(name) / "own")
+    return Scores(
+        {
+            "cost": found.time_us / time_us,
+            "size": size / float_bytes,
+            "on_integers": found.on_integers / max(1, found.products),
+            "conversions": found.conversions,
+            "time_us": found.time_us,
+        }
+    )
