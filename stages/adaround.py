@@ -84,7 +84,7 @@ def refuse_untunable(model: Network, layers: tuple[Layer, ...], reasons: Mapping
 
 @stage(
     version=1,
-    config={"data": "calibration", "seed": "${seed}"},
+    config={"data": "${tuning}", "seed": "${seed}"},
     check=refuse_unread,
     not_after={
         "nearest": "after rounding to nearest there is nothing left to tune",

@@ -154,7 +154,7 @@ def shortfall(metric: str, least: float | None, budget: float | None, reached: f
 @stage(
     version=1,
     config={
-        "calibration": "calibration", "evaluation": "evaluation", "scheme": "${scheme}", "target": "${target}",
+        "calibration": "${tuning}", "evaluation": "evaluation", "scheme": "${scheme}", "target": "${target}",
         "metric": "${goal.metric}", "outputs": "${goal.outputs}", "max_drop": "${goal.max_drop}",
         "min_score": "${goal.min_score}", "seed": "${seed}",
     },

@@ -27,6 +27,20 @@ if TYPE_CHECKING:
     from qpipe.model.network.network import Network
 
 
+HARD = (
+    "Weights have one scale per tensor, the hard case. The target takes one per channel, too: "
+    "scheme.weight.granularity=auto."
+)
+
+
+def could_have_channels(scheme: Scheme, target: Target) -> bool:
+    """Whether weights have one scale per tensor, and the target would take one per channel."""
+    from dataclasses import replace
+
+    settled = target.weight.settled(replace(scheme.weight, granularity="auto"))
+    return scheme.weight.granularity == "per_tensor" and settled.granularity == "per_channel"
+
+
 def refuse_scheme(given: Mapping[str, Any]) -> None:
     """Errors: InputError for a scheme that the target forbids, ValueError where the scheme's weights cannot have
     the granularity that replaces theirs. That one is for baselines: it is not held against the target.
@@ -37,7 +51,7 @@ def refuse_scheme(given: Mapping[str, Any]) -> None:
 
 @stage(
     version=1,
-    config={"data": "calibration", "scheme": "${scheme}", "target": "${target}"},
+    config={"data": "${tuning}", "scheme": "${scheme}", "target": "${target}"},
     check=refuse_scheme,
     not_after={"amp": "one scheme for all would take the place of the mix"},
 )
@@ -76,6 +90,8 @@ def calibrate(
         progress=lambda done, total: ctx.progress(done, total, "samples"),
     )  # fmt: skip
     encodings = all_encodings(model, placement, observers)
+    if placement.weights and could_have_channels(scheme, target):
+        ctx.note(HARD)
     for sentence in remarks(model, placement, observers, encodings, data.arrays):
         ctx.note(sentence)
     if kept := frozen_weights(model):

@@ -20,7 +20,8 @@ alone sets the range of all activations: a network trained with a penalty on its
 and 90 % instead of 10 % with 4-bit weights. The reach comes from samples, else from folded statistics.
 
 `norms: true` also rescales channels between a LayerNormalization (or the Mul that ends an RMS norm) and the linear
-layers that read it, so that activations and weights share one range per channel.
+layers that read it, so that activations and weights share one range per channel. With `layers: false` that is all:
+it adds nothing to the graph, where a bound between layers becomes a Min.
 
 Assumes: BatchNormalization folded (bnf); every value between the layers is read once, every weight by one layer.
 Source: Nagel, van Baalen, Blankevoort, Welling, Data-Free Quantization Through Weight Equalization and Bias
@@ -195,6 +196,8 @@ def sentences(found: Outcome) -> list[str]:
     also = f" and {len(found.norms)} normalizations" if found.norms else ""
     pairs = f"{len(found.links)} pairs of layers{also}"
     told = [f"equalized {pairs} in {found.passes} passes; the outputs moved by {found.error:.1e}."]
+    if not found.links and not found.norms:
+        told = ["nothing is equalized."]
     if found.refused:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in found.refused.items())
         told.append(f"left {len(found.refused)} layers as they were: {reasons}.")
@@ -221,7 +224,7 @@ def report(found: Outcome) -> dict[str, Any]:
 
 @stage(
     version=1,
-    config={"data": "calibration"},
+    config={"data": "${tuning}"},
     not_after={
         "adaround": "equalization moves the grid under weights whose rounding is already tuned",
         "nearest": "equalization moves the grid under weights that are already rounded",
@@ -239,6 +242,7 @@ def cle(
     max_scale: Annotated[float, Range(gt=1)] = 1000.0,
     relu6: Literal["exact", "replace_if_unused"] = "exact",
     norms: bool = False,
+    layers: bool = True,
     ctx: Context = NULL,
 ) -> Network:
     """The model with its channels' ranges equalized across layers; it computes the same, which is measured.
@@ -247,8 +251,9 @@ def cle(
     logarithm); 1 is one pass. `headroom` is how much further than those that count a channel may reach, `max_scale`
     how far its scale may lie from the average. `relu6`, replace_if_unused, puts Relu in the place of a bound that
     no sample reaches; exact keeps what is computed. `data` say how far activations reach, and serve
-    `replace_if_unused` and the measurement (random inputs without); `norms` lets normalizations take part. The
-    scales' extent, the largest error and each layer left as it was, with the reason, are in `metadata["cle"]`.
+    `replace_if_unused` and the measurement (random inputs without); `norms` lets normalizations take part, `layers: false`
+    leaves the others out. The scales' extent, the largest error and each layer left as it was, with the reason, are in
+    `metadata["cle"]`; a model in which nothing is equalized comes back as it was.
     Errors: InputError for a quantized model or missing data; StageError where the outputs moved by more than 1e-3.
     """
     from qpipe.methods.preconditions import float_weights
@@ -266,15 +271,19 @@ def cle(
     from qpipe.model.structure.layers import find_layers
 
     editor, arrays = model.edit(), None if data is None else data.arrays
-    layers = {layer.name: layer for layer in find_layers(model)}
-    links, refused = find_links(editor, layers)
-    behind, stay = find_norm_links(editor, layers) if norms else ([], {})
-    reach, reached = activation_reach(model, layers, links, arrays), measured(model, behind, arrays)
+    all_layers = {layer.name: layer for layer in find_layers(model)}
+    links, refused = find_links(editor, all_layers) if layers else ({}, {})
+    behind, stay = find_norm_links(editor, all_layers) if norms else ([], {})
+    if not links and not behind:
+        for sentence in sentences(Outcome({}, {}, 0, {}, (), 0.0, {**refused, **stay})):
+            ctx.note(sentence)
+        return model
+    reach, reached = activation_reach(model, all_layers, links, arrays), measured(model, behind, arrays)
     replaced = unreached(model, arrays, links.values()) if arrays and relu6 == "replace_if_unused" else ()
-    rescaled = equalize_norms(editor, behind, layers, reached, max_scale)
+    rescaled = equalize_norms(editor, behind, all_layers, reached, max_scale)
     limits = Limits(iterations, tolerance, headroom, max_scale)
-    totals, passes = equalize(peaks(editor, layers, links), chains(links, layers), reach, limits)
-    rescale(editor, layers, links, totals, replaced)
+    totals, passes = equalize(peaks(editor, all_layers, links), chains(links, all_layers), reach, limits)
+    rescale(editor, all_layers, links, totals, replaced)
     result = editor.model()
     error = checked(model, result, arrays) if links or rescaled else 0.0
     found = Outcome(links, totals, passes, rescaled, replaced, error, {**refused, **stay})

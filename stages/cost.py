@@ -26,13 +26,12 @@ def weighed(model: Network, data: Samples, folder: Path) -> tuple[Running, int]:
     """What running the model takes, written to `folder`, for the first of the samples; and the bytes of its files."""
     from qpipe.methods.comparison.inputs import trial_inputs
     from qpipe.methods.running_cost import running
-    from qpipe.model.files.onnx_writer import write_onnx
-    from qpipe.model.qdq.writer import qdq_model
+    from qpipe.model.files.onnx_writer import write_deployed
     from qpipe.model.runtime.optimized import optimized, shapes
 
     folder.mkdir()
     path = folder / "model.onnx"
-    write_onnx(qdq_model(model) if model.encodings else model.ir, path)
+    write_deployed(model, path)
     size = sum(file.stat().st_size for file in folder.iterdir())
     graph = optimized(path, model.facts.custom_ops)
     feed = next(trial_inputs(model, data.arrays, batch=1))

@@ -145,7 +145,7 @@ def named(winners: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 @stage(
     version=1,
-    config={"calibration": "calibration", "scheme": "${scheme}", "target": "${target}"},
+    config={"calibration": "${tuning}", "scheme": "${scheme}", "target": "${target}"},
     check=refuse_trials,
 )
 def quantscheme_select(

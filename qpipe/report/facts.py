@@ -268,8 +268,12 @@ def error_of(node: Mapping[str, Any]) -> str:
 
 
 def notes(record: Record) -> list[tuple[str, str]]:
-    """(node, sentence), first one of each node, then each node's second, and so on."""
-    by_node = {name: list(map(text.clean, node.get("notes") or ())) for name, node in nodes(record).items()}
+    """(node, sentence), first one of each node, then each node's second, and so on; what several say, the first says."""
+    by_node: dict[str, list[str]] = {}
+    said: set[str] = set()
+    for name, node in nodes(record).items():
+        by_node[name] = [note for note in map(text.clean, node.get("notes") or ()) if note not in said]
+        said.update(by_node[name])
     longest = max(map(len, by_node.values()), default=0)
     turns = range(longest)
     return [(name, found[turn]) for turn in turns for name, found in by_node.items() if turn < len(found)]

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -240,7 +240,8 @@ def _ladder(walk: Walk, verdicts: Mapping[str, Outcome], reference: float | None
     chosen = walk.outcomes.get(best.node) if best else None
     winner = chosen.chosen[1].node if chosen and chosen.chosen else best.node if best else None
     steps: list[dict[str, Any]] = []
-    choices, repeated = _choices(walk), _repeated(walk)
+    choices = _choices(walk)
+    repeated = _repeated(walk, choices)
     settled = {name: outcome.chosen[1].node for name, outcome in walk.outcomes.items() if outcome.chosen}
     for name, label in labels.steps(walk.graph, settled).items():
         if name not in verdicts or name in repeated:  # disabled, or said by another row
@@ -284,14 +285,18 @@ def _choices(walk: Walk) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _repeated(walk: Walk) -> set[str]:
-    """The baselines that score the very model of another row, on the same samples."""
+def _repeated(walk: Walk, candidates: Collection[str]) -> set[str]:
+    """The rows that score the very model of another one: baselines that are some step's, and candidates whose technique
+    found nothing to do, after the first."""
     spec = walk.graph.spec
     scored = {name: _digests(walk, name).get("model") for name in spec.ladder if name in walk.outcomes}
-    others = {model for name, model in scored.items() if name not in spec.baselines}
     reference = walk.graph.resolved_refs.get(str(spec.goal.reference))
     baselines = set(spec.baselines) - ({reference.node} if reference else set())
-    return {name for name in baselines if name in scored and scored[name] in others}
+    first: dict[str, str] = {}
+    for name in (name for name in scored if name in candidates):
+        first.setdefault(str(scored[name]), name)
+    again = {name for name in candidates if name in scored and first[str(scored[name])] != name}
+    return again | {name for name in baselines if name in scored and str(scored[name]) in first}
 
 
 def _totals(verdicts: Mapping[str, Outcome]) -> dict[str, Any]:

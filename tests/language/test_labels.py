@@ -36,11 +36,12 @@ def test_no_label_names_a_stage_that_is_off(pipeline: str) -> None:
     overrides = [f"pipeline={pipeline}", "allow_discouraged=true"]
     graph = build_graph(spec_of(*overrides))
     named = " ".join(steps(graph).values())
+    alike = {"select": {"select_norms", "select_again"}, "cle": {"norms"}, "adaround": {"thrifty", "mixed"}}
     for name in ("bnf", "cle", "adaround", "amp", "select"):
         if name not in graph.spec.nodes:
             continue
         stage = graph.spec.nodes[name].stage.name  # type: ignore[union-attr]
-        off = [f"stages.{each}.enabled=false" for each in ({name, "select_again"} if name == "select" else {name})]
+        off = [f"stages.{each}.enabled=false" for each in {name} | alike.get(name, set()) & set(graph.spec.nodes)]
         found = labels_of(*overrides, *off)
         assert not any(stage in label.replace(",", " ").split() for label in found.values())
         assert all(label.strip(" +,()") == label.strip(",()").removeprefix("+ ") for label in found.values())
@@ -49,8 +50,8 @@ def test_no_label_names_a_stage_that_is_off(pipeline: str) -> None:
 
 def test_labels_are_those_of_the_readme_where_all_is_on() -> None:
     assert list(labels_of("pipeline=autoquant").values()) == [
-        *("float", "bnf, nearest", "bnf, nearest, per channel", "+ quantscheme_select", "+ cle", "+ adaround", "+ amp"),
-        "the best in onnxruntime",
+        *("float", "bnf, nearest", "bnf, nearest, per channel", "+ quantscheme_select", "+ cle, norms", "+ cle"),
+        *("+ adaround", "+ cle, norms, adaround", "+ amp", "the best in onnxruntime"),
     ]
     assert labels_of("pipeline=adaround")["score"] == "cle, calibrate, adaround"
 
@@ -69,7 +70,7 @@ def test_what_was_chosen_stands_for_who_chose() -> None:
         (["pipeline=adaround", "stages.adaround.enabled=false"], "score", "cle, calibrate"),
         (["pipeline=adaround", "stage@stages.adaround=nearest"], "score", "cle, calibrate, nearest"),
         (["pipeline=amp", "stages.adaround.enabled=false"], "score", "amp"),
-        (["pipeline=autoquant", "stages.cle.enabled=false"], "score_equalized", "prepare, bnf, calibrate"),
+        (["pipeline=autoquant", "stages.cle.enabled=false"], "score_equalized", "prepare, bnf, cle, calibrate"),
         (["pipeline=ptq", "ladder.score=null"], "score", "score"),
         (["pipeline=ptq", "ladder.score='{cle} and {bnf}'"], "score", "cle and bnf"),
     ],

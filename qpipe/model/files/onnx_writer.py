@@ -40,16 +40,21 @@ def save(model: Network, folder: Path, encodings_format: Version = "1.0.0") -> P
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "model.onnx"
+    write_deployed(model, path)
     if not model.encodings:
-        write_onnx(model.ir, path)
         return path
     from qpipe.model.files.encodings_writer import write_encodings
-    from qpipe.model.qdq.writer import qdq_model
 
-    write_onnx(qdq_model(model), path)
     write_encodings(model, folder / "encodings.json", encodings_format)
     write_safetensors(torch_weights(model), folder / "weights.safetensors")
     return path
+
+
+def write_deployed(model: Network, path: Path) -> None:
+    """Write the model in QDQ form, or in float where it has no encodings."""
+    from qpipe.model.qdq.writer import qdq_model
+
+    write_onnx(qdq_model(model) if model.encodings else model.ir, path)
 
 
 def write_onnx(model: ir.Model, path: Path, largest_inline_bytes: int = LARGEST_INLINE_BYTES) -> None:

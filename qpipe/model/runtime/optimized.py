@@ -35,7 +35,7 @@ def optimized(path: Path, custom_ops: Iterable[Library] = ()) -> onnx.ModelProto
 def shapes(
     graph: onnx.ModelProto, folder: Path, feed: Mapping[str, Any], custom_ops: Iterable[Library] = ()
 ) -> dict[str, Shape]:
-    """The shape of every tensor that the main graph of `optimized` computes for `feed`, found by running it once."""
+    """The shape of every tensor of the main graph of `optimized`, found by running it on `feed` once."""
     told = onnx.ModelProto()
     told.CopyFrom(graph)
     names = [name for node in graph.graph.node for name in node.output if name]
@@ -47,6 +47,7 @@ def shapes(
     wanted = {value.name for value in session.get_inputs()}
     found = session.run(None, {name: array for name, array in feed.items() if name in wanted})
     own = {tensor.name: tuple(tensor.dims) for tensor in graph.graph.initializer}
+    own |= {name: tuple(array.shape) for name, array in feed.items()}
     return own | {name: tuple(value.shape) for name, value in zip(names, found, strict=True) if hasattr(value, "shape")}
 
 

@@ -1,0 +1,164 @@
+"""What each pipeline makes of small trained networks, scheme by scheme: nothing may end below what is plainer.
+
+    python -m benchmarks.ladders [NAME ...] [--schemes w8a8 w4a8 w4a4 w3] [--json FILE] [--folder FOLDER]
+
+nearest     the model as the plainest step of pipeline=ptq leaves it: bnf, calibrate
+ptq         what pipeline=ptq exports, scored on all of the evaluation; adaround the same
+dropped     the steps of both that held-out samples did not gain by
+autoquant   what pipeline=autoquant exports with goal.max_drop=0.003, in how many rungs, and its cost as a share of float
+
+All scores are of the evaluation, which no choice of ptq and adaround looks at. Networks are trained once, and kept in the
+folder. w8a8 has one scale per tensor, the others one per channel; w4a4 and w3 have mse observers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from qpipe.demo.data import load
+from qpipe.model import Model
+from qpipe.model.files.onnx_writer import write_onnx
+from tests.architectures import UNet
+from tests.trained import ResNet, ViT, train, with_outliers
+
+FOLDER = Path(os.environ.get("QPIPE_BENCHMARKS", Path.home() / ".cache" / "qpipe-benchmarks")) / "ladders"
+SCHEMES = {
+    "w8a8": ["scheme=w8a8", "scheme.weight.granularity=per_tensor"],
+    "w4a8": ["scheme=w4a8", "scheme.weight.granularity=per_channel"],
+    "w4a4": [
+        *("scheme=w4a8", "scheme.weight.granularity=per_channel", "scheme.activation.bitwidth=4"),
+        *("scheme.weight.observer=mse", "scheme.activation.observer=mse"),
+    ],
+    "w3": [
+        *("scheme=w4a8", "scheme.weight.granularity=per_channel", "scheme.weight.bitwidth=3"),
+        "scheme.weight.observer=mse",
+    ],
+}
+
+
+def classifier(build: Callable[[], nn.Module], epochs: int) -> nn.Module:
+    data = load("training")
+    torch.manual_seed(0)
+    return train(build(), data["image"], data["labels"], epochs)
+
+
+def denoiser() -> nn.Module:
+    """A U-Net that finds the picture under the noise; its four outputs are the colours and their mean."""
+    clean = load("training")["image"][:4000]
+    torch.manual_seed(0)
+    return train(UNet(), noisy(clean, 1), np.concatenate([clean, clean.mean(1, keepdims=True)], 1), 4)
+
+
+def noisy(images: Any, seed: int) -> Any:
+    return (images + 0.2 * np.random.default_rng(seed).standard_normal(images.shape)).astype(np.float32)
+
+
+NETS: dict[str, Callable[[], nn.Module]] = {
+    "ResNet": lambda: classifier(ResNet, 6),
+    "ViT": lambda: classifier(ViT, 12),
+    "ViT, outliers": lambda: outliers(),
+    "U-Net": denoiser,
+}
+
+
+def outliers() -> nn.Module:
+    module = ViT()
+    module.load_state_dict(torch.load(FOLDER / "ViT.pt", weights_only=True))
+    return with_outliers(module).eval()
+
+
+def prepared(name: str, folder: Path) -> list[str]:
+    """The overrides that name the network and its data, which are made where they are not there."""
+    if name == "built-in":
+        return []
+    path = folder / f"{name.replace(', ', '-')}.onnx"
+    if not path.exists():
+        module = NETS[name]()
+        torch.save(module.state_dict(), folder / f"{name}.pt")
+        model = Model.from_torch(module, (torch.zeros(2, 3, 32, 32),))
+        write_onnx(model.ir, path)
+        for split in ("calibration", "evaluation"):
+            data = load(split)
+            arrays = data if name != "U-Net" else {"image": noisy(data["image"][:500], 2)}
+            image = {model.inputs[0].name: arrays["image"]}
+            np.savez(path.with_suffix(f".{split}.npz"), **image, **{k: v for k, v in arrays.items() if k == "labels"})
+    files = {split: path.with_suffix(f".{split}.npz") for split in ("calibration", "evaluation")}
+    metric = ["goal.metric=sqnr_db", "goal.min_score=35"] if name == "U-Net" else []
+    data = ["data=npz", *(f"data.{split}={file}" for split, file in files.items())]
+    return ["model=onnx_file", f"model.path={path}", *data, *metric]
+
+
+def record(overrides: list[str], folder: Path) -> dict[str, Any]:
+    """The record of a run, whatever its status says of the goal."""
+    run = folder / "run"
+    words = [sys.executable, "-m", "qpipe", *overrides, f"hydra.run.dir={run}", "run.measure=false"]
+    done = subprocess.run(words, env=os.environ | {"QPIPE_CACHE_DIR": str(folder / "cache")}, capture_output=True)
+    if done.returncode not in (0, 3):
+        raise RuntimeError(done.stderr.decode() or done.stdout.decode()[-2000:])
+    found: dict[str, Any] = json.loads((run / "record.json").read_text())
+    return found
+
+
+def figures(found: dict[str, Any]) -> dict[str, Any]:
+    rows = {row["node"]: row for row in found["ladder"]}
+    return {
+        "float": rows["score_float"]["score"],
+        "nearest": rows["score_naive"]["score"],
+        "best": found["best"]["score"],
+        "deployed": found["goal"]["deployed"],
+        "rows": {row["label"]: [row["score"], row.get("choice", {})] for row in found["ladder"]},
+        "dropped": [row["label"] for row in found["ladder"] if row.get("choice", {}).get("fate") == "dropped"],
+        "cost": next((row.get("cost") for row in found["ladder"] if row["best"]), None),
+        "taken": next((row["label"] for row in found["ladder"] if row["best"]), None),
+        "met": found["goal"]["met"],
+        "cpu_s": found["totals"]["cpu_s"],
+    }
+
+
+def shown(value: float | None, metric: str) -> str:
+    return "-" if value is None else f"{value:.2f} dB" if metric == "sqnr_db" else f"{100 * value:.2f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=["built-in", *NETS])
+    parser.add_argument("--schemes", nargs="+", default=list(SCHEMES))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--folder", type=Path, default=FOLDER)
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = {}
+    print("| network | scheme | float | nearest | ptq | adaround | dropped | autoquant, 0.3 points | cost |")
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    for name in options.names:
+        given = prepared(name, options.folder)
+        for scheme in options.schemes:
+            words = [*given, *SCHEMES[scheme]]
+            runs = {each: figures(record([*words, f"pipeline={each}"], options.folder)) for each in ("ptq", "adaround")}
+            if scheme == "w8a8":
+                goal = [] if name == "U-Net" else ["goal.max_drop=0.003"]
+                runs["autoquant"] = figures(record([*words, *goal], options.folder))
+            found[f"{name} {scheme}"] = runs
+            metric = "sqnr_db" if name == "U-Net" else "top1"
+            ptq, adaround, auto = runs["ptq"], runs["adaround"], runs.get("autoquant")
+            cells = [shown(each, metric) for each in (ptq["float"], ptq["nearest"], ptq["best"], adaround["best"])]
+            dropped = "; ".join(dict.fromkeys([*ptq["dropped"], *adaround["dropped"]]))
+            last = [f"{shown(auto['best'], metric)} ({auto['taken']})", f"{auto['cost']:.2f}"] if auto else ["", ""]
+            print("|", " | ".join([name, scheme, *cells, dropped, *last]), "|", flush=True)
+            if options.json:
+                options.json.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
