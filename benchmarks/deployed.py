@@ -42,7 +42,6 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from benchmarks.peers import PINS, peer_file
 from benchmarks.published import CACHE, CALIBRATION, CASES, EVALUATION, Array, Arrays, Case
-from qpipe.model.runtime.kernels import kernels
 from qpipe.deployed.session import open_file
 from qpipe.methods.placement.target import Target
 from qpipe.model import Model
@@ -50,6 +49,7 @@ from qpipe.model.files.given import fix_shapes
 from qpipe.model.files.onnx_reader import read_onnx
 from qpipe.model.files.onnx_writer import write_onnx
 from qpipe.model.qdq.writer import qdq_model
+from qpipe.model.runtime.kernels import kernels
 from qpipe.numerics.metrics import sqnr_db
 from qpipe.numerics.scheme import Scheme, TensorScheme
 from qpipe.stage import Samples

@@ -5,10 +5,10 @@
 nearest     the model as the plainest step of pipeline=ptq leaves it: bnf, calibrate
 ptq         what pipeline=ptq exports, scored on all of the evaluation; adaround the same
 dropped     the steps of both that held-out samples did not gain by
-autoquant   what pipeline=autoquant exports with goal.max_drop=0.003, in how many rungs, and its cost as a share of float
+autoquant   what pipeline=autoquant exports with goal.max_drop=0.003, and its cost as a share of float
 
-All scores are of the evaluation, which no choice of ptq and adaround looks at. Networks are trained once, and kept in the
-folder. w8a8 has one scale per tensor, the others one per channel; w4a4 and w3 have mse observers.
+All scores are of the evaluation, which no choice of ptq and adaround looks at. Networks are trained once, and kept in
+the folder. w8a8 has one scale per tensor, the others one per channel; w4a4 and w3 have mse observers.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ from qpipe.demo.data import load
 from qpipe.model import Model
 from qpipe.model.files.onnx_writer import write_onnx
 from tests.architectures import UNet
-from tests.trained import ResNet, ViT, train, with_outliers
+from tests.trained import ResNet, train, vit, waves, with_outliers
 
+Arrays = dict[str, Any]
 FOLDER = Path(os.environ.get("QPIPE_BENCHMARKS", Path.home() / ".cache" / "qpipe-benchmarks")) / "ladders"
 SCHEMES = {
     "w8a8": ["scheme=w8a8", "scheme.weight.granularity=per_tensor"],
@@ -66,16 +67,19 @@ def noisy(images: Any, seed: int) -> Any:
 
 NETS: dict[str, Callable[[], nn.Module]] = {
     "ResNet": lambda: classifier(ResNet, 6),
-    "ViT": lambda: classifier(ViT, 12),
-    "ViT, outliers": lambda: outliers(),
+    "ViT": vit,
+    "ViT, outliers": lambda: with_outliers(vit()),
     "U-Net": denoiser,
 }
 
 
-def outliers() -> nn.Module:
-    module = ViT()
-    module.load_state_dict(torch.load(FOLDER / "ViT.pt", weights_only=True))
-    return with_outliers(module).eval()
+def samples(name: str, split: str) -> Arrays:
+    """Pictures and, but for the U-Net, their labels."""
+    if name.startswith("ViT"):
+        images, labels = waves(*{"calibration": (1000, 2), "evaluation": (2000, 3)}[split])
+        return {"image": images, "labels": labels}
+    data = load(split)
+    return data if name != "U-Net" else {"image": noisy(data["image"][:500], 2)}
 
 
 def prepared(name: str, folder: Path) -> list[str]:
@@ -84,15 +88,12 @@ def prepared(name: str, folder: Path) -> list[str]:
         return []
     path = folder / f"{name.replace(', ', '-')}.onnx"
     if not path.exists():
-        module = NETS[name]()
-        torch.save(module.state_dict(), folder / f"{name}.pt")
-        model = Model.from_torch(module, (torch.zeros(2, 3, 32, 32),))
+        found = {split: samples(name, split) for split in ("calibration", "evaluation")}
+        model = Model.from_torch(NETS[name](), (torch.from_numpy(found["calibration"]["image"][:2]),))
+        for split, arrays in found.items():
+            images = {model.inputs[0].name: arrays.pop("image")}
+            np.savez(path.with_suffix(f".{split}.npz"), **images, **arrays)
         write_onnx(model.ir, path)
-        for split in ("calibration", "evaluation"):
-            data = load(split)
-            arrays = data if name != "U-Net" else {"image": noisy(data["image"][:500], 2)}
-            image = {model.inputs[0].name: arrays["image"]}
-            np.savez(path.with_suffix(f".{split}.npz"), **image, **{k: v for k, v in arrays.items() if k == "labels"})
     files = {split: path.with_suffix(f".{split}.npz") for split in ("calibration", "evaluation")}
     metric = ["goal.metric=sqnr_db", "goal.min_score=35"] if name == "U-Net" else []
     data = ["data=npz", *(f"data.{split}={file}" for split, file in files.items())]

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from qpipe.model.network.network import Network
-
     from qpipe.numerics.jackknife import Rows
 
     Outputs = Mapping[str, NDArray[Any]]

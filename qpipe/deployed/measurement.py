@@ -68,10 +68,10 @@ def _in_onnxruntime(
     import numpy as np
     import onnx
 
-    from qpipe.model.runtime.kernels import kernels
     from qpipe.deployed.memory import peak_bytes
     from qpipe.deployed.session import fed, open_file
     from qpipe.deployed.timing import alternated
+    from qpipe.model.runtime.kernels import kernels
     from qpipe.model.runtime.options import place
     from qpipe.model.simulation.samples import batch_axes
 

@@ -406,7 +406,9 @@ def _saving(value: Any, address: str) -> float:
     """A share of a cost. ConfigError for what is none."""
     found: float = coerce(value, float, address)
     if not 0.0 <= found < 1.0:
-        raise ConfigError(f"{address}: expected a share of a cost, at least 0 and below 1, got {value}. Give 0.1 for 10 %.")
+        raise ConfigError(
+            f"{address}: expected a share of a cost, at least 0 and below 1, got {value}. Give 0.1 for 10 %."
+        )
     return found
 
 

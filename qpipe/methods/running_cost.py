@@ -2,8 +2,8 @@
 
     time = sum over the nodes of onnxruntime's graph of   START + multiplications * rate + elements * rate
 
-A node's start counts, since small models wait for little else; so do conversions between floats and codes, and what fell
-out of the integers. The rates are those of one core of an x64 server with 8-bit dot products (AVX-512 VNNI), rounded;
+A node's start counts, since small models wait for little else; so do conversions between floats and codes, and what
+fell out of the integers. The rates are those of one core of an x64 server with 8-bit dot products (AVX-512 VNNI), rounded;
 what two models cost is to be compared, not held against a clock.
 """
 
@@ -32,7 +32,8 @@ FUNCTIONS = frozenset(
     {"Sigmoid", "QLinearSigmoid", "Tanh", "Erf", "Exp", "Log", "Gelu", "FastGelu", "BiasGelu", "QuickGelu", "HardSwish"}
     | {"Softmax", "QLinearSoftmax", "LogSoftmax", "LayerNormalization", "SkipLayerNormalization", "Mish", "Elu", "Pow"}
     | {"SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization", "InstanceNormalization", "Softplus"}
-    | {"GroupNormalization", "GroupNorm", "HardSigmoid", "Sin", "Cos", "AveragePool", "QLinearAveragePool", "LSTM", "GRU"}
+    | {"GroupNormalization", "GroupNorm", "HardSigmoid", "Sin", "Cos", "LSTM", "GRU"}
+    | {"AveragePool", "QLinearAveragePool"}
 )
 CONVERSIONS = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"})
 _WEIGHT = {"QLinearConv": 3, "QLinearConvTranspose": 3}

@@ -268,7 +268,8 @@ def error_of(node: Mapping[str, Any]) -> str:
 
 
 def notes(record: Record) -> list[tuple[str, str]]:
-    """(node, sentence), first one of each node, then each node's second, and so on; what several say, the first says."""
+    """(node, sentence), first one of each node, then each node's second, and so on; what several say once, by the
+    first of them."""
     by_node: dict[str, list[str]] = {}
     said: set[str] = set()
     for name, node in nodes(record).items():

@@ -147,7 +147,8 @@ def _scores(record: Mapping[str, Any]) -> str:
     ]
     metrics = sorted({step.metric for step in steps if step.metric})
     points = set(metrics) <= set(text.PERCENT_METRICS)
-    head = ("step", _text(", ".join(metrics) or "score"), "points" if points else "change", "cost", "held out", "verdict", "time")
+    named = _text(", ".join(metrics) or "score")
+    head = ("step", named, "points" if points else "change", "cost", "held out", "verdict", "time")
     least = facts.least(record)
     best = [index for index, step in enumerate(steps) if step.best]
     return score_chart(steps, least) + _table(head, rows, right=(1, 2, 3, 6), best=best)

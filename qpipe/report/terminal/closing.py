@@ -44,7 +44,7 @@ def _ladder(record: Mapping[str, Any], width: int, fancy: bool, colour: bool) ->
     points = one in text.PERCENT_METRICS
     header = ("", "step", one or "score", "points" if points else "change", "cost", "held out", "", "time")
     best = "▶" if fancy else ">"
-    rows = [header] + [
+    rows: list[tuple[str, ...]] = [header] + [
         (
             best if step.best else "",
             step.label,

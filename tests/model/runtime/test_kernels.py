@@ -9,8 +9,8 @@ import onnx
 import onnx.parser
 import pytest
 
-from qpipe.model.runtime.kernels import kernels
 from qpipe.deployed.session import open_file
+from qpipe.model.runtime.kernels import kernels
 
 HEAD = '<ir_version: 10, opset_import: ["": 21]>\nmain (float[1, 4, 8, 8] x) => (float[1, 4, 8, 8] y)\n'
 CONSTANTS = {
