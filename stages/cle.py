@@ -252,8 +252,8 @@ def cle(
     how far its scale may lie from the average. `relu6`, replace_if_unused, puts Relu in the place of a bound that
     no sample reaches; exact keeps what is computed. `data` say how far activations reach, and serve
     `replace_if_unused` and the measurement (random inputs without); `norms` lets normalizations take part,
-    `layers: false` leaves the others out. The scales' extent, the largest error and each layer left as it was, with the reason, are in
-    `metadata["cle"]`; a model in which nothing is equalized comes back as it was.
+    `layers: false` leaves the others out. The scales' extent, the largest error and each layer left as it was, with
+    the reason, are in `metadata["cle"]`; a model in which nothing is equalized comes back as it was.
     Errors: InputError for a quantized model or missing data; StageError where the outputs moved by more than 1e-3.
     """
     from qpipe.methods.preconditions import float_weights

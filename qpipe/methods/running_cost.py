@@ -3,8 +3,8 @@
     time = sum over the nodes of onnxruntime's graph of   START + multiplications * rate + elements * rate
 
 A node's start counts, since small models wait for little else; so do conversions between floats and codes, and what
-fell out of the integers. The rates are those of one core of an x64 server with 8-bit dot products (AVX-512 VNNI), rounded;
-what two models cost is to be compared, not held against a clock.
+fell out of the integers. The rates are those of one core of an x64 server with 8-bit dot products (AVX-512 VNNI),
+rounded; what two models cost is to be compared, not held against a clock.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 A candidate beats one before it where its score on the held-out samples is higher by more than the noise; where the
 scores are equal within that, where its outputs are nearer to float's (sqnr_db) by more than the noise of that. That
-noise is two standard errors of the difference on the same samples (qpipe.numerics.jackknife). Scores without a held-out part
-are compared as they are. The goal is another question: it is asked of the evaluation's score.
+noise is two standard errors of the difference on the same samples (qpipe.numerics.jackknife). Scores without a
+held-out part are compared as they are. The goal is another question: it is asked of the evaluation's score.
 """
 
 from __future__ import annotations

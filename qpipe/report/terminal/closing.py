@@ -42,9 +42,9 @@ def _ladder(record: Mapping[str, Any], width: int, fancy: bool, colour: bool) ->
     metrics = {step.metric for step in steps if step.metric}
     one = metrics.pop() if len(metrics) == 1 else ""
     points = one in text.PERCENT_METRICS
-    header = ("", "step", one or "score", "points" if points else "change", "cost", "held out", "", "time")
+    header: tuple[str, ...] = ("", "step", one or "score", "points" if points else "change", "cost", "held out", "", "time")
     best = "▶" if fancy else ">"
-    rows: list[tuple[str, ...]] = [header] + [
+    rows = [header] + [
         (
             best if step.best else "",
             step.label,
