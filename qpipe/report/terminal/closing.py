@@ -42,7 +42,8 @@ def _ladder(record: Mapping[str, Any], width: int, fancy: bool, colour: bool) ->
     metrics = {step.metric for step in steps if step.metric}
     one = metrics.pop() if len(metrics) == 1 else ""
     points = one in text.PERCENT_METRICS
-    header: tuple[str, ...] = ("", "step", one or "score", "points" if points else "change", "cost", "held out", "", "time")
+    change = "points" if points else "change"
+    header: tuple[str, ...] = ("", "step", one or "score", change, "cost", "held out", "", "time")
     best = "▶" if fancy else ">"
     rows = [header] + [
         (
