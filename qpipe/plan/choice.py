@@ -2,7 +2,7 @@
 
 A candidate beats one before it where its score on the held-out samples is higher by more than the noise; where the
 scores are equal within that, where its outputs are nearer to float's (sqnr_db) by more than the noise of that. That
-noise is two standard errors of the difference on the same samples (qpipe.numerics.jackknife). Scores without a
+noise is three standard errors of the difference on the same samples (qpipe.numerics.jackknife). Scores without a
 held-out part are compared as they are. The goal is another question: it is asked of the evaluation's score.
 """
 
@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 from qpipe.language.spec import FirstWithin
 from qpipe.numerics.metric_names import least_score
 
-ERRORS = 2.0
+ERRORS = 3.0
 """Standard errors that a difference has to exceed."""
 SILENCE_DB = 0.0
 """Below it there is more noise than signal, and how much more says nothing."""

@@ -36,7 +36,7 @@ def test_a_gain_is_measured_on_the_same_samples() -> None:
     (gain,) = gains(scored(RIGHT), scored(with_wrong(10)))
     assert gain.amount == pytest.approx(10 / 200)
     both = np.asarray(scored(RIGHT)["held_out"]["top1"]["parts"]) - scored(with_wrong(10))["held_out"]["top1"]["parts"]
-    assert gain.noise == pytest.approx(2 * np.std(both, ddof=1) / np.sqrt(20))
+    assert gain.noise == pytest.approx(3 * np.std(both, ddof=1) / np.sqrt(20))
     assert gain.clear
 
 
