@@ -289,14 +289,15 @@ def _repeated(walk: Walk, candidates: Collection[str]) -> set[str]:
     """The rows that score the very model of another one: baselines that are some step's, and candidates whose technique
     found nothing to do, after the first."""
     spec = walk.graph.spec
-    scored = {name: _digests(walk, name).get("model") for name in spec.ladder if name in walk.outcomes}
+    found = {name: _digests(walk, name).get("model") for name in spec.ladder if name in walk.outcomes}
+    scored = {name: str(model) for name, model in found.items() if model is not None}
     reference = walk.graph.resolved_refs.get(str(spec.goal.reference))
     baselines = set(spec.baselines) - ({reference.node} if reference else set())
     first: dict[str, str] = {}
     for name in (name for name in scored if name in candidates):
-        first.setdefault(str(scored[name]), name)
-    again = {name for name in candidates if name in scored and first[str(scored[name])] != name}
-    return again | {name for name in baselines if name in scored and str(scored[name]) in first}
+        first.setdefault(scored[name], name)
+    again = {name for name in candidates if name in scored and first[scored[name]] != name}
+    return again | {name for name in baselines if name in scored and scored[name] in first}
 
 
 def _totals(verdicts: Mapping[str, Outcome]) -> dict[str, Any]:

@@ -52,6 +52,8 @@ def test_a_chain_of_1500_nodes_is_no_recursion() -> None:
     assert graph_of(stages).targets == ("n1499",)
 
 
+MODEL = {"uses": "load_model", "factory": "qpipe.demo.net:build", "data": None}
+FIRST = {"uses": "first_within", "reference": "a", "max_drop": 0.1, "candidates": [{"model": "m", "scores": "a"}]}
 MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"a": {"uses": "toy_numbr"}}, "stages.a: no stage 'toy_numbr'. Did you mean 'toy_number'?"),
     ({"a": {"value": 1}}, "stages.a: a node needs 'uses'"),
@@ -92,6 +94,15 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ),
     ({"a": {"uses": "toy_number", "enabled": "off"}}, "stages.a.enabled: expected bool, got 'off'."),
     ({"b": {"uses": "first_within", "candidates": []}}, "stages.b.reference: missing. 'first_within' needs"),
+    (
+        {"a": NUMBER, "b": {**FIRST, "least_saving": 1.5}},
+        "stages.b.least_saving: expected a share of a cost, at least 0 and below 1, got 1.5. Give 0.1 for 10 %.",
+    ),
+    ({"a": NUMBER, "b": {**FIRST, "candidates": [{"model": "a"}]}}, "expected {model: node, scores: node}, with or"),
+    (
+        {"a": NUMBER, "b": {**FIRST, "candidates": [{"model": "m", "scores": "a", "cost": "nobody"}]}, "m": MODEL},
+        "stages.b.candidates[0].cost: no node 'nobody'.",
+    ),
     ({}, "stages: no node is declared."),
 ]
 

@@ -25,29 +25,36 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "cache")
 
 
-def walk_of(store: Store, max_drop: float) -> Walk:
-    """A float score and three candidates, each a model and its score."""
+def walk_of(store: Store, max_drop: float, costs: bool = False) -> Walk:
+    """A float score and three candidates, each a model and its score, and what it costs."""
     stages: dict[str, Any] = {"float": {"uses": "toy_number"}}
     for name in ("x", "y", "z"):
         stages[name] = {"uses": "load_model", "factory": f"qpipe.demo.net:{name}", "data": None}
         stages[f"score_{name}"] = {"uses": "toy_number", "value": ord(name)}
-    candidates = [{"model": name, "scores": f"score_{name}"} for name in ("x", "y", "z")]
+        stages[f"cost_{name}"] = {"uses": "toy_number", "value": 500 + ord(name), "enabled": costs}
+    candidates = [{"model": n, "scores": f"score_{n}", "cost": f"cost_{n}"} for n in ("x", "y", "z")]
     stages["best"] = {"uses": "first_within", "reference": "float", "max_drop": max_drop, "candidates": candidates}
     stages["out"] = {"uses": "export", "model": "best"}
     stages["more"] = {"uses": "toy_add", "scores": "best.scores"}
-    config = OmegaConf.create({"stages": stages, "goal": {"metric": "toy", "max_drop": max_drop}})
+    goal = {"metric": "toy", "max_drop": max_drop, "scores": "best.scores"}
+    ladder = {f"score_{name}": None for name in ("x", "y", "z")}
+    config = OmegaConf.create({"stages": stages, "goal": goal, "ladder": ladder})
     return Walk(build_graph(read_spec(config)), Keyring(store), store)
 
 
-def give(walk: Walk, store: Store, scores: dict[str, float]) -> list[str]:
+def give(
+    walk: Walk, store: Store, scores: dict[str, float], costs: dict[str, float] | None = None
+) -> list[str]:
     """Answer every action that `walk` asks for; the names of the nodes asked for, in order."""
+    costs = costs or {}
     asked: list[str] = []
     actions: list[Action] = walk.advance()
     while actions:
         for action in actions:
             asked.append(action.node)
-            if action.node in scores:
-                made = save(Scores({"score": scores[action.node]}), store)
+            if action.node in scores or action.node in costs:
+                values = {"cost": costs[action.node]} if action.node in costs else {"score": scores[action.node]}
+                made = save(Scores(values), store)
                 result = {"scores": artifact_json(made)}
             elif action.node in ("x", "y", "z"):
                 content = {"format": FORMAT, "kind": "Model", "meta": action.node, "blobs": {}}
@@ -115,6 +122,23 @@ class TestFirstWithin:
         give(walk, store, {"score_x": 0.5})
         assert walk.outcomes["best"].state == "skipped"
         assert walk.outcomes["out"].state == "skipped"
+
+
+@pytest.mark.usefixtures("toy_stages")
+def test_a_record_says_what_became_of_each_candidate_and_what_it_costs(store: Store) -> None:
+    """y is within the goal; z costs half of it and is within, too."""
+    from qpipe.run.record import RunInfo, build_record
+
+    walk = walk_of(store, 0.1, costs=True)
+    given = {"float": 0.9, "score_x": 0.5, "score_y": 0.85, "score_z": 0.86}
+    asked = give(walk, store, given, costs={"cost_x": 1.0, "cost_y": 1.0, "cost_z": 0.5})
+    assert asked.index("cost_z") < asked.index("score_z")
+    best = walk.outcomes["best"]
+    assert best.chosen is not None
+    assert best.chosen[0].node == "z"
+    record = build_record(walk, store, RunInfo(["qpipe"], store.root, 0.0), {}, {})
+    rows = {row["node"]: (row["cost"], row["choice"]["fate"]) for row in record["ladder"] if "choice" in row}
+    assert rows == {"score_x": (1.0, "missed"), "score_y": (1.0, "costs_more"), "score_z": (0.5, "taken")}
 
 
 def test_differences_are_told_value_by_value(toy_stages: Toy) -> None:

@@ -202,3 +202,39 @@ def test_labels_are_compared_with_the_output_that_is_named(detector):
     data = Samples({"x": RNG.normal(size=(16, 8)).astype(np.float32), "ids": np.arange(16)}, np.zeros(16, np.int64))
     named = [evaluate(detector, data, outputs=[name]).values["score"] for name in ("boxes", "scores")]
     assert evaluate(detector, data).values["score"] == named[0] != named[1]
+
+
+def test_held_out_samples_are_scored_by_the_metric_and_against_float(classifier, quantized, data):
+    scores = evaluate(quantized, data.head(5), classifier, data, metric="top1").values
+    held = scores["held_out"]
+    assert scores["score"] == evaluate(quantized, data.head(5), metric="top1").values["score"]
+    for metric in ("top1", "sqnr_db"):
+        wanted = evaluate(quantized, data, classifier, metric=metric).values["score"]
+        assert held[metric]["score"] == pytest.approx(wanted, rel=1e-6), metric
+        assert len(held[metric]["parts"]) == 20
+    assert np.mean(held["top1"]["parts"]) == pytest.approx(held["top1"]["score"], abs=0.01)
+
+
+def test_held_out_samples_without_labels_are_held_against_float_alone(classifier, quantized, data):
+    unlabelled = Samples(data.arrays)
+    assert set(evaluate(quantized, data, classifier, unlabelled, metric="top1").values["held_out"]) == {"sqnr_db"}
+    assert set(evaluate(quantized, data, classifier, unlabelled, metric="cosine").values["held_out"]) == {
+        "cosine", "sqnr_db",
+    }  # fmt: skip
+    assert evaluate(quantized, data, None, unlabelled, metric="top1").values["held_out"] == {}
+
+
+def test_a_metric_that_fails_on_a_part_has_no_noise_and_one_that_fails_on_all_is_done_without(
+    classifier, quantized, data, notes, tmp_path, monkeypatch
+):
+    (tmp_path / "picky_metric.py").write_text(
+        "def whole(outputs, labels):\n    assert len(labels) >= 41\n    return 0.5\n"
+        "def larger(outputs, labels):\n    assert len(labels) >= 42\n    return 0.5\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    held = evaluate(quantized, data, classifier, data, metric="picky_metric:whole").values["held_out"]
+    assert held["picky_metric:whole"] == {"score": 0.5, "parts": []}
+    more = Samples({"x": np.concatenate([data.arrays["x"]] * 2)}, np.concatenate([data.labels] * 2))
+    held = evaluate(quantized, more, classifier, data, metric="picky_metric:larger", ctx=notes).values["held_out"]
+    assert set(held) == {"sqnr_db"}
+    assert "cannot be scored by picky_metric:larger" in notes.notes[-1]
