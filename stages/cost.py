@@ -49,16 +49,19 @@ def cost(model: Network, float_model: Network, data: Samples, *, ctx: Context = 
     import tempfile
     from pathlib import Path
 
-    from qpipe.methods.placement.calibration import content
+    import numpy as np
 
+    plain = float_model.with_encodings({})
+    meta, blobs = plain.pack()
+    tensors = {name: np.frombuffer(blob, np.uint8) for name, blob in blobs.items()}
     first = {name: array[:1] for name, array in data.arrays.items()}
 
     def of_float(*_: Any) -> list[float]:
         with tempfile.TemporaryDirectory() as name:
-            found, size = weighed(float_model.with_encodings({}), data, Path(name) / "float")
+            found, size = weighed(plain, data, Path(name) / "float")
         return [found.time_us, float(size)]
 
-    time_us, float_bytes = ctx.memo("float", of_float, content(float_model), first)
+    time_us, float_bytes = ctx.memo("float", of_float, meta, tensors, first)
     with tempfile.TemporaryDirectory() as name:
         found, size = weighed(model, data, Path(name) / "own")
     return Scores(

@@ -121,7 +121,7 @@ class Contest:
             unknown = tuple(place for place in places if place not in self.asked)[:1]
             return Wanted(unknown) if unknown else self._best()
         cheapest = min(met, key=lambda place: (self.costs.get(place, math.inf), place))
-        if cheapest in self.costs:
+        if cheapest in self.costs and self.node.least_saving is not None:
             for place in places[cheapest + 1 :]:
                 if (wanted := self._wanted(place, self.costs[cheapest])) is not None:
                     return wanted
@@ -135,7 +135,7 @@ class Contest:
             return None
         if place not in self.weighed:
             return Wanted((place,), scores=False)
-        saves = place in self.costs and self.costs[place] < cost * (1.0 - self.node.least_saving)
+        saves = place in self.costs and self.costs[place] < cost * (1.0 - (self.node.least_saving or 0.0))
         return Wanted((place,), cost=False) if saves else None
 
     def _best(self) -> Choice | None:

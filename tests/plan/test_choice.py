@@ -72,7 +72,8 @@ def node(costs: int, **given: Any) -> FirstWithin:
     candidates = tuple(
         Candidate(Ref(f"m{i}"), Ref(f"s{i}"), Ref(f"c{i}") if i < costs else None) for i in range(4)
     )
-    return FirstWithin("best", candidates, Ref("float"), given.pop("max_drop", 0.1), **given)
+    given = {"max_drop": 0.1, "least_saving": 0.0, **given}
+    return FirstWithin("best", candidates, Ref("float"), **given)
 
 
 def played(contest: Contest, scores: list[float], costs: list[float], least: float | None) -> tuple[Any, list[str]]:
@@ -109,6 +110,8 @@ def test_a_cheaper_one_that_misses_the_goal_is_not() -> None:
     contest = Contest(node(4))
     found, _ = played(contest, [0.5, 0.9, 0.7, 0.9], [1.0, 1.0, 0.5, 0.9], 0.8)
     assert found == Choice(3, met=True)
+    found, asked = played(Contest(node(4, least_saving=None)), [0.5, 0.9, 0.7, 0.9], [1.0, 1.0, 0.5, 0.9], 0.8)
+    assert (found, asked) == (Choice(1, met=True), ["s0", "c0", "s1", "c1"])  # nothing behind the first is looked at
     found, asked = played(Contest(node(4, least_saving=0.25)), [0.5, 0.9, 0.7, 0.9], [1.0, 1.0, 0.5, 0.9], 0.8)
     assert found == Choice(1, met=True)
     assert asked[-2:] == ["s2", "c3"] or asked[-1] == "c3"

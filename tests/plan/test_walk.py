@@ -33,7 +33,10 @@ def walk_of(store: Store, max_drop: float, costs: bool = False) -> Walk:
         stages[f"score_{name}"] = {"uses": "toy_number", "value": ord(name)}
         stages[f"cost_{name}"] = {"uses": "toy_number", "value": 500 + ord(name), "enabled": costs}
     candidates = [{"model": n, "scores": f"score_{n}", "cost": f"cost_{n}"} for n in ("x", "y", "z")]
-    stages["best"] = {"uses": "first_within", "reference": "float", "max_drop": max_drop, "candidates": candidates}
+    stages["best"] = {
+        "uses": "first_within", "reference": "float", "max_drop": max_drop, "candidates": candidates,
+        "least_saving": 0.1 if costs else None,
+    }  # fmt: skip
     stages["out"] = {"uses": "export", "model": "best"}
     stages["more"] = {"uses": "toy_add", "scores": "best.scores"}
     goal = {"metric": "toy", "max_drop": max_drop, "scores": "best.scores"}

@@ -64,7 +64,7 @@ def test_outliers_behind_norms_cost_nothing_where_norms_take_part(ran: Runs) -> 
     assert record["goal"]["met"]
     assert found["score_float"] - record["best"]["score"] <= 0.003
     assert found["score_naive"] < found["score_float"] - 0.003  # else there was nothing to do
-    assert {record["nodes"][name]["verdict"] for name in ("adaround", "thrifty", "amp")} == {"not_needed"}
+    assert {record["nodes"][name]["verdict"] for name in ("adaround", "equalized", "amp")} == {"not_needed"}
     taken = next(row for row in record["ladder"] if row["best"])
     assert taken["node"] == "score_normed"
     assert taken["cost"] == next(row["cost"] for row in record["ladder"] if row["node"] == "score_naive")

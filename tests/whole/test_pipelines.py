@@ -108,7 +108,7 @@ def test_a_rounding_can_be_swapped_from_the_command_line(plan: Qpipe) -> None:
     [
         (["stages.adaround.iteration=5"], "'adaround' has no param 'iteration'. Did you mean 'iterations'?"),
         (["stages.adaround.iterations=0"], "stages.adaround.iterations: must be >= 1"),
-        (["stages.cle.model=adaround"], "feed one another in a circle"),
+        (["stages.cle.model=adaround"], "'cle' after 'adaround' is discouraged"),
         (["scheme.weight.bitwidth=9"], ".scheme.weight: bitwidth must be one of"),
         (["model=onnx_file"], "model.path: missing. Set model.path="),
         (["model=onnx_file", "model.path=none.onnx"], "stages.source.path: no file or folder at 'none.onnx'"),
