@@ -91,11 +91,18 @@ def scorer(metric: Metric | Factory, outputs: tuple[str, ...]) -> Score:
 
 
 def judged(
-    score: Score, found: Outputs, labels: NDArray[Any] | None, reference: Outputs | None
-) -> dict[str, Any]:
+    metric: Metric | Factory, outputs: tuple[str, ...], found: Outputs, labels: NDArray[Any] | None,
+    reference: Outputs | None,
+) -> dict[str, Any]:  # fmt: skip
     """`score` of all held-out samples, and `parts`, what each part of them says; none where parts have no score."""
     from qpipe.errors import StageError
     from qpipe.numerics.jackknife import pseudo_values
+    from qpipe.numerics.metrics import MEANS, counting, energies
+
+    score = scorer(metric, outputs)
+    if metric == "sqnr_db" and reference is not None:  # large outputs are read once, not once for each part
+        pairs = {name: energies(found[name], wanted) for name, wanted in counting(reference, outputs).items()}
+        found, reference = ({name: pair[side] for name, pair in pairs.items()} for side in (0, 1))
 
     def of(rows: Rows) -> float:
         own, other = ({name: array[rows] for name, array in each.items()} for each in (found, reference or {}))
@@ -103,7 +110,8 @@ def judged(
 
     whole = score(found, labels, reference)
     try:
-        return {"score": whole, "parts": pseudo_values(of, len(next(iter(found.values()))))}
+        count = len(next(iter(found.values())))
+        return {"score": whole, "parts": pseudo_values(of, count, mean=metric in MEANS)}
     except (InputError, StageError):  # a metric of the user's may need every class, or more samples
         return {"score": whole, "parts": []}
 
@@ -124,7 +132,7 @@ def on_held_out(
     said = {}
     for name in names:
         try:
-            said[name] = judged(scorer(name, outputs), found, held_out.labels, reference)
+            said[name] = judged(name, outputs, found, held_out.labels, reference)
         except StageError as error:
             ctx.note(f"The held-out samples cannot be scored by {name}: {error}")
     return said

@@ -25,10 +25,15 @@ Rows = npt.NDArray[np.intp]
 PARTS = 20
 
 
-def pseudo_values(score: Callable[[Rows], float], count: int, parts: int = PARTS) -> list[float]:
+def pseudo_values(
+    score: Callable[[Rows], float], count: int, parts: int = PARTS, *, mean: bool = False
+) -> list[float]:
     """The p_i of a score of `count` samples, by `score` of the samples at given places; of fewer than `parts` samples
-    one for each. Every part takes every so manieth sample, so that sorted data are spread over all."""
+    one for each. Every part takes every so manieth sample, so that sorted data are spread over all. A score that is a
+    `mean` over samples is asked for each part alone, which reads the samples once."""
     parts = min(parts, count)
     places: Any = np.arange(count)
+    if mean:
+        return [score(places[places % parts == part]) for part in range(parts)]
     whole = score(places)
     return [parts * whole - (parts - 1) * score(places[places % parts != part]) for part in range(parts)]

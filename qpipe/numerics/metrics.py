@@ -74,6 +74,14 @@ def sqnr_db(outputs: Array, reference: Array) -> float:
     return max(-HIGHEST_SQNR_DB, min(HIGHEST_SQNR_DB, 10.0 * math.log10(signal / noise)))
 
 
+def energies(outputs: Array, reference: Array) -> tuple[Array, Array]:
+    """(outputs, reference) of one number a sample, of which any number of samples have the same sqnr_db."""
+    y, r = _pair(outputs, reference)
+    y, r = y.reshape(len(y), -1), r.reshape(len(r), -1)
+    signal = np.sqrt(np.sum(r * r, axis=1, keepdims=True))
+    return signal + np.sqrt(np.sum((y - r) ** 2, axis=1, keepdims=True)), signal
+
+
 def cosine(outputs: Array, reference: Array) -> float:
     """The mean cosine of each sample's outputs and reference; two zero vectors agree, nan scores -1."""
     y, r = _pair(outputs, reference)
@@ -104,6 +112,9 @@ METRICS: Mapping[str, Callable[[Array, Array], float]] = {
     "mse": negative_mse,
 }
 """By name, higher is better: of (outputs, labels) for top1 and top5, (outputs, reference) else."""
+
+MEANS = frozenset({"top1", "top5", "cosine", "mse"})
+"""The metrics that are means over samples."""
 
 LABELLED = frozenset({"top1", "top5"})
 """The metrics that need labels; the others compare with the float model's outputs."""

@@ -17,6 +17,12 @@ def test_of_a_mean_they_are_the_means_of_the_parts() -> None:
     np.testing.assert_allclose(found, [values[part::6].mean() for part in range(6)], rtol=1e-9)
 
 
+def test_a_mean_may_be_asked_for_each_part_alone() -> None:
+    values = RNG.normal(size=60)
+    of = lambda rows: float(values[rows].mean())  # noqa: E731
+    np.testing.assert_allclose(pseudo_values(of, 60, mean=True), pseudo_values(of, 60), rtol=1e-9)
+
+
 def test_of_few_samples_there_is_one_for_each() -> None:
     values = RNG.normal(size=7)
     found = pseudo_values(lambda rows: float(values[rows].mean()), 7)

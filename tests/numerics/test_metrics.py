@@ -11,7 +11,19 @@ from sklearn.metrics import top_k_accuracy_score
 
 from qpipe.errors import InputError
 from qpipe.numerics.metric_names import Comparison, Metric
-from qpipe.numerics.metrics import HIGHEST_SQNR_DB, LABELLED, METRICS, cosine, mse, ranks, sqnr_db, top1, top5
+from qpipe.numerics.metrics import (
+    HIGHEST_SQNR_DB,
+    LABELLED,
+    MEANS,
+    METRICS,
+    cosine,
+    energies,
+    mse,
+    ranks,
+    sqnr_db,
+    top1,
+    top5,
+)
 
 draw = np.random.default_rng(0)
 LOGITS = draw.normal(size=(200, 10)).astype(np.float32)
@@ -82,3 +94,21 @@ def test_what_cannot_be_compared_is_refused() -> None:
         top1(LOGITS, np.full(200, -1))
     with pytest.raises(InputError, match="cannot be compared"):
         sqnr_db(np.ones(3), np.ones(4))
+
+
+def test_the_energies_of_samples_have_the_sqnr_of_the_samples() -> None:
+    reference = draw.normal(size=(12, 3, 4, 4)).astype(np.float32)
+    outputs = reference + draw.normal(size=reference.shape).astype(np.float32) / 9
+    small, wanted = energies(outputs, reference)
+    assert small.shape == wanted.shape == (12, 1)
+    for rows in (slice(None), [3], [0, 5, 11]):
+        found = sqnr_db(small[rows], wanted[rows])
+        assert found == pytest.approx(sqnr_db(outputs[rows], reference[rows]), rel=1e-9)
+
+
+@pytest.mark.parametrize("metric", sorted(METRICS))
+def test_means_are_those_of_their_halves(metric: str) -> None:
+    other = LABELS if metric in LABELLED else (LOGITS + draw.normal(size=LOGITS.shape)).astype(np.float32)
+    halves = [METRICS[metric](LOGITS[rows], other[rows]) for rows in (slice(0, 100), slice(100, 200))]
+    is_mean = bool(np.isclose(np.mean(halves), METRICS[metric](LOGITS, other), rtol=1e-9, atol=0.0))
+    assert is_mean is (metric in MEANS)
