@@ -37,8 +37,9 @@ def could_have_channels(scheme: Scheme, target: Target) -> bool:
     """Whether weights have one scale per tensor, and the target would take one per channel."""
     from dataclasses import replace
 
-    settled = target.weight.settled(replace(scheme.weight, granularity="auto"))
-    return scheme.weight.granularity == "per_tensor" and settled.granularity == "per_channel"
+    if scheme.weight.granularity != "per_tensor":
+        return False
+    return target.weight.settled(replace(scheme.weight, granularity="auto")).granularity == "per_channel"
 
 
 def refuse_scheme(given: Mapping[str, Any]) -> None:

@@ -178,3 +178,16 @@ def test_a_model_that_takes_an_image_of_bytes_is_quantized(network, target):
     wanted, found = (run(each, arrays, backend="onnxruntime")["y"] for each in (model, quantized))
     assert 20 * np.log10(np.linalg.norm(wanted) / np.linalg.norm(found - wanted)) > 25
     assert outputs_error(model, quantized, arrays) < 1e-6  # the float model inside is the same
+
+
+@pytest.mark.parametrize(
+    ("granularity", "block", "hard"),
+    [("per_tensor", 0, True), ("per_channel", 0, False), ("auto", 0, False), ("per_block", 4, False)],
+)
+def test_one_scale_per_tensor_is_called_the_hard_case_where_the_target_takes_more(
+    network, target, notes, granularity, block, hard
+):
+    model = network("n (float[N,8] x) => (float[N,4] y) { y = MatMul(x, w) }", {"w": (8, 4)})
+    scheme = replace(SCHEME, weight=replace(WEIGHT, granularity=granularity, block_size=block))
+    calibrate(model, Samples({"x": np.ones((4, 8), np.float32)}), scheme=scheme, target=target, ctx=notes)
+    assert any("the hard case" in note for note in notes.notes) is hard
