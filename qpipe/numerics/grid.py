@@ -32,7 +32,8 @@ class Encoding:
 
     `scale` is float32 and `zero_point` int32, both of shape () per tensor, (C,) per channel along `axis`, or
     the tensor's own shape with the size along `axis` divided by `block_size` (rounded up) per block. `frozen`
-    says that the weights on this grid have been tuned, so nobody may choose the grid again.
+    says that the weights on this grid have been tuned, so nobody may choose the grid again. A grid whose codes are
+    mirrored (`signed_max`; in a file, a negative scale) is the one with the positive scale and the zero point -1.
     Compare with `same_grid`, not with ==. Raises ValueError where the parts do not fit together.
     """
 
@@ -86,6 +87,12 @@ class Encoding:
         return code_bounds(self.bitwidth, self.signed)[1]
 
     @property
+    def free_sign(self) -> bool:
+        """Whether each scale may have its codes mirrored, as those of `grid: signed_max`: zero points are 0 or -1."""
+        points = self.zero_point
+        return self.signed and not self.symmetric and bool(np.all((points == 0) | (points == -1)))
+
+    @property
     def granularity(self) -> Granularity:
         """per_tensor, per_channel or per_block."""
         if self.axis is None:
@@ -122,7 +129,9 @@ def encoding_from_range(
 
     `lo` and `hi` have the shape of the scale to be: () per tensor, (C,) per channel, the tensor's shape with
     the blocked axis counted in blocks per block. Symmetric: scale = max(|lo|, |hi|) / qmax, unsigned from 0
-    up when lo >= 0. Asymmetric: scale = (hi - lo) / (qmax - qmin). A scale of 0 becomes the smallest normal; at the
+    up when lo >= 0; with `scheme.grid` full_range or signed_max it is max(|lo|, |hi|) / -qmin, and what lies beyond
+    the last code on the other side saturates. signed_max has the zero point -1 where hi > |lo|: these are the codes
+    -1 - q of the grid with zero point 0, mirrored, and qmax is what stands for hi. Asymmetric: scale = (hi - lo) / (qmax - qmin). A scale of 0 becomes the smallest normal; at the
     other end of float32 it is so small that every code stands for a finite number.
     Raises InputError, with the tensor's `name`, for a bound that is not finite.
     """
@@ -133,7 +142,10 @@ def encoding_from_range(
     qmin, qmax = code_bounds(scheme.bitwidth, scheme.signed)
     if scheme.symmetric:
         middle = np.where(scheme.signed | (low >= 0.0), 0, 1 << (scheme.bitwidth - 1))
-        scale = usable_scale(np.maximum(-low, high) / (qmax - middle), scheme.power_of_two)
+        if scheme.grid == "signed_max":
+            middle = np.where(high > -low, -1, 0)
+        steps = -qmin if scheme.grid in ("full_range", "signed_max") else qmax - middle
+        scale = usable_scale(np.maximum(-low, high) / steps, scheme.power_of_two)
         zero_point = middle
     else:
         scale = usable_scale((high - low) / (qmax - qmin), scheme.power_of_two)
@@ -142,7 +154,7 @@ def encoding_from_range(
     return Encoding(
         bitwidth=scheme.bitwidth,
         signed=scheme.signed,
-        symmetric=scheme.symmetric,
+        symmetric=scheme.symmetric and scheme.grid != "signed_max",
         scale=scale,
         zero_point=np.broadcast_to(zero_point, scale.shape),
         axis=None if scheme.granularity == "per_tensor" else axis,

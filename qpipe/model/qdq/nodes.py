@@ -140,6 +140,12 @@ def floats_of(codes: Array, node: ir.Node, encoding: Encoding) -> npt.NDArray[np
     return dequantize(np.where(sign == 0, broadcast(encoding, codes.shape)[1], codes), encoding)
 
 
+def mirrored_codes(e: Encoding) -> Array:
+    """Where a weight's grid is written with a negative scale, zero point 0 and the codes -1 - q, of its scale's shape:
+    the zero points of -1, where all others are 0."""
+    return (e.zero_point == -1) & e.free_sign
+
+
 def initializer(name: str, array: Array) -> ir.Value:
     """An initializer of no graph yet."""
     return ir.val(name, const_value=ir.Tensor(np.asarray(array, order="C"), name=name))
