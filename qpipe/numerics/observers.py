@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -85,7 +86,7 @@ class HistogramObserver:
         """The range that the scheme's observer chooses. Raises InputError where no data were seen."""
         if not self.count:
             raise InputError(f"No data were observed for tensor '{self.name}': its range is not known.")
-        scheme = scheme.settled()
+        scheme = replace(scheme, grid="max").settled()
         lo, hi = min(self.min, 0.0), max(self.max, 0.0)
         if scheme.observer == "minmax" or lo == hi:
             return self.min, self.max

@@ -1,11 +1,12 @@
 """What kind of grid a tensor gets, before any data is seen: bitwidth, sign, symmetry, granularity, observer.
 
-Light on purpose: dataclasses and typing only, so that a stage's signature can name them without loading
+Light on purpose: dataclasses, typing and re only, so that a stage's signature can name them without loading
 numpy. A grid itself, with its scale and zero point, is `qpipe.numerics.grid.Encoding`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
@@ -66,7 +67,7 @@ class TensorScheme:
             raise ValueError(f"grid {self.grid} is for signed symmetric codes; set grid to auto or max.")
 
     def settled(self) -> TensorScheme:
-        """The scheme with the observer and the grid that `auto` stands for, where a target has no objection."""
+        """The scheme of a weight with the observer and the grid that `auto` stands for, where no target objects."""
         low = self.bitwidth <= LOW_BITWIDTH
         mirrored = low and self.signed and self.symmetric
         observer = ("mse" if low else "minmax") if self.observer == "auto" else self.observer
@@ -157,10 +158,14 @@ def with_granularity(scheme: Scheme, granularity: Granularity | None) -> Scheme:
 
 def with_observers(scheme: Scheme, choice: Mapping[str, Any]) -> Scheme:
     """`scheme` with the observers that `choice` names: `weight_observer`, `weight_percentile`, and so for
-    activations; what it does not name stays."""
+    activations; `weights` has changes of single weights, by name. What it does not name stays."""
     weight = _with_observer(scheme.weight, choice, "weight")
     activation = scheme.activation and _with_observer(scheme.activation, choice, "activation")
-    return replace(scheme, weight=weight, activation=activation)
+    own = (
+        Override((f"value:{re.escape(name)}",), TensorChange(**changes))
+        for name, changes in sorted(choice.get("weights", {}).items())
+    )
+    return replace(scheme, weight=weight, activation=activation, overrides=(*scheme.overrides, *own))
 
 
 def _with_observer(scheme: TensorScheme, choice: Mapping[str, Any], side: str) -> TensorScheme:
