@@ -48,6 +48,8 @@ Row = dict[str, Any]
 NETS = ("builtin", "resnet", "vit", "decoder")
 TARGET = Path(__file__).parents[1] / "conf" / "target" / "onnxruntime.yaml"
 GRIDS = ("max", "full_range", "signed_max", "asymmetric")
+PAIRS = (("max", "minmax"), ("max", "mse"), ("signed_max", "minmax"), ("signed_max", "mse"), ("asymmetric", "mse"))
+"""Grids and observers that are tried in the networks; `auto` is signed_max with mse."""
 A8 = TensorScheme(8, False, False)
 
 
@@ -93,7 +95,7 @@ def score(of: Net, found: Array) -> float:
 
 def weight(bits: int, grid: str, observer: str) -> TensorScheme:
     """Per channel; `grid` asymmetric has a zero point of its own."""
-    kind: Any = "auto" if grid == "auto" else "max" if grid == "asymmetric" else grid
+    kind: Any = "max" if grid == "asymmetric" else grid
     given: Any = observer
     return TensorScheme(bits, True, grid != "asymmetric", "per_channel", observer=given, grid=kind)
 
@@ -124,30 +126,29 @@ def quantized(of: Net, scheme: Scheme, target: Target, tune: bool) -> Model:
     return done  # type: ignore[no-any-return]
 
 
-def choices(quick: bool) -> Iterator[tuple[str, Scheme]]:
+def choices() -> Iterator[tuple[str, Scheme]]:
     """What is compared, by the part of the table and the scheme."""
-    for bits in (4, 3, 2) if not quick else (3,):
-        pairs = [(grid, observer) for observer in ("minmax", "mse") for grid in GRIDS]
-        for grid, observer in [*pairs, ("auto", "auto")]:
+    for bits in (4, 3, 2):
+        for grid, observer in PAIRS:
             yield "outputs", Scheme(weight(bits, grid, observer), None)
-    for bits in (8, 6, 5) if not quick else ():
+    for bits in (8, 6, 5):
         for grid, observer in (("max", "minmax"), ("max", "mse"), ("signed_max", "mse")):
             yield "outputs", Scheme(weight(bits, grid, observer), None)
-    for bits in (8, 6, 5, 4, 3) if not quick else (4,):
-        for observer in ("minmax", "mse", "percentile", "sqnr", "entropy"):
+    for bits in (8, 6, 5, 4, 3):
+        for observer in ("minmax", "mse", "percentile"):
             given: Any = observer
             yield "activations", Scheme(weight(8, "max", "minmax"), replace(A8, bitwidth=bits, observer=given))
-    for grid, observer in (("max", "minmax"), ("max", "mse"), ("signed_max", "mse"), ("auto", "auto")):
+    for grid, observer in (("max", "minmax"), ("max", "mse"), ("signed_max", "mse")):
         given = observer
         yield "both", Scheme(weight(4, grid, observer), replace(A8, bitwidth=4, observer=given))
 
 
-def outputs(of: Net, target: Target, quick: bool) -> Iterator[Row]:
+def outputs(of: Net, target: Target) -> Iterator[Row]:
     """Every choice in the network, by nearest rounding and, where weights have few bits, by adaround."""
     reference = logits(of, of.model, quantized=False)
     variance = np.square(reference - reference.mean(0)).sum()
     float_score = score(of, reference)
-    for part, scheme in choices(quick):
+    for part, scheme in choices():
         low = scheme.weight.bitwidth <= 4
         for tune in (False, True) if low else (False,):
             begun = time.process_time()
@@ -184,7 +185,7 @@ def measured(names: Iterable[str], arguments: argparse.Namespace, said: Callable
     rows: list[Row] = []
     for name in names:
         of = net(name, arguments.folder, arguments.samples, arguments.judged)
-        for made in (weight_errors(of), outputs(of, target, arguments.quick)):
+        for made in (weight_errors(of), outputs(of, target)):
             for row in made:
                 rows.append(row)
                 said(row)
@@ -196,9 +197,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="where trained networks lie, or come to lie")
     parser.add_argument("--nets", nargs="+", default=list(NETS), choices=NETS)
-    parser.add_argument("--samples", type=int, default=400, help="to calibrate and tune on (default 400)")
-    parser.add_argument("--judged", type=int, default=1000, help="to judge on (default 1000)")
-    parser.add_argument("--quick", action="store_true", help="weights at 3 bits and activations at 4 alone")
+    parser.add_argument("--samples", type=int, default=256, help="to calibrate and tune on (default 256)")
+    parser.add_argument("--judged", type=int, default=600, help="to judge on (default 600)")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
