@@ -232,9 +232,9 @@ def quantscheme_select(
     `scheme` and `target` say what is quantized, and how; `weight_granularity` replaces the scheme's.
     `weight_observers` and `activation_observers` are tried, those by percentile with each of `percentiles`.
     `weight_grids` are tried for single weights; null: up to 4 bits max, signed_max and asymmetric where the target
-    takes them, else the scheme's alone. `metric` compares the outputs with the float model's, run with `batch_size` samples at a time.
-    `score` is that of both winners together. `limit` takes that many samples of the calibration and of the
-    evaluation, evenly spread. Errors: InputError for data that do not fit the model.
+    takes them, else the scheme's alone. `metric` compares the outputs with the float model's, run with `batch_size`
+    samples at a time. `score` is that of both winners together. `limit` takes that many samples of the calibration
+    and of the evaluation, evenly spread. Errors: InputError for data that do not fit the model.
     """
     refuse_trials(locals())
     from qpipe.methods.mixing.sensitivity import GramSensitivity

@@ -128,11 +128,16 @@ def encoding_from_range(
     """The grid of `scheme` that covers [lo, hi], widened so that zero is exactly representable.
 
     `lo` and `hi` have the shape of the scale to be: () per tensor, (C,) per channel, the tensor's shape with
-    the blocked axis counted in blocks per block. Symmetric: scale = max(|lo|, |hi|) / qmax, unsigned from 0
-    up when lo >= 0; with `scheme.grid` full_range or signed_max it is max(|lo|, |hi|) / -qmin, and what lies beyond
-    the last code on the other side saturates. signed_max has the zero point -1 where hi > |lo|: these are the codes
-    -1 - q of the grid with zero point 0, mirrored, and qmax is what stands for hi. Asymmetric: scale = (hi - lo) / (qmax - qmin). A scale of 0 becomes the smallest normal; at the
-    other end of float32 it is so small that every code stands for a finite number.
+    the blocked axis counted in blocks per block.
+
+        symmetric, grid max             scale = max(|lo|, |hi|) / qmax; unsigned from 0 up when lo >= 0
+        symmetric, grid full_range      scale = max(|lo|, |hi|) / -qmin; hi may saturate, a step too early
+        symmetric, grid signed_max      the same; zero point -1 where hi > |lo|, and then lo may: these are the
+                                        codes -1 - q of zero point 0, mirrored
+        asymmetric                      scale = (hi - lo) / (qmax - qmin)
+
+    A scale of 0 becomes the smallest normal; at the other end of float32 it is so small that every code stands for
+    a finite number. `auto` is max here.
     Raises InputError, with the tensor's `name`, for a bound that is not finite.
     """
     low = np.minimum(np.asarray(lo, np.float64), 0.0)

@@ -84,10 +84,9 @@ def search_signs(cost: Cost, lo: Array, hi: Array, scheme: TensorScheme) -> tupl
     largest = np.maximum(-np.minimum(lo, 0.0), np.maximum(hi, 0.0)).astype(np.float64)
     reach, zero = largest * (-qmin / qmax), np.zeros(largest.shape)
     own = np.full((2, largest.size), qmax / -qmin)
-    sides = [search(cost, *side, scheme, own) for side in ((-reach, zero), (zero, reach))]
-    plain, mirrored_cost = (cost(*_grids(*side, scheme)) for side in sides)
-    mirrored = mirrored_cost < plain
-    return np.where(mirrored, sides[1][0], sides[0][0]), np.where(mirrored, sides[1][1], sides[0][1])
+    low, high = search(cost, -reach, zero, scheme, own)[0], search(cost, zero, reach, scheme, own)[1]
+    mirrored = cost(*_grids(zero, high, scheme)) < cost(*_grids(low, zero, scheme))
+    return np.where(mirrored, zero, low), np.where(mirrored, high, zero)
 
 
 def _grids(lo: Array, hi: Array, scheme: TensorScheme) -> tuple[Array, Array]:

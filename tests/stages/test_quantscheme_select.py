@@ -116,8 +116,8 @@ def test_scores_below_the_noise_choose_nothing(network, target, notes):
     model = network("n (float[N,2] x) => (float[N,2] y) { y = Gemm<transB=1>(x, w) }", {"w": w})
     x = np.random.default_rng(1).normal(size=(40, 1)).astype(np.float32) * np.array([[1, -1]], np.float32)
     scores = quantscheme_select(
-        model, Samples({"x": x}), scheme=Scheme(TensorScheme(2, True, True, grid="max"), None), target=target, per_weight=False,
-        weight_observers=("percentile", "minmax"), percentiles=(99.999,), ctx=notes,
+        model, Samples({"x": x}), scheme=Scheme(TensorScheme(2, True, True, grid="max"), None), target=target,
+        per_weight=False, weight_observers=("percentile", "minmax"), percentiles=(99.999,), ctx=notes,
     ).values  # fmt: skip
     assert all(row["score"] == pytest.approx(10 * np.log10(0.2 / 0.8), abs=0.01) for row in scores["table"])
     assert scores["weight_observer"] == "percentile"

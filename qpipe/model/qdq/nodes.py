@@ -143,7 +143,7 @@ def floats_of(codes: Array, node: ir.Node, encoding: Encoding) -> npt.NDArray[np
 def mirrored_codes(e: Encoding) -> Array:
     """Where a weight's grid is written with a negative scale, zero point 0 and the codes -1 - q, of its scale's shape:
     the zero points of -1, where all others are 0."""
-    return (e.zero_point == -1) & e.free_sign
+    return np.asarray((e.zero_point == -1) & e.free_sign)
 
 
 def initializer(name: str, array: Array) -> ir.Value:

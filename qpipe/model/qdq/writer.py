@@ -4,8 +4,9 @@
     weight w        w__quantized (int4, int8 or int16 codes) -> DequantizeLinear -> w
     bias b          b__quantized (int32 codes, scale s_x * s_w) -> DequantizeLinear -> b
 
-A weight's grid with mirrored codes (zero points 0 and -1) has negative scales and zero points 0 instead, as its bias then:
-kernels take one zero point for all channels, 0 costs them nothing, and onnxruntime's own int4 weights are written so.
+Where a weight's codes are mirrored (zero point -1, all others 0), its scale is negative and the zero point 0, and so is
+the bias's scale: kernels take one zero point for all channels, 0 costs them nothing, and onnxruntime's own int4 weights
+are written so.
 
 The dequantized value has the name, so every reader of `v`, and whoever asks a session for it, gets the
 rounded one; a graph input alone keeps its own name, and its readers get `v__dequantized`. Inputs and outputs

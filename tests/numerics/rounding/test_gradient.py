@@ -78,7 +78,8 @@ class _Case:
     def __init__(self, samples: int = 256) -> None:
         draw = torch.Generator().manual_seed(0)
         self.weight = torch.randn(8, 16, generator=draw)
-        self.encoding = weight_encoding(self.weight.numpy(), TensorScheme(3, True, True, "per_channel", observer="minmax", grid="max"))
+        plain = TensorScheme(3, True, True, "per_channel", observer="minmax", grid="max")
+        self.encoding = weight_encoding(self.weight.numpy(), plain)
         x = torch.randn(samples, 6, generator=draw) @ torch.randn(6, 16, generator=draw)
         self.inputs = x + 0.02 * torch.randn(samples, 16, generator=draw)
         self.targets = F.relu(x @ self.weight.T)
