@@ -32,8 +32,9 @@ class Encoding:
 
     `scale` is float32 and `zero_point` int32, both of shape () per tensor, (C,) per channel along `axis`, or
     the tensor's own shape with the size along `axis` divided by `block_size` (rounded up) per block. `frozen`
-    says that the weights on this grid have been tuned, so nobody may choose the grid again. A grid whose codes are
-    mirrored (`signed_max`; in a file, a negative scale) is the one with the positive scale and the zero point -1.
+    says that the weights on this grid have been tuned, so nobody may choose the grid again. `free_sign`: signed codes
+    that may be mirrored under each scale (`grid: signed_max`). Mirrored ones, which a file has with a negative scale
+    and the zero point 0, are here those with the positive scale and the zero point -1: the same values.
     Compare with `same_grid`, not with ==. Raises ValueError where the parts do not fit together.
     """
 
@@ -45,6 +46,7 @@ class Encoding:
     axis: int | None = None
     block_size: int | None = None
     frozen: bool = False
+    free_sign: bool = False
 
     def __post_init__(self) -> None:
         scale = _read_only(self.scale, np.float32)
@@ -59,6 +61,8 @@ class Encoding:
             raise ValueError("every scale must be finite and above 0.")
         if zero_point.size and not self.qmin <= zero_point.min() <= zero_point.max() <= self.qmax:
             raise ValueError(f"every zero_point must lie in {self.qmin}..{self.qmax}.")
+        if self.free_sign and not (self.signed and bool(np.all((zero_point == 0) | (zero_point == -1)))):
+            raise ValueError("codes of free sign are signed, with zero points 0 or -1.")
         self._check_shape()
 
     def _check_shape(self) -> None:
@@ -87,12 +91,6 @@ class Encoding:
         return code_bounds(self.bitwidth, self.signed)[1]
 
     @property
-    def free_sign(self) -> bool:
-        """Whether each scale may have its codes mirrored, as those of `grid: signed_max`: zero points are 0 or -1."""
-        points = self.zero_point
-        return self.signed and not self.symmetric and bool(np.all((points == 0) | (points == -1)))
-
-    @property
     def granularity(self) -> Granularity:
         """per_tensor, per_channel or per_block."""
         if self.axis is None:
@@ -110,6 +108,7 @@ class Encoding:
             "axis": self.axis,
             "block_size": self.block_size,
             "frozen": self.frozen,
+            "free_sign": self.free_sign,
         }
 
 
@@ -159,11 +158,12 @@ def encoding_from_range(
     return Encoding(
         bitwidth=scheme.bitwidth,
         signed=scheme.signed,
-        symmetric=scheme.symmetric and scheme.grid != "signed_max",
+        symmetric=scheme.symmetric,
         scale=scale,
         zero_point=np.broadcast_to(zero_point, scale.shape),
         axis=None if scheme.granularity == "per_tensor" else axis,
         block_size=scheme.block_size if scheme.granularity == "per_block" else None,
+        free_sign=scheme.grid == "signed_max",
     )
 
 

@@ -300,7 +300,7 @@ def test_the_largest_magnitude_stands_where_the_grid_says(bitwidth: int, power_o
         exact = largest / steps
         np.testing.assert_allclose(e.scale, 2.0 ** np.ceil(np.log2(exact)) if power_of_two else exact, rtol=1e-6)
         np.testing.assert_array_equal(e.zero_point, [0, -1, 0, -1] if grid == "signed_max" else [0] * 4)
-        assert e.symmetric == (grid != "signed_max")
+        assert e.symmetric
         assert e.free_sign == (grid == "signed_max")
     e = made("signed_max")
     if not power_of_two:
@@ -312,11 +312,11 @@ def test_mirrored_codes_round_the_negated_values() -> None:
     """codes(x; s, -1) = -1 - codes(-x; s, 0), ties and both ends among them: a negative scale says the same."""
     x = np.concatenate([np.arange(-40, 41) / 4, np.random.default_rng(0).normal(size=200) * 4]).astype(np.float32)
     plain = Encoding(4, True, True, np.float32(0.5), np.int32(0))
-    mirrored = Encoding(4, True, False, np.float32(0.5), np.int32(-1))
+    mirrored = Encoding(4, True, True, np.float32(0.5), np.int32(-1), free_sign=True)
     np.testing.assert_array_equal(quantize(x, mirrored), -1 - quantize(-x, plain))
     np.testing.assert_array_equal(quantize_dequantize(x, mirrored), -quantize_dequantize(-x, plain))
-    assert mirrored.free_sign
-    assert not plain.free_sign
+    with pytest.raises(ValueError, match="codes of free sign are signed, with zero points 0 or -1"):
+        Encoding(4, True, True, np.float32(0.5), np.int32(1), free_sign=True)
 
 
 def test_auto_is_settled_by_bitwidth() -> None:

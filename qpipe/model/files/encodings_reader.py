@@ -17,6 +17,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -80,7 +81,14 @@ def read_entry(entry: Entry, shape: tuple[int, ...] | None, operand: Operand | N
         raise ValueError("activations are quantized per tensor.")
     if shape is not None:
         broadcast(encoding, shape)
-    return Encoding(**{**_fields(encoding), "frozen": shape is not None})
+    mirrored = shape is not None and encoding.signed and _has_mirrored(encoding.zero_point)
+    symmetric = encoding.symmetric or mirrored
+    return replace(encoding, symmetric=symmetric, frozen=shape is not None, free_sign=mirrored)
+
+
+def _has_mirrored(zero_point: Any) -> bool:
+    """Whether signed codes with these zero points are mirrored in places, and otherwise symmetric."""
+    return bool(np.all((zero_point == 0) | (zero_point == -1)) and np.any(zero_point == -1))
 
 
 def _shape(model: Network, name: str) -> tuple[int, ...] | None:
@@ -217,11 +225,6 @@ def _numbers(entry: Entry, key: str, kind: type[np.generic]) -> npt.NDArray[Any]
         return array.astype(kind)
 
 
-def _fields(encoding: Encoding) -> dict[str, Any]:
-    names = ("bitwidth", "signed", "symmetric", "scale", "zero_point", "axis", "block_size")
-    return {name: getattr(encoding, name) for name in names}
-
-
 def _from_onnx(entry: Entry) -> Encoding:
     signed = not _part(entry, "output_dtype", str).startswith("u")
     bitwidth, scale = _bitwidth(entry), _numbers(entry, "y_scale", np.float32)
@@ -241,8 +244,7 @@ def _from_offsets(entry: Entry, shape: tuple[int, ...] | None, operand: Operand 
     offset = np.broadcast_to(_numbers(entry, "offset", np.int64), scale.shape)
     qmin = -(1 << (bitwidth - 1))
     symmetric = bool(entry.get("is_sym")) and bool(np.all(offset == qmin))
-    mirrored = shape is not None and bool(np.all((offset == qmin) | (offset == qmin + 1)) and np.any(offset != qmin))
-    signed = symmetric or mirrored
+    signed = symmetric or (shape is not None and _has_mirrored(qmin - offset))
     zero_point = qmin - offset if signed else -offset
     axis = block = None
     if kind == "PER_TENSOR":

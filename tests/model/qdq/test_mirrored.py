@@ -117,6 +117,7 @@ def test_a_file_holds_mirrored_codes_and_reads_back(op: str, granularity: Granul
     np.testing.assert_array_equal(signs, np.tile(np.sign(scale), signs.size // scale.size).reshape(signs.shape))
     again = Model.from_proto(proto)
     assert same_grid(again.encodings[weight], e)
+    assert again.encodings[weight].free_sign
     np.testing.assert_array_equal(again.param(weight), quantize_dequantize(w, e))
     expected, found = (each.session().run(None, {"x": x})[0] for each in (model, again))
     np.testing.assert_array_equal(found, expected)
@@ -131,8 +132,9 @@ def test_parity_counts_no_step_with_mirrored_codes() -> None:
 
 def test_other_zero_points_stay_what_they_are() -> None:
     model, weight, _ = built("Gemm", 8, "per_channel")
-    e = model.encodings[weight]
+    e = replace(model.encodings[weight], symmetric=False, free_sign=False)
     others: list[Encoding] = [
+        e,
         replace(e, zero_point=np.where(np.arange(6) == 2, -2, e.zero_point)),
         Encoding(8, False, False, e.scale, np.where(e.zero_point == -1, 127, 128), 0),
     ]
