@@ -9,6 +9,7 @@ logits' variance, in percent; perplexity is over float's. Everything runs in the
 agrees with (tests/model/qdq/test_mirrored.py).
 
     OMP_NUM_THREADS=1 python -m benchmarks.grids --folder FOLDER [--nets builtin resnet vit decoder] [--json FILE]
+    python -m benchmarks.grids --folder FOLDER --markdown --json FILE …          their tables
 """
 
 from __future__ import annotations
@@ -178,6 +179,28 @@ def line(row: Row) -> str:
     )
 
 
+def said_score(row: Row) -> str:
+    """Hits, or perplexity over float's, with the error of the logits in percent."""
+    score = f"{row['score'] / row['float']:.3f}" if row["net"] == "decoder" else f"{row['score']:.1f}"
+    return f"{score} ({row['error_percent']:.3g})"
+
+
+def tables(rows: list[Row]) -> Iterator[str]:
+    """The rows as tables of Markdown, a line for each choice, a column for each network and rounding."""
+    nets = list(dict.fromkeys(row["net"] for row in rows))
+    for part in ("weights", "outputs", "activations", "both"):
+        cells: dict[str, dict[str, str]] = {}
+        for row in (row for row in rows if row["part"] == part):
+            a = f", A{row['activation_bits']} {row['activation_observer']}" if row.get("activation_bits") else ""
+            label = f"W{row['bits']} {row['grid']}, {row['observer']}{a}"
+            column = row["net"] if part in ("weights", "activations") else f"{row['net']}, {row['rounding']}"
+            cells.setdefault(label, {})[column] = f"{row['ratio']:.2f}" if part == "weights" else said_score(row)
+        every = [f"{n}, {r}" for n in nets for r in ("nearest", "adaround")]
+        columns = nets if part in ("weights", "activations") else every
+        yield f"\n| {part} | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}"
+        yield from (f"| {label} | {' | '.join(of.get(c, '') for c in columns)} |" for label, of in cells.items())
+
+
 def measured(names: Iterable[str], arguments: argparse.Namespace, said: Callable[[Row], None]) -> list[Row]:
     """All rows of the networks, each passed to `said` once it is known."""
     with TARGET.open() as file:
@@ -199,12 +222,16 @@ def main() -> None:
     parser.add_argument("--nets", nargs="+", default=list(NETS), choices=NETS)
     parser.add_argument("--samples", type=int, default=256, help="to calibrate and tune on (default 256)")
     parser.add_argument("--judged", type=int, default=600, help="to judge on (default 600)")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, nargs="+", help="where rows go; with --markdown where they come from")
+    parser.add_argument("--markdown", action="store_true", help="print the tables of rows that were measured before")
     arguments = parser.parse_args()
+    if arguments.markdown:
+        print("\n".join(tables([row for path in arguments.json for row in json.loads(path.read_text())])))
+        return
     torch.set_num_threads(1)
     rows = measured(arguments.nets, arguments, lambda row: print(line(row), flush=True))
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1))
+        arguments.json[0].write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":
