@@ -1,8 +1,8 @@
 """Rounding to nearest, and both of adaround's solvers, on the built-in model: what they cost and what is left
 of the logits, side by side in one run.
 
-Weights of 4 bits per output channel, alone (W4) and with activations of 8 bits (W4A8). The error is that of
-the logits on the evaluation images, squared, over the float logits' variance: the rounding's own where the
+Weights of 4 bits per output channel on minmax scales, alone (W4) and with activations of 8 bits (W4A8). The error is
+that of the logits on the evaluation images, squared, over the float logits' variance: the rounding's own where the
 activations stay float. CPU seconds are those of the stage as a whole: streams, moments and all.
 
     OMP_NUM_THREADS=1 python benchmarks/adaround.py                        about forty minutes on one core
@@ -37,7 +37,7 @@ from qpipe.stages.bnf import bnf
 from qpipe.stages.calibrate import calibrate
 from qpipe.stages.nearest import nearest
 
-WEIGHT = TensorScheme(4, True, True, "per_channel")
+WEIGHT = TensorScheme(4, True, True, "per_channel", observer="minmax", grid="max")
 SCHEMES = {"W4": Scheme(WEIGHT, None), "W4A8": Scheme(WEIGHT, TensorScheme(8, False, False))}
 TARGET = Path(__file__).parents[1] / "conf" / "target" / "onnxruntime.yaml"
 FASTER = 50

@@ -67,7 +67,7 @@ def make_layer(name: str, seed: int, samples: int, bits: int) -> Layer:
         unfold = Unfold("conv", kernel_shape=(3, 3), pads=(1, 1, 1, 1), groups=groups)
         weight = torch.randn(64, 64 // groups, 3, 3, generator=draw) * math.sqrt(2 * groups / 576)
         mix = torch.randn(64, 16, generator=draw) / 4
-    scheme = TensorScheme(bits, True, True, "per_channel")
+    scheme = TensorScheme(bits, True, True, "per_channel", observer="minmax", grid="max")
     e = weight_encoding(weight.numpy(), scheme)
     n = TEST_SAMPLES.get(name, 256)
     return Layer(unfold, weight, e, _inputs(mix, samples, draw), _inputs(mix, n, draw))

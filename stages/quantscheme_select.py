@@ -4,7 +4,11 @@
 
 Weights are tried with float activations, activations with float weights, so that neither choice hides the
 other. One pass of the float model serves all candidates; no labels are needed. The scores go to the `choice`
-port of `calibrate`.
+port of `calibrate`. A last candidate gives each weight its own observer and grid, those of the least
+
+    tr(dW H dW^T) / tr(W H W^T), H = E[x x^T] of what goes into its layer in the float model
+
+among the observers that look for a small error, on the scheme's grid and on `weight_grids`.
 
 Assumes: `calibration` are samples like those the model will see. Scores are taken on `evaluation` where it is wired,
 on `calibration` otherwise. A tie goes to the candidate that stands first, and so does a choice among candidates that
@@ -14,18 +18,28 @@ Source: own; sqnr is known as tf_enhanced in AIMET, whose AutoQuant tries scheme
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from qpipe.errors import InputError
 from qpipe.methods.placement.target import Target
 from qpipe.numerics.metric_names import Comparison
-from qpipe.numerics.scheme import Granularity, Observer, Scheme, TensorScheme, with_granularity
+from qpipe.numerics.scheme import (
+    LOW_BITWIDTH,
+    Granularity,
+    Observer,
+    Scheme,
+    TensorScheme,
+    with_granularity,
+)
 from qpipe.numerics.thinning import thinned
 from qpipe.stage import NULL, Context, Range, Samples, Scores, stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from qpipe.methods.placement.placement import Placement
     from qpipe.model.network.network import Network
     from qpipe.numerics.grid import Encoding
 
@@ -33,6 +47,9 @@ if TYPE_CHECKING:
 
 WEIGHT_OBSERVERS: tuple[Observer, ...] = ("minmax", "sqnr", "mse", "percentile", "entropy")
 ACTIVATION_OBSERVERS: tuple[Observer, ...] = ("minmax", "moving_average", *WEIGHT_OBSERVERS[1:])
+WeightGrid = Literal["max", "full_range", "signed_max", "asymmetric"]
+_BY_ERROR = ("minmax", "sqnr", "mse")
+_PER_WEIGHT = "per_weight"
 
 
 def candidates(
@@ -58,6 +75,45 @@ def trials(
     return found
 
 
+def on_grid(scheme: TensorScheme, grid: WeightGrid) -> TensorScheme:
+    """`scheme` with the grid. Raises ValueError where its codes cannot have it."""
+    if grid == "asymmetric":
+        return replace(scheme, symmetric=False, grid="max")
+    return replace(scheme, symmetric=True, grid=grid)
+
+
+def other_grids(
+    scheme: TensorScheme, observers: tuple[Observer, ...], grids: tuple[WeightGrid, ...] | None, target: Target
+) -> list[TensorScheme]:
+    """`scheme` on each of `grids` that `target` takes, by the observers that look for a small error. None: all grids up
+    to 4 bits, where codes are computed with as floats; above, zero points would cost time."""
+    low: tuple[WeightGrid, ...] = ("max", "signed_max", "asymmetric") if scheme.bitwidth <= LOW_BITWIDTH else ()
+    found = []
+    for grid in (low if grids is None else grids) if scheme.signed else ():
+        each = on_grid(scheme, grid)
+        if target.weight.broken(each) is None:
+            found += [replace(each, observer=observer) for observer in observers if observer in _BY_ERROR]
+    return found
+
+
+def least(
+    options: Sequence[tuple[Placement, Encodings]], loss: Callable[[str, Encoding], float]
+) -> tuple[dict[str, dict[str, Any]], dict[str, Encoding]]:
+    """What to change for each weight, and its grid: the option of the least loss, the first of equals."""
+    changes: dict[str, dict[str, Any]] = {}
+    grids: dict[str, Encoding] = {}
+    losses: dict[str, float] = {}
+    for placement, encodings in options:
+        for name, encoding in encodings.items():
+            value = loss(name, encoding)
+            if not encoding.frozen and value < losses.get(name, float("inf")):
+                scheme = placement.weights[name][0]
+                fields = ("observer", "percentile", "grid", "symmetric")
+                changes[name] = {field: getattr(scheme, field) for field in fields}
+                losses[name], grids[name] = value, encoding
+    return changes, grids
+
+
 def with_candidate(scheme: Scheme, side: str, candidate: TensorScheme) -> Scheme:
     """`scheme` with the candidate on its side."""
     if side == "weight":
@@ -67,7 +123,7 @@ def with_candidate(scheme: Scheme, side: str, candidate: TensorScheme) -> Scheme
 
 def refuse_trials(given: Mapping[str, Any]) -> None:
     """Errors: ValueError for a list without candidates, or a candidate that no tensor can have; InputError for a
-    scheme that the target forbids.
+    scheme or a grid that the target forbids.
     """
     given["target"].check(given["scheme"])
     names = ("weight_observers", "activation_observers", "percentiles")
@@ -77,6 +133,10 @@ def refuse_trials(given: Mapping[str, Any]) -> None:
     scheme = with_granularity(given["scheme"], given["weight_granularity"])
     for side, candidate in trials(scheme, *(given[name] for name in names)):
         with_candidate(scheme, side, candidate)
+    for grid in given["weight_grids"] or ():
+        broken = given["target"].weight.broken(on_grid(scheme.weight, grid))
+        if broken is not None:
+            raise InputError(f"weight_grids: the target '{given['target'].name}' takes weights with {broken}.")
 
 
 def row(side: str, scheme: TensorScheme, score: float) -> dict[str, Any]:
@@ -159,20 +219,25 @@ def quantscheme_select(
     activation_observers: tuple[Observer, ...] = ACTIVATION_OBSERVERS,
     percentiles: tuple[float, ...] = (99.9, 99.99, 99.999),
     weight_granularity: Granularity | None = None,
+    per_weight: bool = True,
+    weight_grids: tuple[WeightGrid, ...] | None = None,
     metric: Comparison = "sqnr_db",
     batch_size: Annotated[int, Range(ge=1)] = 32,
     limit: Annotated[int, Range(ge=1)] | None = 256,
     ctx: Context = NULL,
 ) -> Scores:
-    """The winning `weight_observer` and `activation_observer`, their percentiles, and the `table` of scores.
+    """The winning `weight_observer` and `activation_observer`, their percentiles, and the `table` of scores; in
+    `weights` the observer and the grid of each weight, where choosing `per_weight` scores best.
 
     `scheme` and `target` say what is quantized, and how; `weight_granularity` replaces the scheme's.
     `weight_observers` and `activation_observers` are tried, those by percentile with each of `percentiles`.
-    `metric` compares the outputs with the float model's, run with `batch_size` samples at a time.
-    `score` is that of both winners together. `limit` takes that many samples of the calibration and of the
-    evaluation, evenly spread. Errors: InputError for data that do not fit the model.
+    `weight_grids` are tried for single weights; null: up to 4 bits max, signed_max and asymmetric where the target
+    takes them, else the scheme's alone. `metric` compares the outputs with the float model's, run with `batch_size`
+    samples at a time. `score` is that of both winners together. `limit` takes that many samples of the calibration
+    and of the evaluation, evenly spread. Errors: InputError for data that do not fit the model.
     """
     refuse_trials(locals())
+    from qpipe.methods.mixing.sensitivity import GramSensitivity
     from qpipe.methods.placement.calibration import activation_encodings, observed, weight_encodings
     from qpipe.methods.placement.placement import place
 
@@ -183,17 +248,33 @@ def quantscheme_select(
     )  # fmt: skip
     score = scored(model, evaluation or calibration, metric, batch_size, limit, ctx)
 
+    def placed(side: str, candidate: TensorScheme) -> Placement:
+        return place(model, target, with_candidate(scheme, side, candidate))
+
     def encodings(side: str, candidate: TensorScheme) -> Encodings:
-        placement = place(model, target, with_candidate(scheme, side, candidate))
-        if side == "weight":
-            return weight_encodings(model, placement)
-        return activation_encodings(placement, observers)
+        placement = placed(side, candidate)
+        return (
+            weight_encodings(model, placement)
+            if side == "weight"
+            else activation_encodings(placement, observers)
+        )
 
     tried = trials(scheme, weight_observers, activation_observers, percentiles)
     table, grids = attempts(tried, encodings, score, ctx.progress)
     winners = {side: best(table, side, metric) for side in dict(tried)}
+    chosen = {side: grids[table.index(line)] for side, line in winners.items()}
     for side in winners:
         if drowned([line for line in table if line["side"] == side], metric):
             ctx.note(f"No {side} observer leaves a signal (all at most 0 dB): the first one stays.")
-    together = {name: grid for line in winners.values() for name, grid in grids[table.index(line)].items()}
-    return Scores({"score": score(together), "metric": metric, **named(winners), "table": table})
+    weights: dict[str, Any] = {}
+    if per_weight:
+        options = [(placed(*each), found) for each, found in zip(tried, grids, strict=True) if each[0] == "weight"]
+        for each in other_grids(scheme.weight, weight_observers, weight_grids, target):
+            options.append((placed("weight", each), encodings("weight", each)))
+        loss = GramSensitivity(model, thinned(calibration.arrays, limit), {}, ctx.memo, seed=0, device=ctx.device)
+        changes, own = least(options, loss.weight_loss)
+        table.append({"side": "weight", "observer": _PER_WEIGHT, "percentile": None, "score": score(own)})
+        if max(0.0 if metric == "sqnr_db" else -math.inf, winners["weight"]["score"]) < table[-1]["score"]:
+            weights, chosen["weight"] = {"weights": changes}, own
+    together = {name: grid for found in chosen.values() for name, grid in found.items()}
+    return Scores({"score": score(together), "metric": metric, **named(winners), **weights, "table": table})

@@ -115,7 +115,9 @@ class Encodings:
         grids, scales, zero_points = {}, [], []
         for name, encoding in self.encodings.items():
             scale = np.asarray(encoding.scale, dtype="<f4")
-            grids[name] = {field: getattr(encoding, field) for field in _GRID_FIELDS} | {"shape": scale.shape}
+            grid = {field: getattr(encoding, field) for field in _GRID_FIELDS}
+            free = {"free_sign": True} if encoding.free_sign else {}  # left out else: others keep their bytes
+            grids[name] = grid | free | {"shape": scale.shape}
             scales.append(scale.tobytes())
             zero_points.append(np.asarray(encoding.zero_point, dtype="<i4").tobytes())
         return grids, {"scale": b"".join(scales), "zero_point": b"".join(zero_points)}

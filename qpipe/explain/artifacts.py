@@ -125,7 +125,7 @@ def _encodings_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str
                 for part in ("scale", "zero_point")
             }
         )
-        named = ("bitwidth", "signed", "symmetric", "axis", "block_size", "frozen")
+        named = ("bitwidth", "signed", "symmetric", "axis", "block_size", "frozen", "free_sign")
         fields.append(
             {name: {field: getattr(grid, field) for field in named} for name, grid in encodings.items()}
         )

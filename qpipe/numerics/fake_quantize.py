@@ -81,7 +81,7 @@ class FakeQuantize(torch.nn.Module):
         self._buffers["scale"] = torch.tensor(e.scale, device=device)
         self._buffers["zero_point"] = torch.tensor(e.zero_point, device=device)
         self.bitwidth, self.signed, self.symmetric, self.frozen = e.bitwidth, e.signed, e.symmetric, e.frozen
-        self.qmin, self.qmax = e.qmin, e.qmax
+        self.qmin, self.qmax, self.free_sign = e.qmin, e.qmax, e.free_sign
         self.axis, self.block_size = e.axis, e.block_size
         _keep_constants(self)
 
@@ -111,6 +111,7 @@ class FakeQuantize(torch.nn.Module):
             self.axis,
             self.block_size,
             self.frozen,
+            self.free_sign,
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -32,7 +32,9 @@ class Encoding:
 
     `scale` is float32 and `zero_point` int32, both of shape () per tensor, (C,) per channel along `axis`, or
     the tensor's own shape with the size along `axis` divided by `block_size` (rounded up) per block. `frozen`
-    says that the weights on this grid have been tuned, so nobody may choose the grid again.
+    says that the weights on this grid have been tuned, so nobody may choose the grid again. `free_sign`: signed codes
+    that may be mirrored under each scale (`grid: signed_max`). Mirrored ones, which a file has with a negative scale
+    and the zero point 0, are here those with the positive scale and the zero point -1: the same values.
     Compare with `same_grid`, not with ==. Raises ValueError where the parts do not fit together.
     """
 
@@ -44,6 +46,7 @@ class Encoding:
     axis: int | None = None
     block_size: int | None = None
     frozen: bool = False
+    free_sign: bool = False
 
     def __post_init__(self) -> None:
         scale = _read_only(self.scale, np.float32)
@@ -58,6 +61,8 @@ class Encoding:
             raise ValueError("every scale must be finite and above 0.")
         if zero_point.size and not self.qmin <= zero_point.min() <= zero_point.max() <= self.qmax:
             raise ValueError(f"every zero_point must lie in {self.qmin}..{self.qmax}.")
+        if self.free_sign and not (self.signed and bool(np.all((zero_point == 0) | (zero_point == -1)))):
+            raise ValueError("codes of free sign are signed, with zero points 0 or -1.")
         self._check_shape()
 
     def _check_shape(self) -> None:
@@ -103,6 +108,7 @@ class Encoding:
             "axis": self.axis,
             "block_size": self.block_size,
             "frozen": self.frozen,
+            "free_sign": self.free_sign,
         }
 
 
@@ -121,9 +127,16 @@ def encoding_from_range(
     """The grid of `scheme` that covers [lo, hi], widened so that zero is exactly representable.
 
     `lo` and `hi` have the shape of the scale to be: () per tensor, (C,) per channel, the tensor's shape with
-    the blocked axis counted in blocks per block. Symmetric: scale = max(|lo|, |hi|) / qmax, unsigned from 0
-    up when lo >= 0. Asymmetric: scale = (hi - lo) / (qmax - qmin). A scale of 0 becomes the smallest normal; at the
-    other end of float32 it is so small that every code stands for a finite number.
+    the blocked axis counted in blocks per block.
+
+        symmetric, grid max             scale = max(|lo|, |hi|) / qmax; unsigned from 0 up when lo >= 0
+        symmetric, grid full_range      scale = max(|lo|, |hi|) / -qmin; hi may saturate, a step too early
+        symmetric, grid signed_max      the same; zero point -1 where hi > |lo|, and then lo may: these are the
+                                        codes -1 - q of zero point 0, mirrored
+        asymmetric                      scale = (hi - lo) / (qmax - qmin)
+
+    A scale of 0 becomes the smallest normal; at the other end of float32 it is so small that every code stands for
+    a finite number. `auto` is max here.
     Raises InputError, with the tensor's `name`, for a bound that is not finite.
     """
     low = np.minimum(np.asarray(lo, np.float64), 0.0)
@@ -133,7 +146,10 @@ def encoding_from_range(
     qmin, qmax = code_bounds(scheme.bitwidth, scheme.signed)
     if scheme.symmetric:
         middle = np.where(scheme.signed | (low >= 0.0), 0, 1 << (scheme.bitwidth - 1))
-        scale = usable_scale(np.maximum(-low, high) / (qmax - middle), scheme.power_of_two)
+        if scheme.grid == "signed_max":
+            middle = np.where(high > -low, -1, 0)
+        steps = -qmin if scheme.grid in ("full_range", "signed_max") else qmax - middle
+        scale = usable_scale(np.maximum(-low, high) / steps, scheme.power_of_two)
         zero_point = middle
     else:
         scale = usable_scale((high - low) / (qmax - qmin), scheme.power_of_two)
@@ -147,6 +163,7 @@ def encoding_from_range(
         zero_point=np.broadcast_to(zero_point, scale.shape),
         axis=None if scheme.granularity == "per_tensor" else axis,
         block_size=scheme.block_size if scheme.granularity == "per_block" else None,
+        free_sign=scheme.grid == "signed_max",
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from qpipe.numerics.ranges import (
     noise_of_histogram,
     noise_of_values,
     search,
+    search_signs,
 )
 from qpipe.numerics.scheme import TensorScheme
 
@@ -84,6 +86,7 @@ class HistogramObserver:
         """The range that the scheme's observer chooses. Raises InputError where no data were seen."""
         if not self.count:
             raise InputError(f"No data were observed for tensor '{self.name}': its range is not known.")
+        scheme = replace(scheme, grid="max").settled()
         lo, hi = min(self.min, 0.0), max(self.max, 0.0)
         if scheme.observer == "minmax" or lo == hi:
             return self.min, self.max
@@ -209,7 +212,7 @@ def weight_encoding(w: Array, scheme: TensorScheme, axis: int = 0, name: str = "
     `axis` is that of the output channels per channel, the blocked one per block, and unread per tensor.
     Raises InputError, with the `name`, for a nan or an infinity.
     """
-    w = np.asarray(w, np.float32)
+    w, scheme = np.asarray(w, np.float32), scheme.settled()
     refuse_nan(w, name)
     rows, shape = _rows(w, scheme, axis)
     lo, hi = np.nanmin(rows, 1, initial=0.0), np.nanmax(rows, 1, initial=0.0)
@@ -229,7 +232,8 @@ def _row_ranges(rows: Array, lo: Array, hi: Array, scheme: TensorScheme) -> tupl
     values = np.nan_to_num(rows, nan=0.0)
     if scheme.observer == "entropy":
         return search(_row_entropy(values, lo, hi, scheme), lo, hi, scheme)
-    return search(noise_of_values(values, scheme, CLIP_WEIGHT[scheme.observer]), lo, hi, scheme)
+    cost = noise_of_values(values, scheme, CLIP_WEIGHT[scheme.observer])
+    return (search_signs if scheme.grid == "signed_max" else search)(cost, lo, hi, scheme)
 
 
 def _row_entropy(values: Array, lo: Array, hi: Array, scheme: TensorScheme) -> Cost:

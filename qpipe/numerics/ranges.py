@@ -34,19 +34,20 @@ _REFINEMENTS = (0.08, 0.04, 0.02, 0.01)
 _ROWS_AT_ONCE = 1 << 20
 
 
-def search(cost: Cost, lo: Array, hi: Array, scheme: TensorScheme) -> tuple[Array, Array]:
-    """Per row the range (lo, hi), each shrunk towards zero by a factor of its own, of the least cost.
+def search(
+    cost: Cost, lo: Array, hi: Array, scheme: TensorScheme, also: Array | None = None
+) -> tuple[Array, Array]:
+    """Per row the range (lo, hi), each shrunk towards zero by a factor of its own, of the least cost; factors
+    `also` (2, rows) are tried after all others.
 
     `lo` and `hi` have shape (rows,). Coordinate search: both ends together down a ladder of factors, then each alone,
     then steps of 8, 4, 2 and 1 percent around the best. One-sided and symmetric ranges move both ends together.
     """
     lo, hi = np.minimum(lo, 0.0).astype(np.float64), np.maximum(hi, 0.0).astype(np.float64)
-    rows = replace(scheme, granularity="per_channel", block_size=0)
     best = np.ones((2, lo.size))
 
     def evaluate(factors: Array) -> Array:
-        e = encoding_from_range(lo * factors[0], hi * factors[1], rows, axis=0)
-        return cost(e.scale.astype(np.float64), e.zero_point.astype(np.float64))
+        return cost(*_grids(lo * factors[0], hi * factors[1], scheme))
 
     least = evaluate(best)
 
@@ -69,7 +70,30 @@ def search(cost: Cost, lo: Array, hi: Array, scheme: TensorScheme) -> tuple[Arra
         for move in moves:
             for sign in (1, -1):
                 offer(np.minimum(best * (1.0 + sign * percent * np.array(move)[:, None]), 1.0))
+    if also is not None:
+        offer(also)
     return lo * best[0], hi * best[1]
+
+
+def search_signs(cost: Cost, lo: Array, hi: Array, scheme: TensorScheme) -> tuple[Array, Array]:
+    """The same for `grid: signed_max`: the best range on the codes as they are or on the mirrored ones, one-sided.
+
+    Both begin where `grid: max` does and go its way, so that what that finds never costs less.
+    """
+    qmin, qmax = code_bounds(scheme.bitwidth, scheme.signed)
+    largest = np.maximum(-np.minimum(lo, 0.0), np.maximum(hi, 0.0)).astype(np.float64)
+    reach, zero = largest * (-qmin / qmax), np.zeros(largest.shape)
+    own = np.full((2, largest.size), qmax / -qmin)
+    low, high = search(cost, -reach, zero, scheme, own)[0], search(cost, zero, reach, scheme, own)[1]
+    mirrored = cost(*_grids(zero, high, scheme)) < cost(*_grids(low, zero, scheme))
+    return np.where(mirrored, zero, low), np.where(mirrored, high, zero)
+
+
+def _grids(lo: Array, hi: Array, scheme: TensorScheme) -> tuple[Array, Array]:
+    """Scales and zero points of the ranges, one a row, in float64."""
+    rows = replace(scheme, granularity="per_channel", block_size=0)
+    e = encoding_from_range(lo, hi, rows, axis=0)
+    return e.scale.astype(np.float64), e.zero_point.astype(np.float64)
 
 
 def noise_of_values(values: Array, scheme: TensorScheme, clip_weight: float) -> Cost:

@@ -1,21 +1,29 @@
 """What kind of grid a tensor gets, before any data is seen: bitwidth, sign, symmetry, granularity, observer.
 
-Light on purpose: dataclasses and typing only, so that a stage's signature can name them without loading
+Light on purpose: dataclasses, typing and re only, so that a stage's signature can name them without loading
 numpy. A grid itself, with its scale and zero point, is `qpipe.numerics.grid.Encoding`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
-Observer = Literal["minmax", "moving_average", "percentile", "sqnr", "mse", "entropy"]
+Observer = Literal["auto", "minmax", "moving_average", "percentile", "sqnr", "mse", "entropy"]
+"""How a range is found: `auto` is mse up to `LOW_BITWIDTH` bits and minmax above (docs/grids.md)."""
+Grid = Literal["auto", "max", "full_range", "signed_max"]
+"""Where a symmetric signed grid puts the largest magnitude of a weight: at qmax (max), at -qmin whatever its sign, so
+that a positive one is cut off by a step (full_range), or at qmin with its own sign, the codes mirrored where it is
+positive (signed_max). `auto` is signed_max up to `LOW_BITWIDTH` bits where the target takes that, else max."""
 Granularity = Literal["auto", "per_tensor", "per_channel", "per_block"]
 """How many scales a weight has: `auto` is per channel where the target takes that, else per tensor."""
 
 BITWIDTHS: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8, 16)
 """The bitwidths that weights and activations can have; a bias is always int32."""
+LOW_BITWIDTH = 4
+"""Up to here a code more, and what is cut off, decide: the defaults differ."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,8 @@ class TensorScheme:
     for data that is never negative, and a zero point in the middle otherwise. `block_size` counts the
     elements along the blocked axis that share a scale and is 0 unless `granularity` is per_block.
     `percentile`, in percent, is read by the percentile observer alone. `power_of_two` restricts scales to
-    powers of two. Raises ValueError, one sentence, for a combination that has no meaning.
+    powers of two. `grid` is that of symmetric signed weights; others have no choice, and `auto` or `max`. Raises
+    ValueError, one sentence, for a combination that has no meaning.
     """
 
     bitwidth: int
@@ -34,9 +43,10 @@ class TensorScheme:
     symmetric: bool
     granularity: Granularity = "per_tensor"
     block_size: int = 0
-    observer: Observer = "minmax"
+    observer: Observer = "auto"
     percentile: float = 99.99
     power_of_two: bool = False
+    grid: Grid = "auto"
 
     def __post_init__(self) -> None:
         if self.bitwidth not in BITWIDTHS:
@@ -51,6 +61,18 @@ class TensorScheme:
             raise ValueError(f"block_size is for per_block, got {self.block_size} with {self.granularity}.")
         if not 50.0 < self.percentile <= 100.0:
             raise ValueError(f"percentile must lie above 50 and be at most 100, got {self.percentile}.")
+        if self.grid not in get_args(Grid):
+            raise ValueError(_one_of("grid", self.grid, get_args(Grid)))
+        if self.grid in ("full_range", "signed_max") and not (self.signed and self.symmetric):
+            raise ValueError(f"grid {self.grid} is for signed symmetric codes; set grid to auto or max.")
+
+    def settled(self) -> TensorScheme:
+        """The scheme of a weight with the observer and the grid that `auto` stands for, where no target objects."""
+        low = self.bitwidth <= LOW_BITWIDTH
+        mirrored = low and self.signed and self.symmetric
+        observer = ("mse" if low else "minmax") if self.observer == "auto" else self.observer
+        grid = ("signed_max" if mirrored else "max") if self.grid == "auto" else self.grid
+        return replace(self, observer=observer, grid=grid)
 
 
 @dataclass(frozen=True)
@@ -65,6 +87,7 @@ class TensorChange:
     observer: Observer | None = None
     percentile: float | None = None
     power_of_two: bool | None = None
+    grid: Grid | None = None
 
     def applied(self, scheme: TensorScheme) -> TensorScheme:
         """`scheme` with the changes. Raises ValueError for a combination that has no meaning."""
@@ -111,6 +134,8 @@ class Scheme:
             raise ValueError(f"activations are quantized per_tensor, got {self.activation.granularity}.")
         if self.weight.observer == "moving_average":
             raise ValueError("observer moving_average follows batches of activations, got it for weights.")
+        if self.activation is not None and self.activation.grid not in ("auto", "max"):
+            raise ValueError(f"grid {self.activation.grid} is for weights, got it for activations.")
         for override in self.overrides:
             self.overridden(override)
 
@@ -133,10 +158,14 @@ def with_granularity(scheme: Scheme, granularity: Granularity | None) -> Scheme:
 
 def with_observers(scheme: Scheme, choice: Mapping[str, Any]) -> Scheme:
     """`scheme` with the observers that `choice` names: `weight_observer`, `weight_percentile`, and so for
-    activations; what it does not name stays."""
+    activations; `weights` has changes of single weights, by name. What it does not name stays."""
     weight = _with_observer(scheme.weight, choice, "weight")
     activation = scheme.activation and _with_observer(scheme.activation, choice, "activation")
-    return replace(scheme, weight=weight, activation=activation)
+    own = (
+        Override((f"value:{re.escape(name)}",), TensorChange(**changes))
+        for name, changes in sorted(choice.get("weights", {}).items())
+    )
+    return replace(scheme, weight=weight, activation=activation, overrides=(*scheme.overrides, *own))
 
 
 def _with_observer(scheme: TensorScheme, choice: Mapping[str, Any], side: str) -> TensorScheme:

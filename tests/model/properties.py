@@ -195,10 +195,13 @@ def schemes(draw: Any) -> tuple[Target, Scheme]:
     target: Target = shipped(Target, "target", draw(st.sampled_from(TARGETS)))
     weight_bits = draw(st.sampled_from(target.weight.bitwidths or BITWIDTHS))
     granularity = draw(st.sampled_from(target.weight.granularities or ("per_tensor", "per_channel", "per_block")))
+    signed, symmetric = _drawn(draw, target.weight.signed), _drawn(draw, target.weight.symmetric)
+    grids = (target.weight.grids or ("max", "full_range", "signed_max")) if signed and symmetric else ("max",)
     weight = TensorScheme(
-        weight_bits, _drawn(draw, target.weight.signed), _drawn(draw, target.weight.symmetric), granularity,
+        weight_bits, signed, symmetric, granularity,
         draw(st.sampled_from([1, 2, 3])) if granularity == "per_block" else 0,
         draw(st.sampled_from(["minmax", "mse", "sqnr"])), power_of_two=_drawn(draw, target.weight.power_of_two),
+        grid=draw(st.sampled_from(grids)),
     )  # fmt: skip
     if target.activations == "none" or (target.activations == "optional" and draw(st.integers(0, 5)) == 5):
         return target, Scheme(weight, None)

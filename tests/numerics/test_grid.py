@@ -267,6 +267,9 @@ def test_infinity_saturates_and_a_bias_of_32_bits_does_not_wrap() -> None:
         ({"granularity": "per_block"}, "needs a block_size"),
         ({"block_size": 32}, "block_size is for per_block"),
         ({"percentile": 0.0}, "percentile must lie"),
+        ({"grid": "mirrored"}, "grid must be one of auto, max, full_range, signed_max, got mirrored"),
+        ({"grid": "signed_max", "symmetric": False}, "grid signed_max is for signed symmetric codes; set grid to auto"),
+        ({"grid": "full_range", "signed": False}, "grid full_range is for signed symmetric codes"),
     ],
 )
 def test_a_scheme_without_meaning_is_refused(values: dict[str, Any], message: str) -> None:
@@ -274,10 +277,59 @@ def test_a_scheme_without_meaning_is_refused(values: dict[str, Any], message: st
         TensorScheme(**{"bitwidth": 8, "signed": True, "symmetric": True, **values})
 
 
-def test_activations_are_per_tensor() -> None:
+def test_activations_are_per_tensor_and_have_no_choice_of_grids() -> None:
     weight = TensorScheme(8, True, True, "per_channel")
     with pytest.raises(ValueError, match="activations are quantized per_tensor"):
         Scheme(weight, weight)
+    with pytest.raises(ValueError, match=r"^grid signed_max is for weights, got it for activations\.$"):
+        Scheme(weight, TensorScheme(8, True, True, grid="signed_max"))
+
+
+@pytest.mark.parametrize("bitwidth", [2, 3, 4, 8])
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_the_largest_magnitude_stands_where_the_grid_says(bitwidth: int, power_of_two: bool) -> None:
+    lo, hi = np.array([-3.0, -1.0, -2.0, 0.0]), np.array([1.0, 3.0, 2.0, 5.0])
+    largest, half = np.maximum(-lo, hi), 1 << (bitwidth - 1)
+
+    def made(grid: Any) -> Encoding:
+        scheme = TensorScheme(bitwidth, True, True, "per_channel", power_of_two=power_of_two, grid=grid)
+        return encoding_from_range(lo, hi, scheme, axis=0)
+
+    for grid, steps in (("max", half - 1), ("full_range", half), ("signed_max", half)):
+        e = made(grid)
+        exact = largest / steps
+        np.testing.assert_allclose(e.scale, 2.0 ** np.ceil(np.log2(exact)) if power_of_two else exact, rtol=1e-6)
+        np.testing.assert_array_equal(e.zero_point, [0, -1, 0, -1] if grid == "signed_max" else [0] * 4)
+        assert e.symmetric
+        assert e.free_sign == (grid == "signed_max")
+    e = made("signed_max")
+    if not power_of_two:
+        signed = np.array([-3.0, 3.0, -2.0, 5.0], np.float32)
+        np.testing.assert_allclose(quantize_dequantize(signed, e), signed, rtol=1e-6)
+
+
+def test_mirrored_codes_round_the_negated_values() -> None:
+    """codes(x; s, -1) = -1 - codes(-x; s, 0), ties and both ends among them: a negative scale says the same."""
+    x = np.concatenate([np.arange(-40, 41) / 4, np.random.default_rng(0).normal(size=200) * 4]).astype(np.float32)
+    plain = Encoding(4, True, True, np.float32(0.5), np.int32(0))
+    mirrored = Encoding(4, True, True, np.float32(0.5), np.int32(-1), free_sign=True)
+    np.testing.assert_array_equal(quantize(x, mirrored), -1 - quantize(-x, plain))
+    np.testing.assert_array_equal(quantize_dequantize(x, mirrored), -quantize_dequantize(-x, plain))
+    with pytest.raises(ValueError, match="codes of free sign are signed, with zero points 0 or -1"):
+        Encoding(4, True, True, np.float32(0.5), np.int32(1), free_sign=True)
+
+
+def test_auto_is_settled_by_bitwidth() -> None:
+    for bitwidth in (2, 3, 4):
+        low = TensorScheme(bitwidth, True, True).settled()
+        assert (low.observer, low.grid) == ("mse", "signed_max")
+        asymmetric = TensorScheme(bitwidth, True, False).settled()
+        assert (asymmetric.observer, asymmetric.grid) == ("mse", "max")
+    for bitwidth in (5, 6, 7, 8, 16):
+        high = TensorScheme(bitwidth, True, True).settled()
+        assert (high.observer, high.grid) == ("minmax", "max")
+    named = TensorScheme(4, True, True, observer="percentile", grid="max")
+    assert named.settled() == named
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from qpipe.stages.calibrate import calibrate
 from qpipe.stages.nearest import nearest
 
 ACTIVATION = TensorScheme(8, False, False)
-W4 = Scheme(TensorScheme(4, True, True, "per_channel"), None)
+W4 = Scheme(TensorScheme(4, True, True, "per_channel", observer="minmax", grid="max"), None)
 W4A8 = Scheme(W4.weight, ACTIVATION)
 FAST = {"solver": "gradient", "iterations": 400, "batch_size": 16, "learning_rate": 0.02}
 

@@ -8,14 +8,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from qpipe.errors import InputError
+from qpipe.methods.placement.target import Limits
+from qpipe.numerics.grid import quantize_dequantize
 from qpipe.numerics.metrics import sqnr_db
+from qpipe.numerics.observers import weight_encoding
 from qpipe.numerics.scheme import Scheme, TensorScheme
 from qpipe.stage import Samples
 from qpipe.stages.calibrate import calibrate
 from qpipe.stages.evaluate import evaluate
 from qpipe.stages.quantscheme_select import quantscheme_select
 
-WEIGHT, ACTIVATION = TensorScheme(4, True, True), TensorScheme(8, False, False)
+WEIGHT = TensorScheme(4, True, True, observer="minmax", grid="max")
+ACTIVATION = TensorScheme(8, False, False)
 SCHEME = Scheme(WEIGHT, ACTIVATION)
 PERCENTILES = (99.0, 99.9)
 
@@ -40,7 +45,7 @@ def samples(seed: int, count: int) -> Samples:
 def test_scores_are_those_of_each_side_alone(model, target):
     calibration, evaluation = samples(0, 40), samples(1, 30)
     scores = quantscheme_select(
-        model, calibration, evaluation, scheme=SCHEME, target=target, percentiles=PERCENTILES
+        model, calibration, evaluation, scheme=SCHEME, target=target, percentiles=PERCENTILES, per_weight=False
     ).values
     assert [(row["side"], row["observer"], row["percentile"]) for row in scores["table"]] == [
         (side, observer, percentile)
@@ -68,7 +73,9 @@ def test_scores_are_those_of_each_side_alone(model, target):
 
 def test_the_best_of_each_side_wins_and_calibrate_takes_it(model, target):
     data = samples(0, 40)
-    choice = quantscheme_select(model, data, scheme=SCHEME, target=target, percentiles=PERCENTILES)
+    choice = quantscheme_select(
+        model, data, scheme=SCHEME, target=target, percentiles=PERCENTILES, per_weight=False
+    )
     for side in ("weight", "activation"):
         rows = [row for row in choice.values["table"] if row["side"] == side]
         best = max(row["score"] for row in rows)
@@ -109,12 +116,73 @@ def test_scores_below_the_noise_choose_nothing(network, target, notes):
     model = network("n (float[N,2] x) => (float[N,2] y) { y = Gemm<transB=1>(x, w) }", {"w": w})
     x = np.random.default_rng(1).normal(size=(40, 1)).astype(np.float32) * np.array([[1, -1]], np.float32)
     scores = quantscheme_select(
-        model, Samples({"x": x}), scheme=Scheme(TensorScheme(2, True, True), None), target=target,
-        weight_observers=("percentile", "minmax"), percentiles=(99.999,), ctx=notes,
+        model, Samples({"x": x}), scheme=Scheme(TensorScheme(2, True, True, grid="max"), None), target=target,
+        per_weight=False, weight_observers=("percentile", "minmax"), percentiles=(99.999,), ctx=notes,
     ).values  # fmt: skip
     assert all(row["score"] == pytest.approx(10 * np.log10(0.2 / 0.8), abs=0.01) for row in scores["table"])
     assert scores["weight_observer"] == "percentile"
     assert notes.notes == ["No weight observer leaves a signal (all at most 0 dB): the first one stays."]
+
+
+@pytest.fixture
+def layers(network):
+    """Two layers: the first weight leans to one side, the second is even, and some inputs hardly count."""
+    rng = np.random.default_rng(3)
+    w = (rng.normal(size=(8, 12)) + 1.0).astype(np.float32)
+    return network(
+        "n (float[N,12] x) => (float[N,6] y) { t = Gemm<transB=1>(x, w)  y = Gemm<transB=1>(t, v) }",
+        {"w": w, "v": rng.normal(size=(6, 8)).astype(np.float32)},
+    )
+
+
+def rows(seed: int, count: int) -> Samples:
+    x = np.random.default_rng(seed).normal(size=(count, 12)) * np.linspace(0.1, 2.0, 12)
+    return Samples({"x": x.astype(np.float32)})
+
+
+W3 = Scheme(replace(WEIGHT, bitwidth=3, granularity="per_channel"), None)
+
+
+def test_each_weight_has_the_grid_of_the_least_output_error_of_its_layer(layers, target):
+    """Held against brute force: a layer's own output error with each candidate, on the float model's inputs."""
+    data, observers = rows(0, 60), ("minmax", "mse")
+    choice = quantscheme_select(layers, data, scheme=W3, target=target, weight_observers=observers).values
+    inputs = {"w": data.arrays["x"], "v": data.arrays["x"] @ layers.param("w").T}
+    for name, x in inputs.items():
+        weight, errors = layers.param(name), {}
+        for observer in observers:
+            for grid in ("max", "signed_max", "asymmetric"):
+                kind = {"symmetric": grid != "asymmetric", "grid": "max" if grid == "asymmetric" else grid}
+                e = weight_encoding(weight, replace(W3.weight, observer=observer, **kind), 0)
+                change = (quantize_dequantize(weight, e) - weight).astype(np.float64)
+                errors[observer, grid] = np.square(x @ change.T).sum()
+        found = choice["weights"][name]
+        named = (found["observer"], found["grid"] if found["symmetric"] else "asymmetric")
+        assert errors[named] == pytest.approx(min(errors.values()), rel=1e-3)
+    line = choice["table"][-1]
+    assert line["observer"] == "per_weight"
+    assert choice["score"] == line["score"] > max(each["score"] for each in choice["table"][:-1])
+
+
+def test_calibrate_takes_the_grid_of_each_weight(layers, target):
+    data = rows(0, 60)
+    choice = quantscheme_select(layers, data, scheme=W3, target=target)
+    chosen = calibrate(layers, data, choice, scheme=W3, target=target)
+    score = evaluate(chosen, data, layers, metric="sqnr_db").values["score"]
+    assert score == pytest.approx(choice.values["score"], rel=1e-3)
+    assert set(choice.values["weights"]) == {"w", "v"}
+    for name, change in choice.values["weights"].items():
+        assert chosen.encodings[name].free_sign == (change["grid"] == "signed_max")
+
+
+def test_a_grid_that_the_target_cannot_say_is_left_out_and_refused_when_asked_for(model, target):
+    plain = replace(target, name="plain", weight=Limits(symmetric=True, grids=("max", "full_range")))
+    scheme = Scheme(WEIGHT, None)
+    found = quantscheme_select(model, samples(0, 8), scheme=scheme, target=plain).values
+    assert all(change["grid"] == "max" and change["symmetric"] for change in found.get("weights", {}).values())
+    message = "weight_grids: the target 'plain' takes weights with grid max or full_range, not signed_max."
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        quantscheme_select(model, samples(0, 8), scheme=scheme, target=plain, weight_grids=("signed_max",))
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,10 @@ class GramSensitivity:
         weights = {name: encodings[name] for name in group.weights if name in encodings}
         return -10.0 * math.log10(max(self._weight_losses(weights) + noise, 1e-30))
 
+    def weight_loss(self, name: str, encoding: Encoding) -> float:
+        """What the weight `name` on a grid loses, over all layers that it is in."""
+        return self._weight_losses({name: encoding})
+
     def _weight_losses(self, weights: Mapping[str, Encoding]) -> float:
         """The sum over the layers whose weights have these grids."""
         if not weights:

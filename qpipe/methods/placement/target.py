@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from qpipe.errors import InputError
-from qpipe.numerics.scheme import Granularity, Scheme, TensorScheme
+from qpipe.numerics.scheme import Granularity, Grid, Scheme, TensorScheme
 
 KINDS = ("name", "value", "type", "scope", "between")
 """What a node filter can go by: `kind:text`; without a kind the text is a regular expression of names."""
@@ -79,6 +79,7 @@ class Limits:
     symmetric: bool | None = None
     power_of_two: bool | None = None
     granularities: tuple[Granularity, ...] = ()
+    grids: tuple[Grid, ...] = ()
 
     def broken(self, scheme: TensorScheme) -> str | None:
         """What of `scheme` is not admitted, and what would be, in a clause; None where all is."""
@@ -96,15 +97,18 @@ class Limits:
             return "scales that are powers of two, not free ones" if self.power_of_two else "free scales"
         if self.granularities and self.settled(scheme).granularity not in self.granularities:
             return f"{' or '.join(self.granularities)} scales, not {scheme.granularity}"
+        if self.grids and self.settled(scheme).grid not in self.grids:
+            return f"grid {' or '.join(self.grids)}, not {scheme.grid}"
         return None
 
-
     def settled(self, scheme: TensorScheme) -> TensorScheme:
-        """`scheme` with the granularity that `auto` stands for: per channel where that is admitted."""
-        if scheme.granularity != "auto":
-            return scheme
-        per_channel = not self.granularities or "per_channel" in self.granularities
-        return replace(scheme, granularity="per_channel" if per_channel else "per_tensor")
+        """`scheme` with what `auto` stands for: per channel, and mirrored codes at few bits, where that is admitted."""
+        if scheme.granularity == "auto":
+            per_channel = not self.granularities or "per_channel" in self.granularities
+            scheme = replace(scheme, granularity="per_channel" if per_channel else "per_tensor")
+        if scheme.grid == "auto" and self.grids and "signed_max" not in self.grids:
+            scheme = replace(scheme, grid="max")
+        return scheme.settled()
 
 
 @dataclass(frozen=True)

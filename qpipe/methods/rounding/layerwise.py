@@ -63,17 +63,19 @@ def round_by_gram(
     def run(*_: Any) -> dict[str, Any]:
         old = None if bias is None else torch.tensor(bias, device=device)
         result = solve(rows, row_grid(encoding, unfold, shape, device), fit, held_out, old, used)
+        tuned = row_encoding(encoding, result.grid, unfold, shape)
         return {
             "weight": unfold.weight_from_rows(result.values, shape).cpu().numpy(),
             "bias": result.bias.cpu().numpy(),
-            "scale": row_encoding(encoding, result.grid, unfold, shape).scale,
+            "scale": tuned.scale,
+            "zero_point": tuned.zero_point,
             "report": result.report,
         }
 
     moments = [None if m is None else to_arrays(m) for m in (fit, held_out)]
     problem = [model.param(layer.weight), bias, encoding.to_json(), asdict(unfold), asdict(used)]
     found = memo("gram", run, *problem, moments)
-    frozen = replace(encoding, scale=found["scale"], frozen=True)
+    frozen = replace(encoding, scale=found["scale"], zero_point=found["zero_point"], frozen=True)
     return Rounded(found["weight"], found["bias"] if used.update_bias else None, frozen, found["report"])
 
 

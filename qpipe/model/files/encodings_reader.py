@@ -1,7 +1,8 @@
 """AIMET's encodings files (0.6.1, 1.0.0, 2.0.0) read: the grids that someone else, or `encodings_file`, wrote.
 
     0.6.1, 1.0.0    offset = qmin - zero_point: symmetric grids are read as signed codes around 0, others as
-                    unsigned ones with zero_point = -offset; the numbers that the grid holds are the same
+                    unsigned ones with zero_point = -offset; the numbers that the grid holds are the same.
+                    A weight with offsets qmin and qmin + 1 has signed codes, mirrored where it is qmin + 1
     2.0.0           output_dtype, y_scale and y_zero_point as ONNX has them
 
 What the older formats leave out follows from the model: the axis of the channels is that of the weight's outputs.
@@ -16,6 +17,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -79,7 +81,14 @@ def read_entry(entry: Entry, shape: tuple[int, ...] | None, operand: Operand | N
         raise ValueError("activations are quantized per tensor.")
     if shape is not None:
         broadcast(encoding, shape)
-    return Encoding(**{**_fields(encoding), "frozen": shape is not None})
+    mirrored = shape is not None and encoding.signed and _has_mirrored(encoding.zero_point)
+    symmetric = encoding.symmetric or mirrored
+    return replace(encoding, symmetric=symmetric, frozen=shape is not None, free_sign=mirrored)
+
+
+def _has_mirrored(zero_point: Any) -> bool:
+    """Whether signed codes with these zero points are mirrored in places, and otherwise symmetric."""
+    return bool(np.all((zero_point == 0) | (zero_point == -1)) and np.any(zero_point == -1))
 
 
 def _shape(model: Network, name: str) -> tuple[int, ...] | None:
@@ -216,11 +225,6 @@ def _numbers(entry: Entry, key: str, kind: type[np.generic]) -> npt.NDArray[Any]
         return array.astype(kind)
 
 
-def _fields(encoding: Encoding) -> dict[str, Any]:
-    names = ("bitwidth", "signed", "symmetric", "scale", "zero_point", "axis", "block_size")
-    return {name: getattr(encoding, name) for name in names}
-
-
 def _from_onnx(entry: Entry) -> Encoding:
     signed = not _part(entry, "output_dtype", str).startswith("u")
     bitwidth, scale = _bitwidth(entry), _numbers(entry, "y_scale", np.float32)
@@ -238,8 +242,10 @@ def _from_offsets(entry: Entry, shape: tuple[int, ...] | None, operand: Operand 
         raise ValueError(f"enc_type {_said(kind)[1:-1]} is not known; PER_TENSOR, PER_CHANNEL and PER_BLOCK are.")
     scale = _numbers(entry, "scale", np.float32)
     offset = np.broadcast_to(_numbers(entry, "offset", np.int64), scale.shape)
-    symmetric = bool(entry.get("is_sym")) and bool(np.all(offset == -(1 << (bitwidth - 1))))
-    zero_point = np.zeros(scale.shape, np.int32) if symmetric else -offset
+    qmin = -(1 << (bitwidth - 1))
+    symmetric = bool(entry.get("is_sym")) and bool(np.all(offset == qmin))
+    signed = symmetric or (shape is not None and _has_mirrored(qmin - offset))
+    zero_point = qmin - offset if signed else -offset
     axis = block = None
     if kind == "PER_TENSOR":
         scale, zero_point = scale.reshape(()), zero_point.reshape(())
@@ -251,7 +257,7 @@ def _from_offsets(entry: Entry, shape: tuple[int, ...] | None, operand: Operand 
         block = _part(entry, "block_size", int)
         axis = 1 if operand is None or operand.inner_axis is None else operand.inner_axis
         scale, zero_point = (_in_blocks(array, shape, axis, block) for array in (scale, zero_point))
-    return Encoding(bitwidth, symmetric, symmetric, scale, zero_point, axis, block)
+    return Encoding(bitwidth, signed, symmetric, scale, zero_point, axis, block)
 
 
 def _channel_axis(count: int, shape: tuple[int, ...], operand: Operand | None) -> int:

@@ -131,7 +131,8 @@ def pack(
 
 
 def _grid(encoding: Encoding) -> dict[str, Any]:
-    return {
+    free = {"free_sign": True} if encoding.free_sign else {}  # left out else: others keep their bytes
+    return free | {
         "bitwidth": encoding.bitwidth,
         "signed": encoding.signed,
         "symmetric": encoding.symmetric,

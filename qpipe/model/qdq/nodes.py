@@ -121,8 +121,10 @@ def grid(node: ir.Node, rank: int | None = None) -> Encoding:
         size = (
             np.abs(scale) if rank is None else np.where(scale == 0, np.float32(SMALLEST_SCALE), np.abs(scale))
         )
-        symmetric = bool(np.all(zeros == (0 if signed else 1 << (bitwidth - 1))))
-        return Encoding(bitwidth, signed, symmetric, size, zeros, None if single else axis, block or None)
+        free = signed and bool(np.any(scale < 0) and np.all((zeros == 0) | (zeros == -1)))
+        symmetric = free or bool(np.all(zeros == (0 if signed else 1 << (bitwidth - 1))))
+        along = None if single else axis
+        return Encoding(bitwidth, signed, symmetric, size, zeros, along, block or None, free_sign=free)
     except ValueError as error:
         raise InputError(
             f"The grid of node {node.name!r} ({node.op_type}) cannot be read: {error}"
@@ -138,6 +140,12 @@ def floats_of(codes: Array, node: ir.Node, encoding: Encoding) -> npt.NDArray[np
     sign = spread(np.sign(scale).reshape(encoding.scale.shape), encoding, codes.shape)
     codes = np.where(sign < 0, encoding.qmin + encoding.qmax - codes, codes)
     return dequantize(np.where(sign == 0, broadcast(encoding, codes.shape)[1], codes), encoding)
+
+
+def mirrored_codes(e: Encoding) -> Array:
+    """Where a weight's grid is written with a negative scale, zero point 0 and the codes -1 - q, of its scale's
+    shape: at the zero points of -1 of one whose sign is free."""
+    return np.asarray((e.zero_point == -1) & e.free_sign)
 
 
 def initializer(name: str, array: Array) -> ir.Value:

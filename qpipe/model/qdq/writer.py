@@ -4,6 +4,10 @@
     weight w        w__quantized (int4, int8 or int16 codes) -> DequantizeLinear -> w
     bias b          b__quantized (int32 codes, scale s_x * s_w) -> DequantizeLinear -> b
 
+Where a weight's codes are mirrored (zero point -1, all others 0), its scale is negative and the zero point 0, and so is
+the bias's scale: kernels take one zero point for all channels, 0 costs them nothing, and onnxruntime's own int4 weights
+are written so.
+
 The dequantized value has the name, so every reader of `v`, and whoever asks a session for it, gets the
 rounded one; a graph input alone keeps its own name, and its readers get `v__dequantized`. Inputs and outputs
 of the graph stay float. Codes narrower than the types that ONNX has (3 bits, 6 bits) are stored in the next
@@ -32,9 +36,9 @@ from qpipe.model.network.packing import graph_proto
 from qpipe.model.qdq.bias import QuantizedBias, bias_codes, bias_scale, effective_encodings, quantized_biases
 from qpipe.model.qdq.codes import take_on_codes
 from qpipe.model.qdq.guards import guard_float_layers
-from qpipe.model.qdq.nodes import BITWIDTH
+from qpipe.model.qdq.nodes import BITWIDTH, mirrored_codes
 from qpipe.model.structure.families import MOVING
-from qpipe.numerics.grid import Array, Encoding, quantize, same_grid
+from qpipe.numerics.grid import Array, Encoding, quantize, same_grid, spread
 
 if TYPE_CHECKING:
     import onnx
@@ -181,11 +185,14 @@ def _insert_weight(graph: ir.Graph, weight: ir.Value, encoding: Encoding) -> Non
         dtype = storage(replace(encoding, bitwidth=16))
     source, stored = weight.const_value, f"{name}__quantized"
 
+    mirrored = mirrored_codes(encoding)
+
     def codes() -> ir.Tensor[Array]:
-        return _tensor(stored, quantize(source.numpy(), encoding, name), dtype)
+        found, shape = quantize(source.numpy(), encoding, name), tuple(source.shape.numpy())
+        return _tensor(stored, np.where(spread(mirrored, encoding, shape), -1 - found, found), dtype)
 
     tensor = ir.LazyTensor(codes, dtype, ir.Shape(source.shape.numpy()), name=stored)
-    _replace_constant(graph, weight, name, tensor, encoding, _uses(weight))
+    _replace_constant(graph, weight, name, tensor, encoding, _uses(weight), mirrored)
 
 
 def _insert_bias(graph: ir.Graph, node: ir.Node, bias: QuantizedBias, encodings: dict[str, Encoding]) -> None:
@@ -194,13 +201,14 @@ def _insert_bias(graph: ir.Graph, node: ir.Node, bias: QuantizedBias, encodings:
     assert value.const_value is not None
     array = value.const_value.numpy()
     scale = bias_scale(encodings[bias.input], encodings[bias.weight], bias.repeats)
-    codes = bias_codes(array, scale)
+    mirrored = np.tile(mirrored_codes(encodings[bias.weight]), bias.repeats if scale.ndim else 1).reshape(scale.shape)
+    codes = np.where(mirrored, -1, 1) * bias_codes(array, scale)
     axis = array.ndim - 1 if scale.ndim else None
     grid = Encoding(32, True, True, scale, np.zeros(scale.shape, np.int32), axis)
     uses = ((node, bias.position),)
     name = bias.name if len(_uses(value)) == 1 else fresh_name(graph, f"{bias.name}__{node.name}")
     tensor = _tensor(f"{name}__quantized", codes, ir.DataType.INT32)
-    _replace_constant(graph, value, name, tensor, grid, uses)
+    _replace_constant(graph, value, name, tensor, grid, uses, mirrored)
 
 
 def _replace_constant(
@@ -210,10 +218,12 @@ def _replace_constant(
     codes: ir.TensorProtocol,
     encoding: Encoding,
     uses: Uses,
+    mirrored: Array,
 ) -> None:
-    """A DQ of `codes`, called `name`, for the given readers of the initializer `value`."""
+    """A DQ of `codes`, called `name`, for the given readers of the initializer `value`; where they are `mirrored`, the
+    scale is negative and the zero point 0."""
     dtype = codes.dtype
-    inputs = [_initializer(graph, codes), *_constants(graph, name, encoding, dtype)]
+    inputs = [_initializer(graph, codes), *_constants(graph, name, encoding, dtype, mirrored)]
     if value.name == name and value.is_graph_output():
         name = fresh_name(graph, f"{name}__dequantized")  # the output of the model stays what it was
     elif value.name == name and len(uses) == len(_uses(value)):
@@ -234,12 +244,15 @@ def _say_bitwidth(nodes: list[ir.Node], encoding: Encoding, dtype: ir.DataType) 
 
 
 def _constants(
-    graph: ir.Graph, name: str, encoding: Encoding, dtype: ir.DataType
+    graph: ir.Graph, name: str, encoding: Encoding, dtype: ir.DataType, mirrored: Array | None = None
 ) -> tuple[ir.Value, ir.Value]:
-    """Scale and zero point as initializers: those of the first with the same numbers, zero points called after them."""
-    points, codes = np.asarray(encoding.zero_point), str(dtype.name).lower()
+    """Scale and zero point as initializers, for codes that are `mirrored` in places: those of the first with the same
+    numbers, zero points called after them."""
+    scale, points, codes = encoding.scale, np.asarray(encoding.zero_point), str(dtype.name).lower()
+    if mirrored is not None:
+        scale, points = np.where(mirrored, -scale, scale), np.where(mirrored, 0, points)
     title = f"zero_point_{codes}_{points.reshape(-1)[0] if points.size else 0}" + ("" if points.ndim == 0 else "s")
-    return _shared(graph, f"{name}__scale", encoding.scale, None), _shared(graph, title, points, dtype)
+    return _shared(graph, f"{name}__scale", scale, None), _shared(graph, title, points, dtype)
 
 
 def _shared(graph: ir.Graph, name: str, array: Array, dtype: ir.DataType | None) -> ir.Value:

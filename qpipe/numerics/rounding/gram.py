@@ -6,7 +6,8 @@ With e = W - W^ and the moments of `moments`, the error of a layer's output, eac
 
     1  shrink   H' = (1 - l) H + l mean(diag H) I: the codes fit H's noise otherwise; l chosen on the held-out samples
     2  target   W* = W + a C H'^-1, which makes up for x^ != x; a in 0..1 minimizes the held-out error of W*, exactly
-    3  scales   as given, or (option) the best of 13 factors per row, by greedy codes, then refitted to the codes found
+    3  scales   as given, or (option) the best of 13 factors per row, by greedy codes, on the codes as they are or
+                mirrored where the sign is free, then refitted to the codes found
     4  codes    per row the best of greedy in natural order, greedy and beam by descending diagonal, each descended
     5  bias     b^ = b + W mu - W^ mu^
 
@@ -233,19 +234,18 @@ def _codes(choice: _Choice, grid: RowGrid, known: Tensor, options: GramOptions) 
 
 
 def _search_scales(choice: _Choice, grid: RowGrid, options: GramOptions) -> tuple[RowGrid, Tensor]:
-    """The grid with each row's best factor by greedy codes, and those codes, descended."""
+    """The grid with each row's best factor, and sign where it is free, by greedy codes; those codes, descended."""
     target, quadratic = choice.target, choice.quadratic
     cost = grid.pooled(objective(target, grid.values(choice.codes), quadratic.h))
-    best, scale = choice.codes, grid.scale
-    for f in (0.25, 0.5, 2.0) if options.power_of_two else options.scale_factors:
-        trial = replace(grid, scale=grid.scale * f)
+    best, used = choice.codes, grid
+    factors = (0.25, 0.5, 2.0) if options.power_of_two else options.scale_factors
+    signs = [grid, grid.mirrored()] if grid.free_sign else [grid]
+    for trial in [replace(sign, scale=sign.scale * f) for sign in signs for f in factors]:
         codes = quadratic.search(target, trial, "descending", 1)
         value = grid.pooled(objective(target, trial.values(codes), quadratic.h))
-        better = value < cost
-        cost = torch.where(better, value, cost)
-        best = torch.where(better[..., None], codes, best)
-        scale = torch.where(better[..., None], trial.scale, scale)
-    used = replace(grid, scale=scale)
+        better = (value < cost)[..., None]
+        cost = torch.where(better[..., 0], value, cost)
+        best, used = torch.where(better, codes, best), used.replaced(better, trial)
     codes, _ = descend(target, best, used, quadratic.h)
     return used, codes
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ class RowGrid:
     """Scale and zero point of weight rows, float32, (groups, rows, 1) or (groups, rows, K); code bounds.
 
     `sharing` says which rows must keep one scale when scales are searched: each its own ("row"), those at one
-    place in every group ("place"), all ("tensor"), or no row may change its scale ("fixed").
+    place in every group ("place"), all ("tensor"), or no row may change its scale ("fixed"). `free_sign` says that
+    their codes may be mirrored then, which is another zero point.
     """
 
     scale: Tensor
@@ -27,6 +28,16 @@ class RowGrid:
     qmin: int
     qmax: int
     sharing: Sharing = "row"
+    free_sign: bool = False
+
+    def mirrored(self) -> RowGrid:
+        """The grid of the negated values: the same scales, the zero points counted from the other end."""
+        return replace(self, zero_point=self.qmin + self.qmax - self.zero_point)
+
+    def replaced(self, where: Tensor, other: RowGrid) -> RowGrid:
+        """The grid with the scales and zero points of `other` in the rows `where`, (groups, rows, 1)."""
+        scale = torch.where(where, other.scale, self.scale)
+        return replace(self, scale=scale, zero_point=torch.where(where, other.zero_point, self.zero_point))
 
     def pooled(self, value: Tensor) -> Tensor:
         """`value` per row, (groups, rows), summed over the rows that share a scale, in its own shape."""
@@ -74,7 +85,7 @@ def row_grid(
     rows = [unfold.weight_rows(v.float().expand(shape)) for v in (scale, zero_point)]
     one_per_row = all(bool((v == v[..., :1]).all()) for v in rows)
     s, z = ((v[..., :1] if one_per_row else v).contiguous() for v in rows)
-    return RowGrid(s, z, e.qmin, e.qmax, _sharing(e, unfold))
+    return RowGrid(s, z, e.qmin, e.qmax, _sharing(e, unfold), e.free_sign)
 
 
 def _sharing(e: Encoding, unfold: Unfold) -> Sharing:
@@ -88,13 +99,17 @@ def _sharing(e: Encoding, unfold: Unfold) -> Sharing:
 
 
 def row_encoding(e: Encoding, grid: RowGrid, unfold: Unfold, shape: tuple[int, ...]) -> Encoding:
-    """`e` with the scales of `grid`, frozen: the inverse of `row_grid` after a scale search."""
+    """`e` with the scales and zero points of `grid`, frozen: the inverse of `row_grid` after a scale search."""
+    scale, zero_point = (_of_rows(v, e, unfold, shape) for v in (grid.scale, grid.zero_point))
+    return replace(e, scale=scale, zero_point=zero_point, frozen=True)
+
+
+def _of_rows(value: Tensor, e: Encoding, unfold: Unfold, shape: tuple[int, ...]) -> Any:
+    """One element for each scale of `e`, of values that stand for a weight of `shape` as rows."""
     k = unfold.weight_rows(torch.empty(shape, device="meta")).shape[-1]
-    full = unfold.weight_from_rows(grid.scale.expand(*grid.scale.shape[:2], k), shape).cpu().numpy()
+    full = unfold.weight_from_rows(value.expand(*value.shape[:2], k), shape).cpu().numpy()
     if e.axis is None:
-        scale = full.reshape(-1)[0]
-    elif e.block_size is None:
-        scale = full.swapaxes(0, e.axis).reshape(shape[e.axis], -1)[:, 0]
-    else:
-        scale = full.take(range(0, shape[e.axis], e.block_size), axis=e.axis)
-    return replace(e, scale=scale, frozen=True)
+        return full.reshape(-1)[0]
+    if e.block_size is None:
+        return full.swapaxes(0, e.axis).reshape(shape[e.axis], -1)[:, 0]
+    return full.take(range(0, shape[e.axis], e.block_size), axis=e.axis)

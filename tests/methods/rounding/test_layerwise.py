@@ -16,6 +16,7 @@ from qpipe.model.structure.layers import find_layers
 from qpipe.numerics.grid import quantize_dequantize, same_grid
 from qpipe.numerics.rounding.gradient import GradientOptions
 from qpipe.numerics.rounding.gram import GramOptions
+from qpipe.numerics.scheme import Grid
 from tests.model.nets import normal, parsed
 from tests.model.quantized import quantized, scheme
 
@@ -35,12 +36,13 @@ class Memo:
         return self.kept[key]
 
 
-def model(bias: bool = True, power_of_two: bool = False) -> Model:
+def model(bias: bool = True, power_of_two: bool = False, grid: Grid = "max") -> Model:
     given = "x, w, b" if bias else "x, w"
     text = f"m (float[N,4,5,5] x) => (float[N,6,p,q] y) {{ s = Conv({given})  y = Relu(s) }}"
     tensors = {"w": normal(6, 4, 3, 3), "b": normal(6, seed=1)}
     net = Model.from_proto(parsed(text, **{name: tensors[name] for name in given.replace(" ", "").split(",")[1:]}))
-    net = quantized(net, X, scheme(weight=4))
+    wanted = scheme(weight=4)
+    net = quantized(net, X, replace(wanted, weight=replace(wanted.weight, observer="minmax", grid=grid)))
     if power_of_two:
         w = net.encodings["w"]
         net = net.with_encodings({**net.encodings, "w": replace(w, scale=2.0 ** np.ceil(np.log2(w.scale)))})
@@ -80,6 +82,23 @@ def test_scales_that_are_all_powers_of_two_stay_so_when_they_are_searched() -> N
     assert bool(np.all(np.frexp(found.encoding.scale)[0] == 0.5))
     free = by_gram(model(), batches(noise=0.1), batches(), Memo(), scale_search=True)
     assert not np.array_equal(free.encoding.scale, model().encodings["w"].scale)
+
+
+def test_the_sign_of_a_scale_moves_with_it_where_it_is_free() -> None:
+    """Every scale with the wrong sign to begin with: the search turns some, as the closed form of each row says."""
+    net = model(grid="signed_max")
+    w = net.encodings["w"]
+    turned = net.with_encodings({**net.encodings, "w": replace(w, zero_point=-1 - w.zero_point)})
+    assert w.free_sign
+    found = by_gram(turned, batches(noise=0.1), batches(), Memo(), scale_search=True)
+    assert (found.encoding.zero_point != turned.encodings["w"].zero_point).any()
+    assert found.encoding.free_sign
+    np.testing.assert_array_equal(quantize_dequantize(found.weight, found.encoding), found.weight)
+    kept = by_gram(turned, batches(noise=0.1), batches(), Memo())
+    np.testing.assert_array_equal(kept.encoding.zero_point, turned.encodings["w"].zero_point)
+    assert found.report["error_after"] < kept.report["error_after"]
+    plain = by_gram(model(), batches(noise=0.1), batches(), Memo(), scale_search=True)
+    assert not plain.encoding.zero_point.any()
 
 
 def test_a_solution_is_found_again_by_weight_grid_data_and_options() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,18 @@ def test_blocks_are_read_back(version: Any, op: str, tmp_path: Path) -> None:
     write_encodings(model, tmp_path / "e.json", version)
     found = read_encodings(net, tmp_path / "e.json")
     assert all(same_grid(e, found[name]) for name, e in model.encodings.items())
+
+
+@pytest.mark.parametrize("version", ["0.6.1", "1.0.0", "2.0.0"])
+def test_mirrored_codes_are_read_back_as_such(version: Any, tmp_path: Path) -> None:
+    wanted = scheme(weight=4)
+    model = quantized(cnn(), X, replace(wanted, weight=replace(wanted.weight, grid="signed_max")))
+    write_encodings(model, tmp_path / "encodings.json", version)
+    found = read_encodings(model, tmp_path / "encodings.json")
+    mirrored = [name for name, e in model.encodings.items() if name in model.params and np.any(e.zero_point == -1)]
+    assert mirrored
+    for name in mirrored:
+        assert same_grid(found[name], model.encodings[name])
 
 
 def written(tmp_path: Path, change: Any, version: Any = "1.0.0") -> Path:

@@ -78,7 +78,8 @@ class _Case:
     def __init__(self, samples: int = 256) -> None:
         draw = torch.Generator().manual_seed(0)
         self.weight = torch.randn(8, 16, generator=draw)
-        self.encoding = weight_encoding(self.weight.numpy(), TensorScheme(3, True, True, "per_channel"))
+        plain = TensorScheme(3, True, True, "per_channel", observer="minmax", grid="max")
+        self.encoding = weight_encoding(self.weight.numpy(), plain)
         x = torch.randn(samples, 6, generator=draw) @ torch.randn(6, 16, generator=draw)
         self.inputs = x + 0.02 * torch.randn(samples, 16, generator=draw)
         self.targets = F.relu(x @ self.weight.T)
@@ -148,7 +149,7 @@ def test_two_weights_of_a_block_are_learned_together() -> None:
     draw = torch.Generator().manual_seed(0)
     first, second = torch.randn(12, 8, generator=draw), torch.randn(4, 12, generator=draw)
     x = torch.randn(256, 3, generator=draw) @ torch.randn(3, 8, generator=draw)
-    scheme = TensorScheme(3, True, True, "per_channel")
+    scheme = TensorScheme(3, True, True, "per_channel", observer="minmax", grid="max")
 
     def forward(weights: dict[str, Tensor], x: Tensor) -> Tensor:
         return F.relu(x @ weights["a"].T) @ weights["b"].T
