@@ -36,8 +36,11 @@ def peer_file(peer: str, cache: Path, source: Path, samples: Path, path: Path, t
     """Have `peer` quantize the file `source` by the samples of an npz file, one after another, into the file `path`.
 
     RuntimeError, with the last line that it printed, where it does not."""
-    command = [python_of(peer, cache), Path(__file__), peer, source, samples, path, *(["transformer"] * transformer)]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    files = (Path(__file__), source, samples, path)
+    script, *places = (str(each.resolve()) for each in files)
+    command = [str(python_of(peer, cache)), script, peer, *places, *(["transformer"] * transformer)]
+    # A peer may write reports of its own where it runs.
+    done = subprocess.run(command, cwd=path.parent, capture_output=True, text=True)
     if done.returncode or not path.exists():
         raise RuntimeError((done.stderr.strip().splitlines() or ["no file"])[-1])
 

@@ -471,7 +471,7 @@ def _picks(node: ir.Node) -> bool:
 
 
 def _narrow(model: Network, op_types: Iterable[str]) -> frozenset[ir.Node]:
-    """The layers of `op_types` with one channel in and one out,"""
+    """The layers of `op_types` with one channel in and one out."""
     chosen = [layer for layer in find_layers(model) if layer.op_type in op_types]
     return frozenset(
         model.graph.node(layer.name) for layer in chosen if layer.weight_shape[:2] == (1, 1) and layer.groups == 1
