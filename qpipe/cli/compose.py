@@ -1,9 +1,11 @@
-"""Hydra's own cost, cut: what it takes to compose a config of thousands of nodes.
+"""Hydra's own cost, cut: what it takes to compose a config of thousands of nodes, or the thousand configs of a sweep.
 
 Hydra composes every config twice (the first time only to read `hydra.mode`), and OmegaConf reads and writes YAML with
 the parser written in Python. Within `quick_hydra` the same config is composed once, by libyaml; `benchmarks/cache.py`
-measures it against plain Hydra. What is composed is the same, tests/cli/test_compose.py holds it against plain Hydra.
-Rejected: a cache of composed configs, which would have to know all that an interpolation may read.
+measures it against plain Hydra. Of a sweep, what the files say is merged once for each choice of groups; a job that
+sets other values is a copy of that, with its overrides applied and resolved by Hydra as ever; `benchmarks/sweep.py`
+measures that. What is composed is the same, tests/cli/test_compose.py holds it against plain Hydra.
+Rejected: a cache of composed configs on the disk, which would have to know all that an interpolation may read.
 
 All that is replaced is private. So each name is looked up first: where one is missing, or takes other parameters than
 it took, nothing that rests on it is replaced, and plain Hydra composes: slower, and the same.
@@ -15,7 +17,9 @@ import contextlib
 import functools
 import importlib
 import inspect
-from collections.abc import Iterator, Mapping
+import pickle
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import yaml
@@ -31,12 +35,19 @@ COMPOSING: Mapping[tuple[str, str], str] = {
         "validate_sweep_overrides=True)"
     ),
 }
+_LOADER = "hydra._internal.config_loader_impl"
+SWEEPING: Mapping[tuple[str, str], str] = {
+    (_LOADER, "create_defaults_list"): "(repo, config_name, overrides_list, prepend_hydra, skip_missing)",
+    ("hydra._internal.defaults_list", "Overrides"): "(repo, overrides_list)",
+    (_LOADER, "ConfigLoaderImpl._compose_config_from_defaults_list"): "(self, defaults, repo)",
+    (_LOADER, "ConfigLoaderImpl._parse_overrides_and_create_caching_repo"): "(self, config_name, overrides)",
+}
 READING = {
     ("omegaconf._utils", "get_yaml_loader"): "()",
     ("omegaconf.basecontainer", "get_yaml_loader"): "()",
 }
 WRITING = {("omegaconf.omegaconf", "get_omega_conf_dumper"): "()"}
-"""{(module, private name): its parameters}. What stands in one of the three is replaced together, or not at all."""
+"""{(module, private name): its parameters}. What stands in one of the four is replaced together, or not at all."""
 
 _FORCED = "hydra.mode=RUN"  # what Hydra adds to the overrides where no mode was asked for
 
@@ -61,6 +72,8 @@ def replacements() -> list[tuple[Any, str, Any]]:
     if _known(COMPOSING):
         module = importlib.import_module("hydra._internal.hydra")
         found.append((module, "Hydra", _composing_once(module.Hydra)))
+    if _known(SWEEPING):
+        found += _merging_once(importlib.import_module(_LOADER))
     if not getattr(yaml, "__with_libyaml__", False):
         return found
     for names, quick in ((READING, yaml_loader), (WRITING, yaml_dumper)):
@@ -126,6 +139,80 @@ def _composing_once(plain: Any) -> type[Any]:
             return composed
 
     return QuickHydra
+
+
+def _merging_once(module: Any) -> list[tuple[Any, str, Any]]:
+    """What parses overrides once each, and reads and merges files once for each choice of groups."""
+    kept = _Merged(
+        module.ConfigLoaderImpl._parse_overrides_and_create_caching_repo,
+        module.create_defaults_list,
+        module.ConfigLoaderImpl._compose_config_from_defaults_list,
+    )
+    return [
+        (module.ConfigLoaderImpl, "_parse_overrides_and_create_caching_repo", lambda *args: kept.parsed(*args)),
+        (module, "create_defaults_list", kept.listed),
+        (module.ConfigLoaderImpl, "_compose_config_from_defaults_list", lambda *args, **named: kept.merged(*args, **named)),
+    ]
+
+
+class _Merged:
+    """What the files of a config come to, by the groups that were chosen, before any value is overridden.
+
+    Hydra merges without copying, into what it read: so every merge reads the files anew, and what it gave is kept as
+    bytes. `hydra.searchpath` on the command line changes what is read: then all is left to Hydra.
+    """
+
+    def __init__(
+        self, parse: Callable[..., Any], list_defaults: Callable[..., Any], merge: Callable[..., Any]
+    ) -> None:
+        self._parse, self._list, self._merge = parse, list_defaults, merge
+        self._overrides: dict[str, Any] = {}
+        self._places: dict[tuple[int, str | None], Any] = {}
+        """By loader and config: a repository that only says what groups there are."""
+        self._lists: dict[tuple[Any, ...], Any] = {}
+        self._bases: dict[tuple[Any, ...], bytes] = {}
+        self._fresh: Callable[[], Any] | None = None
+
+    def parsed(self, loader: Any, config_name: str | None, lines: Sequence[str]) -> tuple[list[Any], Any]:
+        """As Hydra's: the overrides, and where configs are read."""
+        for line in lines:
+            if line not in self._overrides:
+                self._overrides[line] = self._parse(loader, config_name, [line])[0][0]
+        found = [self._overrides[line] for line in lines]
+        if any(each.get_key_element() == "hydra.searchpath" for each in found):
+            self._fresh = None
+            return self._parse(loader, config_name, lines)  # type: ignore[no-any-return]
+        place = (id(loader), config_name)
+        if place not in self._places:
+            self._places[place] = self._parse(loader, config_name, [])[1]
+        self._fresh = lambda: self._parse(loader, config_name, [])[1]
+        return found, self._places[place]
+
+    def listed(
+        self, repo: Any, config_name: str | None, overrides_list: list[Any], prepend_hydra: bool, skip_missing: bool
+    ) -> Any:
+        """As Hydra's: the files to merge, in order, and the overrides that are left to apply."""
+        rest = (config_name, overrides_list, prepend_hydra, skip_missing)
+        if self._fresh is None:
+            return self._list(repo, *rest)
+        from hydra._internal.defaults_list import Overrides
+
+        values = Overrides(repo=repo, overrides_list=overrides_list).config_overrides
+        groups = tuple(each.input_line for each in overrides_list if not any(each is value for value in values))
+        key = (id(repo), config_name, groups, prepend_hydra, skip_missing)
+        if key not in self._lists:
+            self._lists[key] = self._list(self._fresh(), *rest)
+        return replace(self._lists[key], config_overrides=values)
+
+    def merged(self, loader: Any, defaults: Sequence[Any], repo: Any) -> DictConfig:
+        """As Hydra's: the files merged."""
+        if self._fresh is None:
+            return self._merge(loader, defaults=defaults, repo=repo)  # type: ignore[no-any-return]
+        key = (id(repo), *(repr(each) for each in defaults))
+        if key not in self._bases:
+            self._bases[key] = pickle.dumps(self._merge(loader, defaults=defaults, repo=self._fresh()))
+        base: DictConfig = pickle.loads(self._bases[key])
+        return base
 
 
 def yaml_loader(plain: type[Any]) -> type[Any] | None:
