@@ -119,7 +119,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
     "report.drawing": (("report", "report.terminal"), "layout rails picture"),
     "report.page": (("writing", "report", "report.drawing"), "style charts mix html"),
     "demo": (("errors",), "data net train"),
-    "hydra_plugins": ((), "launcher"),
+    "hydra_plugins": ((), "returns launcher sweeper"),
     "cli": (
         (*ENGINE, "run", "explain", "report", "report.terminal", "report.drawing", "report.page", "hydra_plugins"),
         (

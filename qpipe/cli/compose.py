@@ -23,6 +23,7 @@ from dataclasses import replace
 from typing import Any
 
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
@@ -143,15 +144,16 @@ def _composing_once(plain: Any) -> type[Any]:
 
 def _merging_once(module: Any) -> list[tuple[Any, str, Any]]:
     """What parses overrides once each, and reads and merges files once for each choice of groups."""
+    loader = module.ConfigLoaderImpl
     kept = _Merged(
-        module.ConfigLoaderImpl._parse_overrides_and_create_caching_repo,
+        loader._parse_overrides_and_create_caching_repo,
         module.create_defaults_list,
-        module.ConfigLoaderImpl._compose_config_from_defaults_list,
+        loader._compose_config_from_defaults_list,
     )
     return [
-        (module.ConfigLoaderImpl, "_parse_overrides_and_create_caching_repo", lambda *args: kept.parsed(*args)),
+        (loader, "_parse_overrides_and_create_caching_repo", lambda *rest: kept.parsed(*rest)),
         (module, "create_defaults_list", kept.listed),
-        (module.ConfigLoaderImpl, "_compose_config_from_defaults_list", lambda *args, **named: kept.merged(*args, **named)),
+        (loader, "_compose_config_from_defaults_list", lambda *rest, **named: kept.merged(*rest, **named)),
     ]
 
 
@@ -177,7 +179,7 @@ class _Merged:
         """As Hydra's: the overrides, and where configs are read."""
         for line in lines:
             if line not in self._overrides:
-                self._overrides[line] = self._parse(loader, config_name, [line])[0][0]
+                self._overrides[line] = OverridesParser.create().parse_overrides([line])[0]
         found = [self._overrides[line] for line in lines]
         if any(each.get_key_element() == "hydra.searchpath" for each in found):
             self._fresh = None

@@ -10,7 +10,11 @@ done; 130 interrupted.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import gc
+import itertools
+import math
 import os
 import secrets
 import signal
@@ -18,16 +22,19 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from hydra_plugins.qpipe.returns import NoScore, Score, watching
 from qpipe.cli.compose import quick_hydra
 from qpipe.cli.config_files import config_folders, groups, not_read, odd_name, shown, without_header
 from qpipe.cli.manual import OPTIONS, overview, usage
@@ -35,8 +42,11 @@ from qpipe.cli.mistakes import one_line
 from qpipe.cli.words import arranged, is_subject, split_command, take_options
 from qpipe.errors import ConfigError, QpipeError
 from qpipe.language.catalog import catalog, schema
-from qpipe.run.record import RECORD
-from qpipe.run.sweep import INTERRUPTED, Job
+from qpipe.run.record import RECORD, reached
+from qpipe.run.sweep import INTERRUPTED, Job, Swept
+
+if TYPE_CHECKING:
+    from hydra_plugins.qpipe.launcher import Trial
 
 UNREAD = 141  # as of a process that SIGPIPE ended
 LEAVING = ("run", "rerun")
@@ -166,8 +176,9 @@ def _verify(rest: list[str]) -> tuple[Many, list[str]]:
 
 
 def _register() -> None:
-    """Tell Hydra what a qpipe config may hold: the resolvers, a schema for every stage, the launcher."""
+    """Tell Hydra what a qpipe config may hold: the resolvers, a schema for every stage, launcher and sweeper."""
     from hydra_plugins.qpipe.launcher import QpipeLauncher
+    from hydra_plugins.qpipe.sweeper import QpipeSweeper
 
     OmegaConf.register_new_resolver("qpipe.file", lambda name: str(PACKAGE / name), replace=True)
     OmegaConf.register_new_resolver(
@@ -184,42 +195,63 @@ def _register() -> None:
             store.store(group="stage", name=name, node=schema(catalog()[name]))
         except ConfigError as error:  # one broken stage does not stop pipelines that do not use it
             say(f"qpipe: {error}")
-    Plugins.instance().register(QpipeLauncher)
-    store.store(
-        group="hydra/launcher", name="qpipe", node={"_target_": "hydra_plugins.qpipe.launcher.QpipeLauncher"}
-    )
+    for kind, plugin in (("launcher", QpipeLauncher), ("sweeper", QpipeSweeper)):
+        Plugins.instance().register(plugin)
+        body: dict[str, Any] = {"_target_": f"{plugin.__module__}.{plugin.__name__}"}
+        options = {"max_batch_size": None, "params": None} if kind == "sweeper" else {}
+        store.store(group=f"hydra/{kind}", name="qpipe", node=body | options)
 
 
 def _compose(many: Many, command: str, rest: list[str]) -> int:
     """Let Hydra compose the config and hand the jobs to `many`; mistakes that Hydra finds become one line."""
     rest = arranged(rest)
-    status: list[int] = []
+    own: list[int] = []
     begun: list[str] = []
+    sweeps: dict[Path, Swept] = {}
+    leaves = command in LEAVING
 
-    def task(config: DictConfig) -> None:
+    def task(config: DictConfig) -> Score:
         begun.append(command)
         folder = Path(HydraConfig.get().runtime.output_dir)
         overrides = tuple(OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False))  # type: ignore[arg-type]
-        left = [folder] if command in LEAVING else []
         os.chdir(HydraConfig.get().runtime.cwd)  # with hydra.job.chdir: a relative path means what it meant before
-        status.append(_carry_out(many, lambda: [make_job(config, folder, overrides, arguments=rest)], left))
+        job = functools.partial(make_job, config, folder, overrides, arguments=rest)
+        own.append(_carry_out(many, lambda: [job()], [folder] if leaves else []))
+        return _told(reached(folder) if leaves else math.nan, own[-1], overrides)
 
-    def sweep(configs: Sequence[tuple[DictConfig, Path, tuple[str, ...]]]) -> None:
+    def sweep(trials: Iterator[Trial], count: int, folder: Path) -> list[Score]:
         begun.append(command)
-        label = "#{} " if len(configs) > 1 else ""
+        swept = sweeps.setdefault(folder, Swept(folder))
+        folders: list[Path] = []
+        overrides: list[tuple[str, ...]] = []
 
         def build() -> list[Job]:
-            return [make_job(*config, label.format(i), rest) for i, config in enumerate(configs)]
+            jobs = []
+            for trial in trials:
+                folders.append(trial.folder)
+                overrides.append(trial.overrides)
+                label = f"#{trial.number} " if count > 1 else ""
+                made = make_job(trial.config, trial.folder, trial.overrides, label, rest)
+                jobs.append(dataclasses.replace(made, number=trial.number, swept=swept))
+            return jobs
 
-        left = [folder for _, folder, _ in configs] if command in LEAVING else []
-        status.append(_carry_out(many, build, left))
+        try:
+            own.append(_carry_out(many, build, folders if leaves else []))
+        finally:
+            if leaves and not swept.trials:
+                remove_folder(folder, ("multirun.yaml",))
+        scores = [reached(each) if leaves else math.nan for each in folders]
+        scores += [math.nan] * (count - len(scores))  # those behind one that is refused
+        return [_told(*each) for each in zip(scores, itertools.repeat(own[-1]), [*overrides, *((),) * count])]
 
     task.qpipe_sweep = sweep  # type: ignore[attr-defined]  # the launcher finds it here
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us, not as Hydra's traceback
     try:
-        with quick_hydra(), _leaving_nothing(command) as quiet:
+        with quick_hydra(), watching() as returned, _leaving_nothing(command) as quiet:
             sys.argv = [sys.argv[0], *rest, *quiet]
             hydra.main(version_base="1.3", config_path="pkg://qpipe.conf", config_name="config")(task)()
+    except NoScore as error:
+        raise QpipeError(str(error)) from error
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(one_line(error, rest)) from error
     except (ValueError, YAMLError, RecursionError) as error:
@@ -236,7 +268,15 @@ def _compose(many: Many, command: str, rest: list[str]) -> int:
             f"the folder of the run cannot be made ({at}{error.strerror or error}). Choose another one with "
             "hydra.run.dir=…, or hydra.sweep.dir=… with -m."
         ) from error
-    return max(status, default=0)
+    return max([*own, *returned], default=0)
+
+
+def _told(score: float, status: int, overrides: Sequence[str]) -> Score:
+    """What a trial returns. Errors: NoScore, where there is none and the sweeper reads it."""
+    reads = str(HydraConfig.get().sweeper["_target_"]).rpartition(".")[2] not in ("BasicSweeper", "QpipeSweeper")
+    if math.isnan(score) and reads and HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise NoScore(" ".join(overrides), status)
+    return Score(score, status)
 
 
 @contextmanager
@@ -273,38 +313,32 @@ def _take_away(error: OSError) -> None:
 def _carry_out(many: Many, build: Callable[[], Sequence[Job]], left: Sequence[Path]) -> int:
     """Build the jobs and run the command; a folder of `left` in which no record came to lie is not left behind."""
     try:
-        status = many(build())
+        return many(build())
     except BrokenPipeError:
-        status = _unread()
+        return _unread()
     except QpipeError as error:
         say(f"qpipe: {error}")
-        status = error.exit_code
+        return error.exit_code
     except OSError as error:
         say(f"qpipe: {error.filename or 'the system'}: {error.strerror or error}.")
-        status = QpipeError.exit_code
-    for folder in left:
-        if not (folder / RECORD).exists():
-            remove_folder(folder)
-    return status
+        return QpipeError.exit_code
+    finally:
+        for folder in left:
+            if not (folder / RECORD).exists():
+                remove_folder(folder)
 
 
-LEFT_BY_US = (
-    ".hydra/config.yaml",
-    ".hydra/hydra.yaml",
-    ".hydra/overrides.yaml",
-    "workers.log",
-    "../multirun.yaml",
-)
+LEFT_BY_US = (".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml", "workers.log")
 
 
-def remove_folder(folder: Path) -> None:
-    """Remove what Hydra and we put into a run folder, then the folders that are empty, up to the working directory.
+def remove_folder(folder: Path, names: Sequence[str] = LEFT_BY_US) -> None:
+    """Remove the files of that name, Hydra's or ours, then the folders that are empty, up to the working directory.
 
     Nothing else is touched: the folder may be one that the person named, with other things in it.
     """
     if folder.resolve() == Path.cwd():
         return
-    for name in LEFT_BY_US:
+    for name in names:
         with suppress(OSError):  # it is not there, or cannot be: what ended the run was told
             (folder / name).unlink()
     for place in [folder / ".hydra", folder, *folder.parents]:

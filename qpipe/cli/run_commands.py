@@ -55,7 +55,7 @@ class Screen(Terminal):
                 _write_report(record, job.folder)
             except QpipeError as error:  # a disk that is full: what is known is shown all the same
                 refused = refused or error
-        if len(records) == 1:
+        if len(records) == 1 and records[0][0].swept is None:
             self.show(records[0][1], sys.stdout)
         else:
             print("\n".join(sweep_table(records)))
@@ -186,7 +186,7 @@ def _write_report(record: Mapping[str, Any], folder: Path) -> Path:
 def sweep_table(records: Sequence[tuple[Job, Mapping[str, Any]]]) -> list[str]:
     """One line a trial: what it overrode, its best score, its distance from float, what ran and what hit."""
     found: list[tuple[str, ...]] = [("#", "overrides", "score", "drop", "goal", "ran", "hit", "folder")]
-    for i, (job, record) in enumerate(records):
+    for job, record in records:
         goal, totals = record["goal"], record["totals"]
         drop = None if goal["reached"] is None or goal["float"] is None else goal["float"] - goal["reached"]
         verdict = {True: "met", False: "missed", None: "-"}[goal["met"]]
@@ -196,7 +196,7 @@ def sweep_table(records: Sequence[tuple[Job, Mapping[str, Any]]]) -> list[str]:
         figures = [f"{value:.4f}" if value is not None else "-" for value in (score, drop)]
         found.append(
             (
-                str(i),
+                str(job.number),
                 " ".join(job.overrides),
                 *figures,
                 verdict,

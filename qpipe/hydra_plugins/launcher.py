@@ -3,43 +3,90 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+import os
+import pickle
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import JobReturn, JobStatus, filter_overrides
-from hydra.plugins.launcher import Launcher
-from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, open_dict
+from hydra.core.plugins import Plugins
+from hydra.core.singleton import Singleton
+from hydra.core.utils import JobReturn, JobRuntime, JobStatus, filter_overrides
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+Plugins.instance()  # it loads Hydra's own plugins anew: only the classes that there are then are those in use
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher  # noqa: E402
 
 
-class QpipeLauncher(Launcher):  # type: ignore[misc]  # hydra ships no types that mypy reads here
-    """Composes every job and gives the list to the task's `qpipe_sweep`."""
+class Trial(NamedTuple):
+    """One job of a sweep, composed. While it is being looked at, `${hydra:…}` is of this job."""
 
-    def __init__(self, **_: Any) -> None:
-        self._context: HydraContext | None = None
-        self._config: DictConfig | None = None
-        self._task: TaskFunction | None = None
+    number: int
+    config: DictConfig
+    folder: Path
+    overrides: tuple[str, ...]
 
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self._context, self._task, self._config = hydra_context, task_function, config
+
+class QpipeLauncher(BasicLauncher):  # type: ignore[misc]  # hydra ships no types that mypy reads here
+    """Composes every job and gives them to the task's `qpipe_sweep`; runs a task without one as Hydra's own does."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        assert self._context is not None
+        sweep = getattr(self.task_function, "qpipe_sweep", None)
+        if sweep is None:
+            returns: Sequence[JobReturn] = super().launch(job_overrides, initial_job_idx)
+            return returns
         gc.enable()  # the command line switched it off for one config; of a thousand, each leaves megabytes of cycles
-        jobs = []
-        for number, overrides in enumerate(job_overrides, initial_job_idx):
-            config = self._context.config_loader.load_sweep_config(self._config, list(overrides))
-            with open_dict(config):
-                config.hydra.job.id = config.hydra.job.num = number
-            HydraConfig.instance().set_config(config)
-            folder = Path(str(config.hydra.sweep.dir)) / str(config.hydra.sweep.subdir)
-            task_config = config.copy()
-            with open_dict(task_config):
-                del task_config["hydra"]
-            jobs.append((task_config, folder.absolute(), tuple(filter_overrides(overrides))))
-        self._task.qpipe_sweep(jobs)  # type: ignore[union-attr]
-        done = JobReturn(status=JobStatus.COMPLETED)
-        done.return_value = None
-        return [done for _ in jobs]
+        before, returns = Singleton.get_state(), []
+        told = bool(self.config.hydra.callbacks)
+        kept: list[bytes] = []
+
+        def trials() -> Iterator[Trial]:
+            for number, overrides in enumerate(job_overrides, initial_job_idx):
+                config, folder = self._composed(number, list(overrides))
+                returns.append(self._return(config))
+                if told:
+                    kept.append(pickle.dumps(config))
+                    self.hydra_context.callbacks.on_job_start(config=config, task_function=self.task_function)
+                with open_dict(config):
+                    del config["hydra"]
+                _leave(config, folder)
+                yield Trial(number, config, folder, tuple(filter_overrides(overrides)))
+
+        try:
+            scores = sweep(trials(), len(job_overrides), Path(str(self.config.hydra.sweep.dir)).absolute())
+        finally:
+            Singleton.set_state(before)
+        for job, score in zip(returns, scores, strict=True):
+            job.return_value, job.status = score, JobStatus.COMPLETED
+        for job, config in zip(returns, kept, strict=False):
+            self.hydra_context.callbacks.on_job_end(config=pickle.loads(config), job_return=job)
+        return returns
+
+    def _composed(self, number: int, overrides: list[str]) -> tuple[DictConfig, Path]:
+        """The config of a job, with Hydra told of it as Hydra does, and the job's folder."""
+        config = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
+        with open_dict(config):
+            config.hydra.job.id = config.hydra.job.num = number
+        HydraConfig.instance().set_config(config)  # `${hydra:…}` in the names of the folders
+        folder = (Path(str(config.hydra.sweep.dir)) / str(config.hydra.sweep.subdir)).absolute()
+        for told in (config, HydraConfig.instance().cfg):
+            with read_write(told.hydra.runtime), open_dict(told.hydra.runtime):
+                told.hydra.runtime.output_dir = str(folder)
+        return config, folder
+
+    def _return(self, config: DictConfig) -> JobReturn:
+        """What is known of a job before it runs. Not its config: of a thousand they would fill the memory."""
+        task = OmegaConf.to_container(config.hydra.overrides.task)
+        return JobReturn(overrides=task, working_dir=os.getcwd(), task_name=JobRuntime.instance().get("name"))
+
+
+def _leave(config: DictConfig, folder: Path) -> None:
+    """`.hydra/` with the three files that Hydra leaves for every job."""
+    hydra = HydraConfig.instance().cfg
+    if hydra is None or hydra.hydra.output_subdir is None:
+        return
+    place = folder / str(hydra.hydra.output_subdir)
+    place.mkdir(parents=True, exist_ok=True)
+    for name, part in (("config", config), ("hydra", hydra), ("overrides", hydra.hydra.overrides.task)):
+        OmegaConf.save(part, place / f"{name}.yaml")

@@ -86,6 +86,15 @@ def build_record(
     }
 
 
+def reached(folder: Path) -> float:
+    """The score of the run that left its record in `folder`; nan where it has none, or left none."""
+    try:
+        goal = json.loads((folder / RECORD).read_text())["goal"]
+    except FileNotFoundError:
+        return math.nan
+    return math.nan if goal["reached"] is None else float(goal["reached"])
+
+
 def _status(verdicts: Mapping[str, Outcome], goal: Mapping[str, Any], info: RunInfo) -> str:
     if info.stopped == "interrupted":
         return info.stopped

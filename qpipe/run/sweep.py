@@ -53,14 +53,26 @@ class Watch(View, Protocol):
     def ended_jobs(self, records: Sequence[tuple[Job, dict[str, Any]]]) -> None: ...
 
 
+@dataclasses.dataclass
+class Swept:
+    """What `sweep.json` in `folder` says: every distinct action once, and each trial, of all batches so far."""
+
+    folder: Path
+    actions: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    trials: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One pipeline: its spec, the folder it leaves its record in, and how it was asked for."""
+    """One pipeline: its spec, the folder it leaves its record in, and how it was asked for; of a sweep its number, and
+    what the sweep leaves."""
 
     spec: PipelineSpec
     folder: Path
     overrides: tuple[str, ...] = ()
     label: str = ""
+    number: int = 0
+    swept: Swept | None = None
 
 
 def plan_jobs(jobs: Sequence[Job], store: Store) -> list[Walk]:
@@ -257,9 +269,9 @@ def _conclude(
             watch.message(f"qpipe: {job.label}{_refused(error)} {_NO_RECORD}")
             status = status or QpipeError.exit_code
     records = [(job, record) for job, _, record in kept]
-    if len(jobs) > 1 and kept:
+    if jobs[0].swept is not None and kept:
         try:
-            write_sweep(records, [walk for _, walk, _ in kept], jobs[0].folder.parent)
+            write_sweep(records, [walk for _, walk, _ in kept], jobs[0].swept)
         except QpipeError as error:
             watch.message(str(error))
             status = status or QpipeError.exit_code
@@ -295,17 +307,16 @@ def _refused(error: Exception) -> str:
     return str(error)
 
 
-def write_sweep(
-    records: Sequence[tuple[Job, Mapping[str, Any]]], walks: Sequence[Walk], folder: Path
-) -> None:
-    """`sweep.json`: every distinct action once, and for each trial its overrides, leaf nodes and scores."""
-    actions: dict[str, dict[str, Any]] = {}
+def write_sweep(records: Sequence[tuple[Job, Mapping[str, Any]]], walks: Sequence[Walk], swept: Swept) -> None:
+    """Add these trials to `sweep.json`: their overrides, leaf nodes and scores, and the actions behind them."""
+    actions = swept.actions
     for walk in walks:
         for name, outcome in walk.verdicts().items():
             if outcome.key is not None and (outcome.key not in actions or outcome.state == "ran"):
                 actions[outcome.key] = {"node": name, "verdict": outcome.state, **_cost(outcome)}
-    trials = [
+    swept.trials += [
         {
+            "number": job.number,
             "overrides": list(job.overrides),
             "run_dir": str(job.folder),
             "status": record["status"],
@@ -317,7 +328,8 @@ def write_sweep(
         }
         for (job, record), walk in zip(records, walks, strict=True)
     ]
-    write_whole(folder / "sweep.json", json_text({"schema": 1, "actions": actions, "trials": trials}))
+    text = json_text({"schema": 1, "actions": actions, "trials": swept.trials})
+    write_whole(swept.folder / "sweep.json", text)
 
 
 def _cost(outcome: Outcome) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from omegaconf import OmegaConf
 from qpipe.cli.compose import (
     COMPOSING,
     READING,
+    SWEEPING,
     WRITING,
     parameters,
     quick_hydra,
@@ -32,9 +34,12 @@ CASES = (
     ["pipeline=adaround", "scheme=w4a8", "stages.adaround.iterations=7", "+hydra.job.env_set.QPIPE_X=y"],
     ["experiment=w4a8_rounding", "hydra.mode=RUN"],
 )
-ALL = [*COMPOSING, *READING, *WRITING]
+ALL = [*COMPOSING, *SWEEPING, *READING, *WRITING]
 REPLACED = [
     "hydra._internal.hydra:Hydra",
+    "ConfigLoaderImpl:_parse_overrides_and_create_caching_repo",
+    "hydra._internal.config_loader_impl:create_defaults_list",
+    "ConfigLoaderImpl:_compose_config_from_defaults_list",
     "omegaconf._utils:get_yaml_loader",
     "omegaconf.basecontainer:get_yaml_loader",
     "omegaconf.omegaconf:get_omega_conf_dumper",
@@ -44,9 +49,9 @@ REPLACED = [
 def left(name: str) -> list[str]:
     """What is replaced where `name` is not as it is known: nothing of what is replaced together with it."""
     (group,) = {
-        tuple(names) for names in (COMPOSING, READING, WRITING) if name in [each for _, each in names]
+        tuple(names) for names in (COMPOSING, SWEEPING, READING, WRITING) if name in [each for _, each in names]
     }
-    gone = {f"{module}:{each}" for module, each in group}
+    gone = {f"{module}:{each}" for module, each in group} | {each.replace(".", ":") for _, each in group}
     return [each for each in REPLACED if each not in gone]
 
 
@@ -57,6 +62,72 @@ def test_the_same_config_is_composed(arguments, tmp_path, monkeypatch):
     assert composed(arguments, tmp_path / "quick", True) == plain
     assert plain["config"]["stages"]
     assert plain["hydra.yaml"]["hydra"]["mode"] == "RUN"
+
+
+GROUPS = ("scheme=w4a8", "scheme=xint8", "target=tensorrt", "pipeline=adaround", "pipeline=nope", "experiment=w4a8_rounding",
+          "~data", "+model@other=onnx_file", "~cache", "stage@stages.more=bnf", "+stage@stages.more=bnf")  # fmt: skip
+VALUES = ("seed=3", "seed=x", "goal.max_drop=0.5", "+note=[1,{a: 2}]", "note=1", "~targets", "~nope", "++goal.metric=mse",
+          "stages.cle.norms=false", "stages.cle.nope=1", "scheme.weight={bitwidth: 2}", "scheme.weight.bitwidth=two",
+          "goal=null", "goal.metric=${scheme.name}", "hydra.job.chdir=true", "run.threads=2", "a b", "hydra.nope=1",
+          "+scheme={extra: 1}", "scheme={name: mine}")  # fmt: skip
+
+
+def swept(jobs: list[list[str]], quick: bool) -> list[Any]:
+    """What Hydra makes of each job of a sweep, or how it refuses it."""
+    from hydra import initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.types import RunMode
+
+    found: list[Any] = []
+    with quick_hydra() if quick else contextlib.nullcontext(), initialize_config_module("qpipe.conf", version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        master = loader.load_configuration("config", ["hydra.mode=MULTIRUN"], RunMode.MULTIRUN)
+        for job in jobs:
+            try:
+                config = loader.load_sweep_config(master, job)
+            except Exception as error:
+                found.append((type(error).__name__, str(error), str(error.__cause__)))
+                continue
+            found.append(OmegaConf.to_container(config, resolve=False))
+            config.seed = "changed"  # of this job alone
+            config.scheme = {}
+    return found
+
+
+def test_jobs_of_a_sweep_are_composed_as_by_plain_hydra():
+    """Groups, values, mistakes in both, in any order, the same again: sixty jobs, drawn."""
+    from qpipe.cli.main import _register
+
+    _register()
+    draw = random.Random(0)
+    jobs = [draw.choices(GROUPS, k=draw.choice((0, 0, 1, 2))) + draw.choices(VALUES, k=draw.randrange(4)) for _ in range(60)]
+    for job in jobs:
+        draw.shuffle(job)
+    jobs = [*jobs, *jobs[:10], ["hydra.searchpath=[file:///nowhere]", "scheme=w4a8"], ["scheme=w4a8"]]
+    plain = swept(jobs, quick=False)
+    assert swept(jobs, quick=True) == plain
+    assert 10 < sum(isinstance(each, dict) for each in plain) < 60
+
+
+def test_files_are_read_once_for_each_choice_of_groups(monkeypatch):
+    from hydra._internal.core_plugins.importlib_resources_config_source import ImportlibResourcesConfigSource
+
+    from qpipe.cli.main import _register
+
+    _register()
+    read: list[str] = []
+    plain = ImportlibResourcesConfigSource.load_config
+
+    def counted(self: Any, config_path: str) -> Any:
+        read.append(config_path)
+        return plain(self, config_path)
+
+    monkeypatch.setattr(ImportlibResourcesConfigSource, "load_config", counted)
+    swept([["scheme=w4a8", "seed=0"]], quick=True)
+    once = len(read)
+    read.clear()
+    swept([["scheme=w4a8", f"seed={n}"] for n in range(20)], quick=True)
+    assert len(read) == once > 10
 
 
 def names_replaced() -> list[str]:
