@@ -11,7 +11,6 @@ done; 130 interrupted.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import gc
 import itertools
 import math
@@ -34,7 +33,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from hydra_plugins.qpipe.returns import NoScore, Score, watching
+from hydra_plugins.qpipe.returns import NoScore, Returned, Score, watching
 from qpipe.cli.compose import quick_hydra
 from qpipe.cli.config_files import config_folders, groups, not_read, odd_name, shown, without_header
 from qpipe.cli.manual import OPTIONS, overview, usage
@@ -43,7 +42,8 @@ from qpipe.cli.words import arranged, is_subject, split_command, take_options
 from qpipe.errors import ConfigError, QpipeError
 from qpipe.language.catalog import catalog, schema
 from qpipe.run.record import RECORD, reached
-from qpipe.run.sweep import INTERRUPTED, Job, Swept
+from qpipe.run.sweep import INTERRUPTED, Job
+from qpipe.run.swept import Swept
 
 if TYPE_CHECKING:
     from hydra_plugins.qpipe.launcher import Trial
@@ -215,8 +215,12 @@ def _compose(many: Many, command: str, rest: list[str]) -> int:
         folder = Path(HydraConfig.get().runtime.output_dir)
         overrides = tuple(OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False))  # type: ignore[arg-type]
         os.chdir(HydraConfig.get().runtime.cwd)  # with hydra.job.chdir: a relative path means what it meant before
-        job = functools.partial(make_job, config, folder, overrides, arguments=rest)
-        own.append(_carry_out(many, lambda: [job()], [folder] if leaves else []))
+        number = HydraConfig.get().job.num if HydraConfig.get().mode == RunMode.MULTIRUN else None
+
+        def build() -> list[Job]:
+            return [dataclasses.replace(make_job(config, folder, overrides, arguments=rest), number=number)]
+
+        own.append(_carry_out(many, build, [folder] if leaves else []))
         return _told(reached(folder) if leaves else math.nan, own[-1], overrides)
 
     def sweep(trials: Iterator[Trial], count: int, folder: Path) -> list[Score]:
@@ -268,7 +272,24 @@ def _compose(many: Many, command: str, rest: list[str]) -> int:
             f"the folder of the run cannot be made ({at}{error.strerror or error}). Choose another one with "
             "hydra.run.dir=…, or hydra.sweep.dir=… with -m."
         ) from error
-    return max([*own, *returned], default=0)
+    if leaves and not sweeps:
+        _show_launched(returned)
+    return max([*own, *(each.status for each in returned)], default=0)
+
+
+def _show_launched(returned: Sequence[Returned]) -> None:
+    """Leave and show what a sweep came to whose trials other launchers ran, each as a run of its own."""
+    from qpipe.cli.run_commands import sweep_table
+    from qpipe.run.swept import Trial, read
+
+    by_sweep: dict[Path, list[Trial]] = {}
+    for each in returned:
+        if each.folder is not None:
+            by_sweep.setdefault(each.sweep, []).append(Trial(each.number, each.overrides, each.folder))
+    for folder, trials in by_sweep.items():
+        if found := read(trials):
+            Swept(folder).add(found)
+            print("\n".join(sweep_table(found, folder)))
 
 
 def _told(score: float, status: int, overrides: Sequence[str]) -> Score:

@@ -17,6 +17,7 @@ from qpipe.plan.estimate import Estimate, estimate
 from qpipe.plan.history import rebuild
 from qpipe.plan.verdicts import Outcome
 from qpipe.plan.walk import Walk
+from qpipe.report.terminal.leaderboard import leaderboard
 from qpipe.report.terminal.plain import PlainDisplay
 from qpipe.report.terminal.table import table, wrap
 from qpipe.report.terminal.terminal import Row, Terminal
@@ -24,6 +25,7 @@ from qpipe.report.text import duration, plural
 from qpipe.run.executor import worker_count
 from qpipe.run.stores import open_store
 from qpipe.run.sweep import NOT_CACHED, Job, plan_jobs, refusal, run_jobs
+from qpipe.run.swept import Trial
 from qpipe.stage import REQUIRED
 
 
@@ -58,7 +60,8 @@ class Screen(Terminal):
         if len(records) == 1 and records[0][0].swept is None:
             self.show(records[0][1], sys.stdout)
         else:
-            print("\n".join(sweep_table(records)))
+            swept = records[0][0].swept
+            print("\n".join(sweep_table(records, swept.folder if swept else records[0][0].folder.parent)))
         if refused is not None:
             raise refused
 
@@ -183,26 +186,8 @@ def _write_report(record: Mapping[str, Any], folder: Path) -> Path:
     return path
 
 
-def sweep_table(records: Sequence[tuple[Job, Mapping[str, Any]]]) -> list[str]:
-    """One line a trial: what it overrode, its best score, its distance from float, what ran and what hit."""
-    found: list[tuple[str, ...]] = [("#", "overrides", "score", "drop", "goal", "ran", "hit", "folder")]
-    for job, record in records:
-        goal, totals = record["goal"], record["totals"]
-        drop = None if goal["reached"] is None or goal["float"] is None else goal["float"] - goal["reached"]
-        verdict = {True: "met", False: "missed", None: "-"}[goal["met"]]
-        score = goal["reached"]
-        if goal["scores"] is None:  # of no goal: the last that was scored
-            score = next((step["score"] for step in reversed(record["ladder"]) if step["score"] is not None), None)
-        figures = [f"{value:.4f}" if value is not None else "-" for value in (score, drop)]
-        found.append(
-            (
-                str(job.number),
-                " ".join(job.overrides),
-                *figures,
-                verdict,
-                str(totals["ran"]),
-                str(totals["hit"]),
-                str(job.folder),
-            )
-        )
-    return [line for block in table(found, 140, right=(2, 3, 5, 6), flexible=1) for line in block]
+def sweep_table(records: Sequence[tuple[Job | Trial, Mapping[str, Any]]], folder: Path) -> list[str]:
+    """The trials of a sweep, the best first, by what they have different."""
+    trials = [(trial.number or 0, trial.overrides, record) for trial, record in records]
+    display = PlainDisplay(sys.stdout)
+    return leaderboard(trials, str(folder), display.width, display.fancy)

@@ -9,7 +9,7 @@ from typing import Any
 
 from qpipe.explain.causes import Recorded, compare
 
-_COST = ("verdict", "duration_s", "original_duration_s", "cpu_s")
+_COST = ("verdict", "duration_s", "original_duration_s", "cpu_s", "original_cpu_s")
 
 
 @dataclasses.dataclass(frozen=True)

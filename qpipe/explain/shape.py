@@ -30,7 +30,8 @@ class Either(NamedTuple):
 TEXT, NUMBER, TRUTH, ANY = "text", "a number", "true or false", "anything"
 STAMP = Either(TEXT, NUMBER)
 ARTIFACT = {"kind": TEXT, "digest": TEXT, "size_bytes": NUMBER}
-TIMES = {"duration_s": NUMBER, "original_duration_s": NUMBER, "cpu_s": NUMBER, "peak_rss_bytes": NUMBER}
+TIMES = {"duration_s": NUMBER, "original_duration_s": NUMBER, "cpu_s": NUMBER, "original_cpu_s": NUMBER,
+         "peak_rss_bytes": NUMBER}  # fmt: skip
 STEP = {
     **TIMES, "node": TEXT, "label": TEXT, "score": NUMBER, "metric": TEXT, "drop": NUMBER, "verdict": TEXT,
     "best": TRUTH, "baseline": TRUTH, "cost": NUMBER,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from hydra.core.plugins import Plugins
-from hydra.core.utils import JobStatus
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
 
 
 class Score(float):
@@ -38,25 +42,41 @@ class NoScore(Exception):
         )
 
 
+class Returned(NamedTuple):
+    """A trial that a launcher is through with: its exit status; where its config came back too, its number, overrides
+    and folder; and the folder of the sweep."""
+
+    status: int
+    sweep: Path
+    number: int = 0
+    overrides: tuple[str, ...] = ()
+    folder: Path | None = None
+
+
+def returned(job: JobReturn, sweep: Path) -> Returned:
+    """What a launcher gives back for a job, read."""
+    value = job._return_value  # `return_value` would raise what the trial raised
+    status = getattr(value, "status", 0 if job.status == JobStatus.COMPLETED else 1)
+    if job.hydra_cfg is None:
+        return Returned(status, sweep)
+    hydra = job.hydra_cfg.hydra
+    return Returned(status, sweep, int(hydra.job.num), tuple(job.overrides), Path(str(hydra.runtime.output_dir)))
+
+
 @contextmanager
-def watching() -> Iterator[list[int]]:
-    """The exit statuses of the trials that are launched within, whichever launcher it is, in whichever process."""
-    found: list[int] = []
+def watching() -> Iterator[list[Returned]]:
+    """The trials that are launched within, whichever launcher it is, in whichever process."""
+    found: list[Returned] = []
     plugins = Plugins.instance()
     instantiate = plugins.instantiate_launcher
 
-    def watched(*rest: Any, **options: Any) -> Any:
-        launcher = instantiate(*rest, **options)
-        launch = launcher.launch
+    def watched(hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> Launcher:
+        launcher = instantiate(hydra_context=hydra_context, task_function=task_function, config=config)
+        launch, sweep = launcher.launch, Path(str(config.hydra.sweep.dir)).absolute()
 
-        def noting(*rest: Any, **options: Any) -> Any:
-            returns = launch(*rest, **options)
-            for each in returns:
-                value = each._return_value  # `return_value` would raise what the trial raised
-                if isinstance(value, Score | NoScore):
-                    found.append(value.status)
-                elif each.status != JobStatus.COMPLETED:
-                    found.append(1)
+        def noting(*rest: Any, **options: Any) -> Sequence[JobReturn]:
+            returns: Sequence[JobReturn] = launch(*rest, **options)
+            found.extend(returned(each, sweep) for each in returns)
             return returns
 
         launcher.launch = noting

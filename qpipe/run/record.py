@@ -123,6 +123,7 @@ def _node(walk: Walk, name: str, outcome: Outcome) -> dict[str, Any]:
         "duration_s": provenance.get("duration_s") if ran else 0.0,
         "cpu_s": provenance.get("cpu_s") if ran else 0.0,
         "original_duration_s": provenance.get("duration_s"),
+        "original_cpu_s": provenance.get("cpu_s"),
         "peak_rss_bytes": provenance.get("peak_rss_bytes"),
         "chosen": {"model": outcome.chosen[0].node, "scores": outcome.chosen[1].node} if outcome.chosen else None,
         "scores": _own_scores(walk, name, outcome),

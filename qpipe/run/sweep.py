@@ -8,7 +8,7 @@ import dataclasses
 import gc
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +21,6 @@ from qpipe.language.labels import check_labels
 from qpipe.language.spec import PipelineSpec, RunSpec
 from qpipe.plan.estimate import misses
 from qpipe.plan.keyring import Keyring
-from qpipe.plan.verdicts import Outcome
 from qpipe.plan.walk import Walk
 from qpipe.run.checkout import Checkout
 from qpipe.run.deployment import deployments
@@ -30,13 +29,12 @@ from qpipe.run.record import (
     Measured,
     RunInfo,
     build_record,
-    json_text,
     take_back,
     write_config,
     write_files,
     write_record,
 )
-from qpipe.writing import write_whole
+from qpipe.run.swept import Swept, Trial
 
 GOAL_MISSED = 3
 NOT_CACHED = 4
@@ -53,15 +51,6 @@ class Watch(View, Protocol):
     def ended_jobs(self, records: Sequence[tuple[Job, dict[str, Any]]]) -> None: ...
 
 
-@dataclasses.dataclass
-class Swept:
-    """What `sweep.json` in `folder` says: every distinct action once, and each trial, of all batches so far."""
-
-    folder: Path
-    actions: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    trials: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-
-
 @dataclasses.dataclass(frozen=True)
 class Job:
     """One pipeline: its spec, the folder it leaves its record in, and how it was asked for; of a sweep its number, and
@@ -71,7 +60,7 @@ class Job:
     folder: Path
     overrides: tuple[str, ...] = ()
     label: str = ""
-    number: int = 0
+    number: int | None = None
     swept: Swept | None = None
 
 
@@ -253,10 +242,10 @@ def _conclude(
     info: RunInfo,
     measured: Sequence[Measured],
 ) -> int:
-    """Write and show the records. A single job whose input was refused leaves none: its lines said it all."""
+    """Write and show the records. A run, not a trial, whose input was refused leaves none: its lines said it all."""
     store.touch(hits(walks))
     status = INTERRUPTED if info.stopped == "interrupted" else exit_code(walks)
-    if status == InputError.exit_code and len(jobs) == 1:
+    if status == InputError.exit_code and jobs[0].number is None:
         return status
     kept = []
     for job, walk, found in zip(jobs, walks, measured, strict=True):
@@ -271,7 +260,7 @@ def _conclude(
     records = [(job, record) for job, _, record in kept]
     if jobs[0].swept is not None and kept:
         try:
-            write_sweep(records, [walk for _, walk, _ in kept], jobs[0].swept)
+            jobs[0].swept.add([(Trial(job.number or 0, job.overrides, job.folder), record) for job, record in records])
         except QpipeError as error:
             watch.message(str(error))
             status = status or QpipeError.exit_code
@@ -305,33 +294,3 @@ def _refused(error: Exception) -> str:
     if isinstance(error, OSError):
         return f"'{error.filename}' cannot be written: {error.strerror or error}. Make room, or choose another folder."
     return str(error)
-
-
-def write_sweep(records: Sequence[tuple[Job, Mapping[str, Any]]], walks: Sequence[Walk], swept: Swept) -> None:
-    """Add these trials to `sweep.json`: their overrides, leaf nodes and scores, and the actions behind them."""
-    actions = swept.actions
-    for walk in walks:
-        for name, outcome in walk.verdicts().items():
-            if outcome.key is not None and (outcome.key not in actions or outcome.state == "ran"):
-                actions[outcome.key] = {"node": name, "verdict": outcome.state, **_cost(outcome)}
-    swept.trials += [
-        {
-            "number": job.number,
-            "overrides": list(job.overrides),
-            "run_dir": str(job.folder),
-            "status": record["status"],
-            "leaves": list(walk.graph.targets),
-            "goal": record["goal"],
-            "best": record["best"],
-            "scores": {step["node"]: step["score"] for step in record["ladder"]},
-            "keys": {name: node["key"] for name, node in record["nodes"].items()},
-        }
-        for (job, record), walk in zip(records, walks, strict=True)
-    ]
-    text = json_text({"schema": 1, "actions": actions, "trials": swept.trials})
-    write_whole(swept.folder / "sweep.json", text)
-
-
-def _cost(outcome: Outcome) -> dict[str, Any]:
-    provenance = (outcome.result or {}).get("provenance", {})
-    return {"duration_s": provenance.get("duration_s"), "cpu_s": provenance.get("cpu_s")}

@@ -64,12 +64,16 @@ def test_the_same_config_is_composed(arguments, tmp_path, monkeypatch):
     assert plain["hydra.yaml"]["hydra"]["mode"] == "RUN"
 
 
-GROUPS = ("scheme=w4a8", "scheme=xint8", "target=tensorrt", "pipeline=adaround", "pipeline=nope", "experiment=w4a8_rounding",
-          "~data", "+model@other=onnx_file", "~cache", "stage@stages.more=bnf", "+stage@stages.more=bnf")  # fmt: skip
-VALUES = ("seed=3", "seed=x", "goal.max_drop=0.5", "+note=[1,{a: 2}]", "note=1", "~targets", "~nope", "++goal.metric=mse",
-          "stages.cle.norms=false", "stages.cle.nope=1", "scheme.weight={bitwidth: 2}", "scheme.weight.bitwidth=two",
-          "goal=null", "goal.metric=${scheme.name}", "hydra.job.chdir=true", "run.threads=2", "a b", "hydra.nope=1",
-          "+scheme={extra: 1}", "scheme={name: mine}")  # fmt: skip
+GROUPS = (
+    *("scheme=w4a8", "scheme=xint8", "target=tensorrt", "pipeline=adaround", "pipeline=nope", "~data", "~cache"),
+    *("experiment=w4a8_rounding", "+model@other=onnx_file", "stage@stages.more=bnf", "+stage@stages.more=bnf"),
+)
+VALUES = (
+    *("seed=3", "seed=x", "goal.max_drop=0.5", "+note=[1,{a: 2}]", "note=1", "~targets", "~nope", "++goal.metric=mse"),
+    *("stages.cle.norms=false", "stages.cle.nope=1", "scheme.weight={bitwidth: 2}", "scheme.weight.bitwidth=two"),
+    *("goal=null", "goal.metric=${scheme.name}", "hydra.job.chdir=true", "run.threads=2", "a b", "hydra.nope=1"),
+    *("+scheme={extra: 1}", "scheme={name: mine}"),
+)
 
 
 def swept(jobs: list[list[str]], quick: bool) -> list[Any]:
@@ -79,7 +83,8 @@ def swept(jobs: list[list[str]], quick: bool) -> list[Any]:
     from hydra.types import RunMode
 
     found: list[Any] = []
-    with quick_hydra() if quick else contextlib.nullcontext(), initialize_config_module("qpipe.conf", version_base="1.3"):
+    quickly = quick_hydra() if quick else contextlib.nullcontext()
+    with quickly, initialize_config_module("qpipe.conf", version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         master = loader.load_configuration("config", ["hydra.mode=MULTIRUN"], RunMode.MULTIRUN)
         for job in jobs:
@@ -100,9 +105,10 @@ def test_jobs_of_a_sweep_are_composed_as_by_plain_hydra():
 
     _register()
     draw = random.Random(0)
-    jobs = [draw.choices(GROUPS, k=draw.choice((0, 0, 1, 2))) + draw.choices(VALUES, k=draw.randrange(4)) for _ in range(60)]
-    for job in jobs:
-        draw.shuffle(job)
+    jobs = []
+    for _ in range(60):
+        jobs.append(draw.choices(GROUPS, k=draw.choice((0, 0, 1, 2))) + draw.choices(VALUES, k=draw.randrange(4)))
+        draw.shuffle(jobs[-1])
     jobs = [*jobs, *jobs[:10], ["hydra.searchpath=[file:///nowhere]", "scheme=w4a8"], ["scheme=w4a8"]]
     plain = swept(jobs, quick=False)
     assert swept(jobs, quick=True) == plain

@@ -9,6 +9,7 @@ import pwd
 import resource
 import signal
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from qpipe.cache.store import Store
 from qpipe.errors import ConfigError
 from qpipe.run.stores import open_local_store
 from qpipe.run.sweep import run_jobs
+from qpipe.run.swept import Swept
 from tests.inprocess import Quiet, job
 from tests.toy import Toy
 
@@ -62,6 +64,8 @@ def test_every_trial_is_whole_or_left_nothing_and_says_so_in_one_line(
     while True:
         place = tmp_path / str(room)
         jobs = [job(place, STAGES, name, cache={"dir": str(tmp_path / "cache")}) for name in ("one", "two")]
+        swept = Swept(place)
+        jobs = [replace(each, number=number, swept=swept) for number, each in enumerate(jobs)]
         watch = Quiet()
         with monkeypatch.context() as patch, Store(tmp_path / "cache") as store:
             FullDisk(patch, place / "one", room)
