@@ -272,24 +272,28 @@ def _compose(many: Many, command: str, rest: list[str]) -> int:
             f"the folder of the run cannot be made ({at}{error.strerror or error}). Choose another one with "
             "hydra.run.dir=…, or hydra.sweep.dir=… with -m."
         ) from error
-    if leaves and not sweeps:
-        _show_launched(returned)
+    if leaves:
+        _show_launched(returned, sweeps)
     return max([*own, *(each.status for each in returned)], default=0)
 
 
-def _show_launched(returned: Sequence[Returned]) -> None:
-    """Leave and show what a sweep came to whose trials other launchers ran, each as a run of its own."""
+def _show_launched(returned: Sequence[Returned], sweeps: dict[Path, Swept]) -> None:
+    """Show what a sweep came to that no single command has shown whole: several batches; and trials that other
+    launchers ran, each as a run of its own, for which nobody has left `sweep.json`."""
     from qpipe.cli.run_commands import sweep_table
-    from qpipe.run.swept import Trial, read
+    from qpipe.run.swept import Trial, read, so_far
 
-    by_sweep: dict[Path, list[Trial]] = {}
+    others: dict[Path, list[Trial]] = {}
     for each in returned:
-        if each.folder is not None:
-            by_sweep.setdefault(each.sweep, []).append(Trial(each.number, each.overrides, each.folder))
-    for folder, trials in by_sweep.items():
+        if each.folder is not None and each.sweep not in sweeps:
+            others.setdefault(each.sweep, []).append(Trial(each.number, each.overrides, each.folder))
+    for folder, trials in others.items():
         if found := read(trials):
             Swept(folder).add(found)
             print("\n".join(sweep_table(found, folder)))
+    for folder, swept in sweeps.items():
+        if swept.batches > 1:
+            print("\n".join(sweep_table(read(so_far(swept)), folder)))
 
 
 def _told(score: float, status: int, overrides: Sequence[str]) -> Score:

@@ -30,9 +30,11 @@ class Swept:
     folder: Path
     actions: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     trials: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    batches: int = 0
 
     def add(self, trials: Sequence[tuple[Trial, Mapping[str, Any]]]) -> None:
-        """Take these trials in, each with its record, and write the file."""
+        """Take a batch of trials in, each with its record, and write the file."""
+        self.batches += 1
         for trial, record in trials:
             self.trials.append(_trial(trial, record))
             for name, node in record["nodes"].items():
@@ -41,6 +43,11 @@ class Swept:
                     self.actions[key] = _action(name, node)
         text = json_text({"schema": 1, "actions": self.actions, "trials": self.trials})
         write_whole(self.folder / SWEEP, text)
+
+
+def so_far(swept: Swept) -> list[Trial]:
+    """The trials of all batches."""
+    return [Trial(each["number"], tuple(each["overrides"]), Path(each["run_dir"])) for each in swept.trials]
 
 
 def read(trials: Sequence[Trial]) -> list[tuple[Trial, dict[str, Any]]]:

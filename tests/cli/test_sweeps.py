@@ -49,7 +49,11 @@ def test_a_score_comes_back_from_a_process_with_its_status() -> None:
     assert math.isnan(pickle.loads(pickle.dumps(Score(math.nan, 1))))
 
 
-@pytest.mark.parametrize("launcher", ["qpipe", "basic"])
+def slow(launcher: str) -> Any:
+    return pytest.param(launcher, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("launcher", ["qpipe", "basic", slow("joblib"), slow("submitit_local")])
 def test_one_trial_that_fails_leaves_the_others_and_the_sweep_ends_as_it_did(toy: Toy, launcher: str) -> None:
     toy.pipeline({**NODES, "c": {"uses": "toy_refuse", "scores": "b"}})
     words = ["-m", "run.workers=0", "goal.scores=c", "goal.max_drop=null", "stages.b.amount=0,5,-1"]
