@@ -7,8 +7,9 @@ die with their owner.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from heapq import heappop, heappush
 from itertools import count
@@ -19,7 +20,7 @@ from qpipe.cache.store import Store
 from qpipe.errors import CacheError, ChangedError, DamagedError, InputError, QpipeError
 from qpipe.language.catalog import catalog
 from qpipe.language.graph import Graph
-from qpipe.language.spec import RunSpec
+from qpipe.language.spec import FirstWithin, RunSpec
 from qpipe.plan.decision import fits
 from qpipe.plan.history import remember
 from qpipe.plan.verdicts import Action, State, request
@@ -30,6 +31,9 @@ from qpipe.run.workers import Event, InProcess, Pool, Processes
 
 _POLL_S = 0.1
 _WAIT_S = 1.0
+Urgency = tuple[float, int]
+"""Seconds, then steps."""
+BEGUN = (-math.inf, 0)
 
 
 class View(Protocol):
@@ -112,10 +116,13 @@ class _Run:
     ) -> None:
         self._walks, self._store, self._options, self._pool, self._view = walks, store, run, pool, view
         self._wanted: dict[str, list[tuple[Walk, Action]]] = {}
-        self._queue: list[tuple[int, int, str]] = []
-        """A heap of (rank, turn, key): the most urgent first, among equals who came first."""
+        self._queue: list[tuple[Urgency, int, str]] = []
+        """A heap of (rank, turn, key): the most urgent first, among equals who came first. A key stands in it again
+        where another pipeline turns out to need it more urgently."""
+        self._ranks: dict[str, Urgency] = {}
         self._turns = count()
-        self._urgency = {walk: urgency(walk.graph) for walk in walks}
+        times = Times()
+        self._urgency = {walk: urgency(walk.graph, times.of(walk)) for walk in walks}
         self._blocked: dict[str, float] = {}
         self._running: dict[str, float] = {}
         self._locks: dict[str, Any] = {}
@@ -149,11 +156,11 @@ class _Run:
 
     def _want(self, walk: Walk, actions: Sequence[Action]) -> None:
         for action in actions:
-            if action.key in self._wanted:
-                self._wanted[action.key].append((walk, action))
-            else:
-                self._wanted[action.key] = [(walk, action)]
-                rank = -self._urgency[walk][action.node]  # what most depends on is begun early
+            self._wanted.setdefault(action.key, []).append((walk, action))
+            seconds, steps = self._urgency[walk][action.node]
+            rank = (-seconds, -steps)  # what most depends on is begun early
+            if rank < self._ranks.get(action.key, (1.0, 0)):
+                self._ranks[action.key] = rank
                 heappush(self._queue, (rank, next(self._turns), action.key))
 
     def _start(self) -> None:
@@ -171,7 +178,10 @@ class _Run:
                 del self._blocked[key]
                 self._begin(key)
         while self._queue and self._pool.idle:
-            key = heappop(self._queue)[2]
+            rank, _, key = heappop(self._queue)
+            if self._ranks.get(key) != rank:  # it stood further ahead, too
+                continue
+            self._ranks[key] = BEGUN
             if self._lock(key):
                 self._begin(key)
             else:
@@ -250,6 +260,7 @@ class _Run:
         """Tell every node that wanted the key; the first carries the verdict, the others hit."""
         self._unlock(key)
         duration = result["provenance"]["duration_s"] if verdict == "ran" else 0.0
+        self._ranks.pop(key, None)
         wanted = self._wanted.pop(key)
         for i, (walk, action) in enumerate(wanted):
             state: State = "ran" if verdict == "ran" and i == 0 else "hit"
@@ -260,6 +271,7 @@ class _Run:
 
     def _fail(self, key: str, error: Event) -> None:
         self._unlock(key)
+        self._ranks.pop(key, None)
         wanted = self._wanted.pop(key)
         for walk, action in wanted:
             walk.fail(action.node, error)
@@ -286,14 +298,39 @@ def _written_to(action: Action, params: Sequence[str]) -> str:
     return f"{names} was written to while the run went on. The result is not kept; run again."
 
 
-def urgency(graph: Graph) -> dict[str, int]:
-    """For every node the number of steps on the longest way from it to an end of the graph."""
-    steps = dict.fromkeys(graph.order, 1)
+class Times:
+    """What nodes are expected to take, by what they took before, asked once for each stage and name."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, str], float] = {}
+
+    def of(self, walk: Walk) -> Callable[[str], float]:
+        """Seconds by the name of a node; 0 where nothing is known of it."""
+
+        def expected(name: str) -> float:
+            node = walk.graph.node(name)
+            if isinstance(node, FirstWithin):
+                return 0.0
+            kind = (node.stage.name, name)
+            if kind not in self._known:
+                self._known[kind] = walk.expected_s(name) or 0.0
+            return self._known[kind]
+
+        return expected
+
+
+def urgency(graph: Graph, expected_s: Callable[[str], float] = lambda _: 0.0) -> dict[str, Urgency]:
+    """For every node the seconds and the number of steps on the longest way from it to an end of the graph; the longest
+    is the one that takes longest, and where that is not known the one of most steps."""
+    behind: dict[str, Urgency] = dict.fromkeys(graph.order, (0.0, 0))
+    found: dict[str, Urgency] = {}
     for name in reversed(graph.order):
+        seconds, steps = behind[name]
+        found[name] = seconds + expected_s(name), steps + 1
         for sources in graph.inputs[name].values():
             for source in sources:
-                steps[source.node] = max(steps[source.node], 1 + steps[name])
-    return steps
+                behind[source.node] = max(behind[source.node], found[name])
+    return found
 
 
 def exit_code(walks: Sequence[Walk]) -> int:

@@ -119,9 +119,34 @@ def test_what_most_depends_on_is_begun_first(scene: Scene) -> None:
     stages["next"] = {"uses": "toy_add", "scores": "root"}
     stages["last"] = {"uses": "toy_sign", "scores": "next"}
     walk = scene.walk(stages)
-    assert urgency(walk.graph) == {"alone": 1, "root": 3, "next": 2, "last": 1}
+    steps = {"alone": 1, "root": 3, "next": 2, "last": 1}
+    assert urgency(walk.graph) == {name: (0.0, count) for name, count in steps.items()}
+    took = {"alone": 5.0, "root": 1.0, "next": 0.5, "last": 2.0}
+    found = {name: seconds for name, (seconds, _) in urgency(walk.graph, took.__getitem__).items()}
+    assert found == {"alone": 5.0, "root": 3.5, "next": 2.5, "last": 2.0}
     scene.run(walk)
     assert scene.view.those("started")[:2] == ["root", "next"]
+
+
+def test_what_took_long_before_is_begun_first(scene: Scene) -> None:
+    """Of two that nothing else tells apart, by what they took; by the steps behind them where they never ran."""
+    stages: dict[str, Any] = {"one": {"uses": "toy_number"}}
+    for name, seconds in (("quick", 0.0), ("slow", 0.2)):
+        stages[name] = {"uses": "toy_add", "scores": "one", "seconds": seconds}
+    scene.run(scene.walk(stages))
+    for name in ("quick", "slow"):
+        stages[name]["amount"] = 2
+    scene.run(scene.walk(stages))
+    assert scene.view.those("started")[3:] == ["slow", "quick"]
+
+
+def test_an_action_is_as_urgent_as_the_pipeline_that_needs_it_most(scene: Scene) -> None:
+    """Two that are one action stand in the queue once for each rank, and run once."""
+    one = {"one": {"uses": "toy_number"}}
+    deep = {**one, "more": {"uses": "toy_add", "scores": "one"}, "last": {"uses": "toy_add", "scores": "more"}}
+    other = {"two": {"uses": "toy_number", "value": 2.0}, "then": {"uses": "toy_sign", "scores": "two"}}
+    scene.run(scene.walk(one, "0 "), scene.walk(other, "1 "), scene.walk(deep, "2 "))
+    assert scene.view.those("started") == ["0 one", "1 two", "2 more", "1 then", "2 last"]
 
 
 def failing() -> dict[str, Any]:

@@ -93,7 +93,7 @@ def test_a_chain_deeper_than_the_stack_is_planned(deep: Walk) -> None:
     assert [action.node for action in deep.advance()] == ["n0"]
     states = Counter(outcome.state for outcome in deep.verdicts().values())
     assert states == {"run": 1, "wait": DEEP - 1}
-    assert urgency(deep.graph)["n0"] == DEEP
+    assert urgency(deep.graph)["n0"] == (0.0, DEEP)
 
 
 def test_a_chain_deeper_than_the_stack_fails_to_its_end(deep: Walk) -> None:
