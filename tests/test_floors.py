@@ -115,7 +115,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "explain": ((*ENGINE, "run"), "shape past_runs causes runs_apart artifacts verification"),
     "report": ((), "text facts measured"),
-    "report.terminal": (("report",), "table activity closing leaderboard plain live terminal"),
+    "report.terminal": (("report",), "table activity closing leaderboard run_table plain live terminal"),
     "report.drawing": (("report", "report.terminal"), "layout rails picture"),
     "report.page": (("writing", "report", "report.drawing"), "style charts mix html"),
     "demo": (("errors",), "data net train"),

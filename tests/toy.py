@@ -139,7 +139,7 @@ class Toy:
 
     def command(self, *arguments: str) -> list[str]:
         words = arguments if arguments else ("run",)
-        if words[0] == "diff":  # composes no config
+        if words[0] in ("diff", "runs"):  # compose no config
             return [sys.executable, "-m", "qpipe", *words]
         subject = [] if words[0] not in ("why", "verify", "graph", "cache") else list(words[1:2])
         command, rest = [words[0], *subject], list(words[1 + len(subject) :])

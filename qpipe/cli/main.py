@@ -1,6 +1,7 @@
 """The edge: the command line, Hydra, and what a person sees.
 
-    qpipe [run|plan|rerun RUN|why NODE|diff RUN RUN|verify NODE|graph [FILE]|stages [NAME]|report [RUN]|cache …]
+    qpipe [run|plan|rerun RUN|why NODE|diff RUN RUN|verify NODE|graph [FILE]|stages [NAME]|report [RUN]|runs|
+          cache …]
           [overrides] [-m]
 
 Exit status: 0 all done; 1 a node failed; 2 the config or an input is wrong; 3 the goal was not met; 4
@@ -132,8 +133,8 @@ def _command(name: str, rest: list[str]) -> tuple[Many | int, list[str]]:
         return cache_command(rest)
     from qpipe.cli import run_commands as commands
 
-    if name in ("stages", "report"):
-        print({"stages": commands.show_stages, "report": commands.show_report}[name](rest))
+    if name in ("stages", "report", "runs"):
+        print({"stages": commands.show_stages, "report": commands.show_report, "runs": commands.show_runs}[name](rest))
         return 0, []
     if name == "rerun":
         return _rerun(rest)

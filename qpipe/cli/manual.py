@@ -17,6 +17,7 @@ _EXIT = {
     "graph": "0; 2 the config is wrong",
     "stages": "0; 2 there is no such stage",
     "report": "0; 2 there is no such run",
+    "runs": "0; 2 a word is wrong",
     "cache": "0; 1 the cache is damaged or cannot be used; 2 the command or the config is wrong",
 }
 
@@ -97,6 +98,16 @@ usage: qpipe report [RUN]
 
 Show the closing table of a run again and write its report.html; without RUN, of the last one.
 """,
+    "runs": """\
+usage: qpipe runs [FOLDER] [--sort BY] [--where KEY=VALUE …] [--json]
+
+All runs and trials below FOLDER (outputs), the newest first: what they were asked for where that differs, their score,
+what they lost against float, and the processor time that they took.
+
+  --sort BY           started, score, drop, cpu, name, or the address of an override
+  --where KEY=VALUE   those with this override, or with this status, metric or name; may be given again
+  --json              the same as JSON
+""",
     "cache": """\
 usage: qpipe cache COMMAND [OVERRIDE …]
 
@@ -127,6 +138,7 @@ usage: qpipe [COMMAND] [OVERRIDE …] [-m]          qpipe COMMAND --help says mo
   graph [FILE]    print the pipeline, or draw it to FILE (.svg or .png)
   stages [NAME]   list the stages, or show one with its ports and params
   report [RUN]    show the record of a run again (without RUN, of the last)
+  runs [FOLDER]   all runs side by side
   cache           ls, du, gc, verify, rm, pin, unpin, export, import
 An OVERRIDE is ADDRESS=VALUE (stages.adaround.iterations=500) or GROUP=OPTION:
 {groups}
@@ -151,6 +163,7 @@ OPTIONS: dict[str, dict[str, str]] = {
     "why": {"--against": "RUN"},
     "verify": {"--repeat": "N"},
     "diff": {"--json": ""},
+    "runs": {"--json": "", "--sort": "BY", "--where": "KEY=VALUE"},
 }
 """Of each command its own options, and what their values are called."""
 

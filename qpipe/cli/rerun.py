@@ -1,7 +1,8 @@
 """`qpipe rerun RUN`: the config that a run recorded, composed again, with further overrides.
 
 `.hydra/config.yaml` of the run has its interpolations still: `scheme.weight.bitwidth=4` reaches every node that took
-the scheme, as it did then. A trial of a sweep has only the resolved `config.yaml`, whose nodes hold their values.
+the scheme, as it did then. Where there is none (`hydra.output_subdir=null`), the resolved `config.yaml` has the values
+that the nodes hold.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def recorded(run: str, rest: Sequence[str]) -> list[str]:
             )
         if "=" in word and resolved and name.partition(".")[0] not in _HELD:
             raise ConfigError(
-                f"rerun: of a trial of a sweep only the values are recorded, so {word} reaches no node. "
+                f"rerun: '{folder}' has no .hydra/config.yaml, only the values, so {word} reaches no node. "
                 f"Override what the nodes hold: {listed(_HELD)}."
             )
         if name in REPLACED and word.startswith(f"{name}=") and "/" not in word:

@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qpipe.cli.manual import OPTIONS
+from qpipe.cli.words import take_options
 from qpipe.errors import ConfigError, QpipeError
-from qpipe.explain.past_runs import LAST, find_record, read_record
+from qpipe.explain.past_runs import LAST, OUTPUTS, find_record, read_record, records
 from qpipe.language.catalog import catalog, plain
 from qpipe.language.spec import FirstWithin
 from qpipe.param import describe
@@ -175,6 +177,34 @@ def show_report(arguments: Sequence[str]) -> str:
     display = PlainDisplay(sys.stdout)
     closing = closing_table(record, display.width, fancy=display.fancy, colour=display.colour)
     return closing + f"\nthe whole report: {_write_report(record, path.parent)}"
+
+
+def show_runs(arguments: Sequence[str]) -> str:
+    """All runs and trials below a folder, side by side. Errors: ConfigError for words that are none."""
+    from qpipe.report.terminal.run_table import Run, chosen, ordered, run_json, run_table
+
+    wanted: list[str] = []
+    options, rest = take_options(arguments, OPTIONS["runs"], {"--where": wanted})
+    for word in [*rest[1:], *(each for each in rest[:1] if each.startswith("-"))]:
+        raise ConfigError(f"runs: takes one folder, got '{word}'. `qpipe runs --help` says what else.")
+    for word in wanted:
+        if "=" not in word:
+            raise ConfigError(f"runs: --where takes KEY=VALUE, got '{word}'.")
+    folder = Path(rest[0]) if rest else OUTPUTS
+    if rest and not folder.is_dir():
+        raise ConfigError(f"runs: there is no folder '{folder}'.")
+    found, unread = [], 0
+    for path in records(folder):
+        try:
+            found.append(Run(str(path.parent.relative_to(folder)), read_record(path, "runs")))
+        except ConfigError:
+            unread += 1
+    wishes = dict(word.split("=", 1) for word in wanted)
+    runs = ordered([run for run in found if chosen(run, wishes)], options.get("--sort", "started"))
+    if "--json" in options:
+        return json.dumps(run_json(runs), indent=1)
+    lines = run_table(runs, PlainDisplay(sys.stdout).width)
+    return "\n".join([*lines, *([f"{plural(unread, 'record')} could not be read"] if unread else [])])
 
 
 def _write_report(record: Mapping[str, Any], folder: Path) -> Path:

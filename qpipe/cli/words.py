@@ -32,9 +32,12 @@ def is_subject(words: Sequence[str]) -> bool:
     return bool(words) and "=" not in words[0] and words[0][:1] not in ("-", "+", "~")
 
 
-def take_options(words: Sequence[str], known: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+def take_options(
+    words: Sequence[str], known: Mapping[str, str], several: Mapping[str, list[str]] | None = None
+) -> tuple[dict[str, str], list[str]]:
     """The options among `words`, `--name VALUE` or `--name=VALUE`, and the other words. `known` is {option: what its
-    value is called}, "" for an option that takes none. Errors: ConfigError for a value that is missing."""
+    value is called}, "" for an option that takes none; of those in `several` every value goes into the list. Errors:
+    ConfigError for a value that is missing."""
     found: dict[str, str] = {}
     rest: list[str] = []
     pending = list(reversed(words))
@@ -43,12 +46,12 @@ def take_options(words: Sequence[str], known: Mapping[str, str]) -> tuple[dict[s
         name, equals, value = word.partition("=")
         if name not in known or (equals and not known[name]):
             rest.append(word)
-        elif not known[name] or equals:
-            found[name] = value
-        elif pending and not pending[-1].startswith("--"):
-            found[name] = pending.pop()
-        else:
+        elif known[name] and not equals and (not pending or pending[-1].startswith("--")):
             raise ConfigError(f"{name}: has no value. Say `{name} {known[name]}`.")
+        else:
+            found[name] = pending.pop() if known[name] and not equals else value
+            if several and name in several:
+                several[name].append(found[name])
     return found, rest
 
 

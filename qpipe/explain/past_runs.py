@@ -42,9 +42,9 @@ def find_record(run: str, purpose: str) -> Path:
     )
 
 
-def records() -> list[Path]:
-    """Every record below outputs/, the newest first."""
-    found = [(path.stat().st_mtime_ns, path) for path in OUTPUTS.glob(f"**/{RECORD}")]
+def records(folder: Path = OUTPUTS) -> list[Path]:
+    """Every record below a folder, the newest first."""
+    found = [(path.stat().st_mtime_ns, path) for path in folder.glob(f"**/{RECORD}")]
     return [path for _, path in sorted(found, reverse=True)]
 
 

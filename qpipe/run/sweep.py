@@ -249,7 +249,8 @@ def _conclude(
         return status
     kept = []
     for job, walk, found in zip(jobs, walks, measured, strict=True):
-        own = dataclasses.replace(info, folder=job.folder, finished=time.time())
+        command = [*info.command[: len(info.command) - len(jobs[0].overrides)], *job.overrides]
+        own = dataclasses.replace(info, command=command, folder=job.folder, finished=time.time())
         try:
             kept.append((job, walk, _leave(job, walk, store, own, found)))
         except CacheError:  # what it reads is damaged, and is made again

@@ -76,6 +76,9 @@ def test_a_sweep_of_reruns_and_a_rerun_of_a_trial(toy: Toy, rerun) -> None:
     done = rerun(str(trial), "run.expect=cached")
     assert done.returncode == 0, done.stderr
     assert toy.record()["nodes"]["a"]["params"] == {"value": 2}
+    assert rerun(str(trial), "seed=5").returncode == 0
+    assert toy.record()["nodes"]["b"]["scores"]["score"] == 7
+    (trial / ".hydra" / "config.yaml").unlink()
     refused = rerun(str(trial), "seed=5")
     assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
     assert "so seed=5 reaches no node. Override what the nodes hold" in refused.stderr

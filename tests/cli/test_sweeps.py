@@ -124,3 +124,41 @@ def test_a_value_may_say_which_job_it_is_of(toy: Toy) -> None:
     assert [trial["scores"] for trial in sweep["trials"]] == [{}, {}, {}] or sweep
     records = [json.loads((Path(trial["run_dir"]) / "record.json").read_text()) for trial in sweep["trials"]]
     assert [record["nodes"]["b"]["scores"]["score"] for record in records] == [1.0, 3.0, 5.0]
+
+
+def test_runs_stand_side_by_side_by_what_differs(toy: Toy) -> None:
+    toy.pipeline(NODES)
+    words = ("run.workers=0", "goal.scores=b", "goal.max_drop=null", "stages.b.amount=2,10,9")
+    assert toy.run("-m", *words).returncode == 0
+    assert toy.run("run", "run.workers=0", "stages.a.value=7").returncode == 0
+    (toy.folder / "outputs" / "half" ).mkdir()
+    (toy.folder / "outputs" / "half" / "record.json").write_text("{")
+
+    def shown(*words: str) -> list[list[str]]:
+        run = toy.run("runs", *words)
+        assert run.returncode == 0, run.stderr
+        return [line.split() for line in run.stdout.splitlines()]
+
+    header, *rows = shown("--sort", "score")
+    assert header[:3] == ["run", "stages.b.amount", "stages.a.value"] or "stages.b.amount" in header
+    assert "run.workers" not in header
+    assert rows.pop() == ["1", "record", "could", "not", "be", "read"]
+    assert len(rows) == 4
+    by_amount = json.loads(toy.run("runs", "--sort=stages.b.amount", "--json").stdout)
+    assert [each["overrides"].get("stages.b.amount") for each in by_amount] == [None, "2", "9", "10"]
+    best = json.loads(toy.run("runs", "outputs", "--sort", "score", "--where", "status=done", "--json").stdout)
+    assert [each["score"] for each in best[:3]] == [11.0, 10.0, 8.0] or best[0]["score"] == 11.0
+    few = shown("--where", "stages.b.amount=9", "--where", "status=done")
+    assert len(few) == 3
+    assert "9" not in few[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["nowhere"], "no folder"), (["--where", "x"], "KEY=VALUE"), (["--sort"], "no value"), (["a", "b"], "one folder")],
+)
+def test_a_wrong_word_to_runs_is_one_line(toy: Toy, words: list[str], said: str) -> None:
+    run = toy.run("runs", *words)
+    assert run.returncode == 2
+    assert said in run.stderr
+    assert len(run.stderr.strip().splitlines()) == 1

@@ -33,19 +33,19 @@ def leaderboard(
     in all, the score, what is lost against float, the goal, and what ran. Trials without a score come last, with the
     reason below the table."""
     found = [Trial(*each) for each in trials]
-    varying = _varying([trial.overrides for trial in found])
+    columns = varying([trial.overrides for trial in found])
     order = sorted(range(len(found)), key=lambda place: (-_ranked(found[place]), place))
     metrics = {str(_goal(trial).get("metric") or "score") for trial in found}
     one = metrics.pop() if len(metrics) == 1 else ""
-    header = ("", "#", *varying, one or "score", "points" if one in text.PERCENT_METRICS else "change")
+    header = ("", "#", *columns, one or "score", "points" if one in text.PERCENT_METRICS else "change")
     rows = [(*header, "goal", "ran", "cached")]
     best = next((place for place in order if _ranked(found[place]) > -math.inf), None)
     for place in order[:MANY]:
         mark = "▶" if fancy else ">"
-        rows.append(_row(found[place], varying, mark if place == best else "", one))
-    right = (1, len(varying) + 2, len(varying) + 3, len(varying) + 5, len(varying) + 6)
-    wide = max(len(varying) + 1, 2)
-    lines = [line for block in table(rows, width, right=right, flexible=wide if varying else None) for line in block]
+        rows.append(_row(found[place], columns, mark if place == best else "", one))
+    right = (1, len(columns) + 2, len(columns) + 3, len(columns) + 5, len(columns) + 6)
+    wide = max(len(columns) + 1, 2)
+    lines = [line for block in table(rows, width, right=right, flexible=wide if columns else None) for line in block]
     rule = ("─" if fancy else "-") * max(map(len, lines))
     lines = ["", lines[0], rule, *lines[1:], rule]
     lines += [f"float{GAP}{text.score(*each)}" for each in _floats(found)]
@@ -58,18 +58,18 @@ def leaderboard(
     return [*lines, _shared(found), f"in {folder}"]
 
 
-def _row(trial: Trial, varying: Sequence[str], mark: str, metric: str) -> tuple[str, ...]:
+def _row(trial: Trial, columns: Sequence[str], mark: str, metric: str) -> tuple[str, ...]:
     goal, totals = _goal(trial), trial.record.get("totals") or {}
-    score, name = _score(trial), str(goal.get("metric") or "score")
+    score, name = reached(trial.record), str(goal.get("metric") or "score")
     reference = facts.real(goal.get("float"))
     drop = None if score is None or reference is None else reference - score
     verdict = {True: "met", False: "missed"}.get(goal.get("met"), "")  # type: ignore[arg-type]  # None, too
-    given = _values(trial.overrides)
+    given = values(trial.overrides)
     shown = text.score(score, name) + ("" if metric else f" {name}")
     return (
         mark,
         str(trial.number),
-        *(clip(given.get(key, ""), WIDEST) for key in varying),
+        *(clip(given.get(key, ""), WIDEST) for key in columns),
         str(trial.record.get("status")) if score is None else shown,
         text.change(drop, name),
         verdict,
@@ -78,14 +78,14 @@ def _row(trial: Trial, varying: Sequence[str], mark: str, metric: str) -> tuple[
     )
 
 
-def _values(overrides: Sequence[str]) -> dict[str, str]:
+def values(overrides: Sequence[str]) -> dict[str, str]:
     """{key: value} of overrides; of one that is given twice the last counts, as Hydra has it."""
     return {key: value for key, _, value in (each.partition("=") for each in overrides)}
 
 
-def _varying(overrides: Sequence[Sequence[str]]) -> list[str]:
+def varying(overrides: Sequence[Sequence[str]]) -> list[str]:
     """The keys whose values differ, in the order in which they are given."""
-    given = [_values(each) for each in overrides]
+    given = [values(each) for each in overrides]
     keys = dict.fromkeys(key for turn in zip_longest(*given) for key in turn if key is not None)
     return [key for key in keys if len({each.get(key) for each in given}) > 1]
 
@@ -94,15 +94,16 @@ def _goal(trial: Trial) -> Mapping[str, Any]:
     return trial.record.get("goal") or {}
 
 
-def _score(trial: Trial) -> float | None:
+def reached(record: Mapping[str, Any]) -> float | None:
     """What the goal is asked of; of no goal, the last that was scored."""
-    if _goal(trial).get("scores") is not None:
-        return facts.real(_goal(trial).get("reached"))
-    return next((step.score for step in reversed(facts.steps(trial.record)) if step.score is not None), None)
+    goal = record.get("goal") or {}
+    if goal.get("scores") is not None:
+        return facts.real(goal.get("reached"))
+    return next((step.score for step in reversed(facts.steps(record)) if step.score is not None), None)
 
 
 def _ranked(trial: Trial) -> float:
-    score = _score(trial)
+    score = reached(trial.record)
     return -math.inf if score is None else score
 
 
