@@ -203,7 +203,7 @@ def show_runs(arguments: Sequence[str]) -> str:
     runs = ordered([run for run in found if chosen(run, wishes)], options.get("--sort", "started"))
     if "--json" in options:
         return json.dumps(run_json(runs), indent=1)
-    lines = run_table(runs, PlainDisplay(sys.stdout).width)
+    lines = run_table(runs)
     return "\n".join([*lines, *([f"{plural(unread, 'record')} could not be read"] if unread else [])])
 
 

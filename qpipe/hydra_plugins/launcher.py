@@ -7,16 +7,14 @@ import os
 import pickle
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobRuntime, JobStatus, filter_overrides
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
-
-Plugins.instance()  # it loads Hydra's own plugins anew: only the classes that there are then are those in use
-from hydra._internal.core_plugins.basic_launcher import BasicLauncher  # noqa: E402
 
 
 class Trial(NamedTuple):
@@ -28,16 +26,23 @@ class Trial(NamedTuple):
     overrides: tuple[str, ...]
 
 
-class QpipeLauncher(BasicLauncher):  # type: ignore[misc]  # hydra ships no types that mypy reads here
+class QpipeLauncher(Launcher):  # type: ignore[misc]  # hydra ships no types that mypy reads here
     """Composes every job and gives them to the task's `qpipe_sweep`; runs a task without one as Hydra's own does."""
 
+    def __init__(self, **_: Any) -> None:
+        pass
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
+
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """What each job gave back, in order."""
         sweep = getattr(self.task_function, "qpipe_sweep", None)
         if sweep is None:
-            returns: Sequence[JobReturn] = super().launch(job_overrides, initial_job_idx)
-            return returns
+            return self._plainly(job_overrides, initial_job_idx)
         gc.enable()  # the command line switched it off for one config; of a thousand, each leaves megabytes of cycles
-        before, returns = Singleton.get_state(), []
+        before = Singleton.get_state()
+        returns: list[JobReturn] = []
         told = bool(self.config.hydra.callbacks)
         kept: list[bytes] = []
 
@@ -61,6 +66,15 @@ class QpipeLauncher(BasicLauncher):  # type: ignore[misc]  # hydra ships no type
             job.return_value, job.status = score, JobStatus.COMPLETED
         for job, config in zip(returns, kept, strict=False):
             self.hydra_context.callbacks.on_job_end(config=pickle.loads(config), job_return=job)
+        return returns
+
+    def _plainly(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        # Here, not above: when Hydra looks for plug-ins, it loads its own ones anew.
+        from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+
+        own = BasicLauncher()
+        own.setup(hydra_context=self.hydra_context, task_function=self.task_function, config=self.config)
+        returns: Sequence[JobReturn] = own.launch(job_overrides, initial_job_idx)
         return returns
 
     def _composed(self, number: int, overrides: list[str]) -> tuple[DictConfig, Path]:

@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hydra.core.override_parser.types import Override
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
 
-from hydra_plugins.qpipe.launcher import QpipeLauncher  # first: it has Hydra load its plugins
-
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper  # isort: skip
+from hydra_plugins.qpipe.launcher import QpipeLauncher
 
 
-class QpipeSweeper(BasicSweeper):  # type: ignore[misc]  # hydra ships no types that mypy reads here
+class QpipeSweeper(Sweeper):  # type: ignore[misc]  # hydra ships no types that mypy reads here
     """With the launcher `qpipe` every job is composed once, all of them before any runs, so that one bad value refuses
     the whole grid; its jobs are one graph whatever `max_batch_size` says. With any other launcher, Hydra's own."""
 
-    def split_arguments(self, overrides: list[Override], max_batch_size: int | None) -> list[list[list[str]]]:
-        """The overrides of every job, in batches."""
-        size = None if self._composes() else max_batch_size
-        found: list[list[list[str]]] = BasicSweeper.split_arguments(overrides, size)
-        return found
+    def __init__(self, max_batch_size: int | None, params: Mapping[str, str] | None = None) -> None:
+        self._given = (max_batch_size, params)
 
-    def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
-        """Compose every job, where the launcher would not find a mistake before jobs run."""
-        if not self._composes():
-            super().validate_batch_is_legal(batch)
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        # Here, not above: when Hydra looks for plug-ins, it loads its own ones anew.
+        from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
-    def _composes(self) -> Any:
-        return isinstance(self.launcher, QpipeLauncher)
+        self._own = BasicSweeper(*self._given)
+        self._own.setup(hydra_context=hydra_context, task_function=task_function, config=config)
+        if isinstance(self._own.launcher, QpipeLauncher):
+            self._own.max_batch_size = None
+            self._own.validate_batch_is_legal = _composed_later
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Every combination of what is listed."""
+        return self._own.sweep(arguments)
+
+
+def _composed_later(batch: Sequence[Sequence[str]]) -> None:
+    """The launcher composes all jobs before any runs: that is when a mistake is found."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+from hydra import version
 from hydra.test_utils.launcher_common_tests import BatchedSweeperTestSuite, LauncherTestSuite
 
 from qpipe.cli.main import _register
@@ -11,8 +14,14 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
 @pytest.fixture(autouse=True)
-def registered(hydra_restore_singletons: None) -> None:
+def registered(hydra_restore_singletons: None) -> Iterator[None]:
+    """Our plug-ins, in a Hydra of the version that its tests were written for."""
+    before = version.getbase()
+    version.setbase("1.1")
     _register()
+    yield
+    if before is not None:
+        version.setbase(f"{before.major}.{before.minor}")
 
 
 @pytest.mark.parametrize(("launcher_name", "overrides"), [("qpipe", [])])

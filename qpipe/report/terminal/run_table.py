@@ -80,9 +80,9 @@ def chosen(run: Run, wanted: Mapping[str, str]) -> bool:
     return all(own.get(key) == value for key, value in wanted.items())
 
 
-def run_table(runs: Sequence[Run], width: int) -> list[str]:
-    """Lines for `runs`, in their order: a column for each override that is not the same in all. Lines may be longer
-    than `width`: names of runs are there to be copied."""
+def run_table(runs: Sequence[Run]) -> list[str]:
+    """Lines for `runs`, in their order: a column for each override that is not the same in all; as wide
+    as they have to be, since names of runs are there to be copied."""
     if not runs:
         return ["no runs"]
     columns = varying([[f"{key}={value}" for key, value in run.given.items()] for run in runs])
@@ -100,7 +100,7 @@ def run_table(runs: Sequence[Run], width: int) -> list[str]:
             )
         )
     right = [len(columns) + 2, len(columns) + 4, len(columns) + 5]
-    return [line.rstrip() for block in table(rows, width, right=right) for line in block]
+    return [line.rstrip() for block in table(rows, 1, right=right) for line in block]
 
 
 def run_json(runs: Sequence[Run]) -> list[dict[str, Any]]:
