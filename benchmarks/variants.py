@@ -91,7 +91,7 @@ def write_project(folder: Path, variants: int, layers: int = 128) -> dict[str, s
 
 
 def run(folder: Path, environment: Mapping[str, str], *overrides: str) -> dict[str, float]:
-    """Run the pipeline: `process_bytes`, the largest resident set of any process; `sum_bytes`, what all hold at once."""
+    """Run the pipeline: `process_bytes`, the largest resident set of a process; `sum_bytes`, what all hold at once."""
     command = [sys.executable, "-m", "qpipe", "run", "--config-dir", str(folder / "conf"), "pipeline=vary"]
     command += ["~model", "~data", "run.workers=1", "run.threads=1"]
     log = folder / "log"
