@@ -159,7 +159,7 @@ def grid_from_range(lo: Array, hi: Array, scheme: TensorScheme) -> tuple[Array, 
     low, high = np.minimum(lo, 0.0, dtype=np.float64), np.maximum(hi, 0.0, dtype=np.float64)
     qmin, qmax = code_bounds(scheme.bitwidth, scheme.signed)
     if scheme.symmetric:
-        middle = np.where(low >= 0.0, 0, 0 if scheme.signed else 1 << (scheme.bitwidth - 1))
+        middle = np.where(scheme.signed | (low >= 0.0), 0, 1 << (scheme.bitwidth - 1))
         if scheme.grid == "signed_max":
             middle = np.where(high > -low, -1, 0)
         steps = -qmin if scheme.grid in ("full_range", "signed_max") else qmax - middle
