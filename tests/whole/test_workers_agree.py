@@ -40,8 +40,7 @@ if "qpipe.run.workers" in sys.orig_argv:
     from qpipe.run import performing
     perform, performing.perform = performing.perform, alone
 """
-"""Put on the path of a worker as sitecustomize: each action has a fork of a process that has loaded libraries and run no
-action."""
+"""Put on a worker's path as sitecustomize: each action has a fork of a process that has loaded libraries, no more."""
 PIPELINES = os.environ.get("QPIPE_TEST_PIPELINES", "ptq").split()
 """`ptq autoquant adaround amp` are those that are shipped; the long ones are run by hand."""
 
