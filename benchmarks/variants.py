@@ -7,8 +7,9 @@ A real pipeline through the command line, in one worker process: `load_model` ta
 
 disk     bytes of the cache's blobs, against those of one model
 memory   largest resident set of any process of the run (VmHWM: clean pages of mapped files count), and the largest sum
-         over all processes at a time, sampled; less what the same run takes on a model of 1 MB, which is Python and the
-         libraries. Against the bytes of one model; import and variants apart.
+         over all processes at a time, sampled (Pss: a page that several have mapped counts once); less what the same
+         run takes on a model of 1 MB, which is Python and the libraries. Against the bytes of one model; import and
+         variants apart.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def write_project(folder: Path, variants: int, layers: int = 128) -> dict[str, s
     stages: dict[str, Any] = {"source": {"uses": "load_model", "path": str(folder / "model.onnx"), "data": None}}
     for i in range(variants):
         stages[f"v{i}"] = {"uses": "vary", "model": "source", "layer": i % layers, "factor": 1.5 + i}
-    body = {"stages": stages, "goal": {"metric": "none", "max_drop": 1.0}, "run": {"workers": 1, "threads": 1}}
+    body = {"stages": stages, "goal": {"metric": "none", "max_drop": 1.0}}
     pipeline = folder / "conf" / "pipeline" / "vary.yaml"
     pipeline.parent.mkdir(parents=True)
     pipeline.write_text("# @package _global_\n" + json.dumps(body))
@@ -90,17 +91,18 @@ def write_project(folder: Path, variants: int, layers: int = 128) -> dict[str, s
 
 
 def run(folder: Path, environment: Mapping[str, str], *overrides: str) -> dict[str, float]:
-    """Run the pipeline: `process_bytes`, the largest resident set of a process; `sum_bytes`, of all at a time."""
-    command = [sys.executable, "-m", "qpipe", "run", "--config-dir", str(folder / "conf"), "pipeline=vary", "~model"]
+    """Run the pipeline: `process_bytes`, the largest resident set of a process; `sum_bytes`, what all hold at once."""
+    command = [sys.executable, "-m", "qpipe", "run", "--config-dir", str(folder / "conf"), "pipeline=vary"]
+    command += ["~model", "~data", "run.workers=1", "run.threads=1"]
     log = folder / "log"
     with open(log, "wb") as output:
         process = subprocess.Popen(
-            [*command, "~data", *overrides], cwd=folder, env=dict(environment), stdout=output, stderr=output
+            [*command, *overrides], cwd=folder, env=dict(environment), stdout=output, stderr=output
         )
         peaks: dict[int, int] = {}
         total = 0
         while process.poll() is None:
-            found = {pid: resident(pid) for pid in descendants(process.pid)}
+            found = {pid: held(pid) for pid in descendants(process.pid)}
             total = max(total, sum(now for now, _ in found.values()))
             for pid, (_, peak) in found.items():
                 peaks[pid] = max(peaks.get(pid, 0), peak)
@@ -122,14 +124,16 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def resident(pid: int) -> tuple[int, int]:
-    """The resident set of a process in bytes, and the largest it ever was; zeros where it is gone."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0, 0
-    sizes = {line.split(":")[0]: int(line.split()[1]) << 10 for line in lines if line.startswith(("VmRSS", "VmHWM"))}
-    return sizes.get("VmRSS", 0), sizes.get("VmHWM", 0)
+def held(pid: int) -> tuple[int, int]:
+    """What a process holds in bytes, its share of pages that others have mapped too, and the largest resident set it
+    ever had; zeros where it is gone. Where the system does not tell shares, the resident set stands in."""
+    sizes: dict[str, int] = {}
+    for name in ("status", "smaps_rollup"):
+        with suppress(OSError):
+            lines = Path(f"/proc/{pid}/{name}").read_text().splitlines()
+            found = (line.split(":", 1) for line in lines if line.startswith(("VmRSS:", "VmHWM:", "Pss:")))
+            sizes |= {field: int(size.split()[0]) << 10 for field, size in found}
+    return sizes.get("Pss", sizes.get("VmRSS", 0)), sizes.get("VmHWM", 0)
 
 
 def blobs_bytes(folder: Path) -> int:

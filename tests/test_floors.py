@@ -63,7 +63,10 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
         MODEL,
         "soundness onnx_reader given protobuf encodings_reader encodings_writer state_dict onnx_writer",
     ),
-    "model.torch_export": ((*MODEL, "model.canon", "model.simulation"), "errors names translations exporter fidelity"),
+    "model.torch_export": (
+        (*MODEL, "model.canon", "model.simulation"),
+        "errors names translations decomposition exporter fidelity",
+    ),
     "model": ((*MODEL, "model.canon", "model.simulation", "model.files", "model.torch_export"), "model"),
     "methods": ((*MODEL, "model.simulation"), "preconditions running_cost"),
     "methods.placement": (

@@ -139,10 +139,24 @@ def encoding_from_range(
     a finite number. `auto` is max here.
     Raises InputError, with the tensor's `name`, for a bound that is not finite.
     """
-    low = np.minimum(np.asarray(lo, np.float64), 0.0)
-    high = np.maximum(np.asarray(hi, np.float64), 0.0)
-    if not bool(np.all(np.isfinite(low) & np.isfinite(high))):
+    if not bool(np.all(np.isfinite(lo) & np.isfinite(hi))):
         raise InputError(f"The range of {_tensor(name)} is nan or infinite, so it cannot be quantized.")
+    scale, zero_point = grid_from_range(np.asarray(lo), np.asarray(hi), scheme)
+    return Encoding(
+        bitwidth=scheme.bitwidth,
+        signed=scheme.signed,
+        symmetric=scheme.symmetric,
+        scale=scale,
+        zero_point=zero_point,
+        axis=None if scheme.granularity == "per_tensor" else axis,
+        block_size=scheme.block_size if scheme.granularity == "per_block" else None,
+        free_sign=scheme.grid == "signed_max",
+    )
+
+
+def grid_from_range(lo: Array, hi: Array, scheme: TensorScheme) -> tuple[Array, Array]:
+    """The scales (float32) and zero points of `encoding_from_range`, in the shape of the finite `lo` and `hi`."""
+    low, high = np.minimum(lo, 0.0, dtype=np.float64), np.maximum(hi, 0.0, dtype=np.float64)
     qmin, qmax = code_bounds(scheme.bitwidth, scheme.signed)
     if scheme.symmetric:
         middle = np.where(scheme.signed | (low >= 0.0), 0, 1 << (scheme.bitwidth - 1))
@@ -155,16 +169,7 @@ def encoding_from_range(
         scale = usable_scale((high - low) / (qmax - qmin), scheme.power_of_two)
         zero_point = np.clip(np.rint(qmin - low / scale), qmin, qmax)
     scale = _finite(scale, np.maximum(zero_point - qmin, qmax - zero_point), scheme.power_of_two)
-    return Encoding(
-        bitwidth=scheme.bitwidth,
-        signed=scheme.signed,
-        symmetric=scheme.symmetric,
-        scale=scale,
-        zero_point=np.broadcast_to(zero_point, scale.shape),
-        axis=None if scheme.granularity == "per_tensor" else axis,
-        block_size=scheme.block_size if scheme.granularity == "per_block" else None,
-        free_sign=scheme.grid == "signed_max",
-    )
+    return scale, np.broadcast_to(zero_point, scale.shape)
 
 
 def usable_scale(scale: Array, power_of_two: bool = False) -> npt.NDArray[np.float32]:
@@ -178,6 +183,8 @@ def usable_scale(scale: Array, power_of_two: bool = False) -> npt.NDArray[np.flo
 
 def _finite(scale: Array, steps: Array, power_of_two: bool) -> npt.NDArray[np.float32]:
     """`scale`, or the largest one of which `steps` are no infinity."""
+    if np.max(scale, initial=0.0) * np.max(steps, initial=1.0) < 0.5 * _LARGEST_SCALE:
+        return scale
     # One place down: the product must not round up to it.
     largest = np.nextafter((_LARGEST_SCALE / steps).astype(np.float32), np.float32(0))
     if power_of_two:

@@ -24,9 +24,8 @@ from qpipe.numerics.ranges import (
     Cost,
     entropy_of_histograms,
     noise_of_histogram,
-    noise_of_values,
     search,
-    search_signs,
+    search_values,
 )
 from qpipe.numerics.scheme import TensorScheme
 
@@ -229,11 +228,9 @@ def _row_ranges(rows: Array, lo: Array, hi: Array, scheme: TensorScheme) -> tupl
             return np.maximum(-limit, lo), np.minimum(limit, hi)
         low, high = np.nanquantile(rows, [beyond, 1.0 - beyond], axis=1)
         return low, high
-    values = np.nan_to_num(rows, nan=0.0)
     if scheme.observer == "entropy":
-        return search(_row_entropy(values, lo, hi, scheme), lo, hi, scheme)
-    cost = noise_of_values(values, scheme, CLIP_WEIGHT[scheme.observer])
-    return (search_signs if scheme.grid == "signed_max" else search)(cost, lo, hi, scheme)
+        return search(_row_entropy(np.nan_to_num(rows, nan=0.0), lo, hi, scheme), lo, hi, scheme)
+    return search_values(rows, lo, hi, scheme)
 
 
 def _row_entropy(values: Array, lo: Array, hi: Array, scheme: TensorScheme) -> Cost:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from scipy import stats
 from scipy.integrate import trapezoid
 
+import qpipe.demo
 from qpipe.errors import InputError
 from qpipe.numerics.grid import encoding_from_range, quantize_dequantize
 from qpipe.numerics.observers import MOVING_AVERAGE, HistogramObserver, weight_encoding
-from qpipe.numerics.ranges import entropy_of_histograms
-from qpipe.numerics.scheme import Observer, TensorScheme
+from qpipe.numerics.ranges import Cost, entropy_of_histograms, search, search_signs
+from qpipe.numerics.scheme import Observer, TensorScheme, code_bounds
+
+DEMO_MODEL = Path(qpipe.demo.__file__).with_name("mobilenet.onnx")
 
 ASYMMETRIC = TensorScheme(8, False, False)
 SYMMETRIC = TensorScheme(8, True, True)
@@ -249,6 +255,45 @@ def test_the_searched_sign_and_scale_match_a_dense_search() -> None:
         tensor = replace(scheme, granularity="per_tensor")
         dense = min(row.size * _error(row, *pair, tensor) for lo, hi in ends for pair in ((lo, hi), (-hi, -lo)))
         assert error <= 1.02 * dense
+
+
+def _noise(rows: np.ndarray, scheme: TensorScheme) -> Cost:
+    """The cost of each row by its definition, in float64."""
+    qmin, qmax = code_bounds(scheme.bitwidth, scheme.signed)
+    weight = {"mse": 1.0, "sqnr": 3.0}[scheme.observer]
+
+    def cost(scale: np.ndarray, zero_point: np.ndarray) -> np.ndarray:
+        s, z = scale[:, None].astype(np.float64), zero_point[:, None]
+        d = rows / s - np.clip(np.rint(rows / s), qmin - z, qmax - z)
+        found: np.ndarray = (np.where(np.abs(d) > 0.5, weight, 1.0) * (d * s) ** 2).sum(1)
+        return found
+
+    return cost
+
+
+def _weights() -> list[np.ndarray]:
+    """(rows, 96): trained, normal, heavy-tailed with a row of zeros, of one sign."""
+    rng = np.random.default_rng(1)
+    stored = (onnx.numpy_helper.to_array(each) for each in onnx.load(DEMO_MODEL).graph.initializer)
+    trained = [w.reshape(-1, 96) for w in stored if w.ndim == 4 and w.size % 96 == 0 and w.size > 2000]
+    made = [rng.standard_normal((20, 96)), rng.standard_t(2, (20, 96)), np.abs(rng.standard_t(3, (5, 96)))]
+    made[1][3] = 0.0
+    return [w.astype(np.float32) for w in (*trained[:2], *made)]
+
+
+@pytest.mark.parametrize("observer", ["mse", "sqnr"])
+@pytest.mark.parametrize("grid", ["signed_max", "max", "full_range", "asymmetric"])
+def test_no_error_is_above_that_of_the_search_that_spares_nothing(grid: str, observer: Observer) -> None:
+    """Per tensor, channel and block; the reference goes down whole ladders, in float64."""
+    kind, symmetric = ("max", False) if grid == "asymmetric" else (grid, True)
+    for w, bits in itertools.product(_weights(), (2, 4)):
+        for rows in (w.reshape(1, -1), w, w.reshape(-1, 16)):
+            scheme = TensorScheme(bits, True, symmetric, "per_channel", 0, observer, grid=kind)  # type: ignore[arg-type]
+            e, cost = weight_encoding(rows, scheme), _noise(rows.astype(np.float64), scheme)
+            find = search_signs if grid == "signed_max" else search
+            plain = encoding_from_range(*find(cost, rows.min(1), rows.max(1), scheme), scheme, 0)
+            least = cost(plain.scale, plain.zero_point)
+            assert (cost(e.scale, e.zero_point) <= least * (1 + 1e-5)).all()
 
 
 def test_on_gaussian_weights_the_signed_maximum_has_the_known_share_of_the_error() -> None:

@@ -28,6 +28,7 @@ from qpipe.model.canon.form import canonicalize
 from qpipe.model.network.invariants import OPSET
 from qpipe.model.network.naming import MODULE_CLASS, SCOPE
 from qpipe.model.network.network import Network
+from qpipe.model.torch_export.decomposition import decomposing_in_place
 from qpipe.model.torch_export.errors import explain, lacking_operator, refuse_unfit_module, unwrapped
 from qpipe.model.torch_export.names import rename
 from qpipe.model.torch_export.translations import TRANSLATIONS
@@ -188,7 +189,7 @@ def _export(
 ) -> torch.onnx.ONNXProgram:
     # The fused kernels lay their result out otherwise than the form that the exporter takes attention
     # apart into, and a view that was traced over the one does not fit the other.
-    with _quiet(), _uncollected(), sdpa_kernel(SDPBackend.MATH):
+    with _quiet(), _uncollected(), sdpa_kernel(SDPBackend.MATH), decomposing_in_place():
         program = torch.onnx.export(
             module,
             args if kwargs else (*args, {}),  # it takes a dict at the end for named arguments
