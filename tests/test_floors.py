@@ -68,7 +68,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
     "methods": ((*MODEL, "model.simulation"), "preconditions running_cost"),
     "methods.placement": (
         (*MODEL, "model.simulation"),
-        "joined target filters survival placement calibration remarks",
+        "joined target filters survival float_parts placement calibration remarks",
     ),
     "methods.equalization": ((*MODEL, "model.simulation"), "links norm_links reach rescaling"),
     "methods.rounding": (
