@@ -1,6 +1,6 @@
 """Small networks that are trained here, on what every machine has: a ResNet and a ViT on the built-in images; on the
-text of Python's standard library a byte-level decoder as Llama has it (RMS norm, rotary positions, SwiGLU), and an encoder
-that embeds a window near the one that follows it.
+text of Python's standard library a byte-level decoder as Llama has it (RMS norm, rotary positions, SwiGLU), and one
+that embeds a window near the one that follows it (`encoder`).
 
     OMP_NUM_THREADS=1 python -m benchmarks.trained --folder FOLDER          writes FOLDER/NAME/model.onnx, once
 
