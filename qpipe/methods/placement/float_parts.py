@@ -96,7 +96,7 @@ def spectra(graph: ir.Graph, op_types: Container[str]) -> set[ir.Node]:
     fixed, found = set[ir.Node](), set[ir.Node]()
     for node in graph:
         before = [value.producer() for value in node.inputs if value is not None and not value.is_initializer()]
-        if all(each is None or each in fixed for each in before) and node.op_type in _FIXED:
+        if all(each is None or each in fixed for each in before) and node.op_type in _FIXED and not _saturates(node):
             fixed.add(node)
         elif node.op_type in op_types and all(each in fixed for each in before):
             found.add(node)
@@ -108,6 +108,11 @@ def spectra(graph: ir.Graph, op_types: Container[str]) -> set[ir.Node]:
                 found.add(producer)
                 pending.append(producer)
     return found
+
+
+def _saturates(node: ir.Node) -> bool:
+    """Whether a Clip has an upper bound, as an activation has, and no logarithm needs."""
+    return node.op_type == "Clip" and len(node.inputs) > 2 and node.inputs[2] is not None
 
 
 def _readers(node: ir.Node) -> set[ir.Node]:

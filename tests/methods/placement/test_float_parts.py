@@ -76,10 +76,15 @@ def test_a_spectrum_stays_in_float_up_to_its_logarithm_with_the_weights_that_mak
     assert {"x", "r", "rr"} <= set(placed(spectrum(), replace(SHIPPED, float_spectra=())).activations)
 
 
-def test_a_logarithm_of_what_was_learned_is_no_spectrum() -> None:
-    found = placed(spectrum(SPECTRUM.replace("rr = Mul(r, r)", "h = Relu(r)  rr = Mul(h, h)")))
+@pytest.mark.parametrize("activation", ["Relu(r)", "Clip(r, small, two)"])
+def test_a_logarithm_of_what_was_learned_is_no_spectrum(activation: str) -> None:
+    found = placed(spectrum(SPECTRUM.replace("rr = Mul(r, r)", f"h = {activation}  rr = Mul(h, h)")))
     assert {"x", "h"} <= set(found.activations)
     assert {"cosine", "sine", "v"} == set(found.weights)
+
+
+def test_a_spectrum_that_is_bounded_from_below_is_one() -> None:
+    assert "x" not in placed(spectrum(SPECTRUM.replace("Add(p2, small)", "Clip(p2, small)"))).activations
 
 
 def test_quiet_tones_beside_loud_ones_come_through_the_logarithm() -> None:
