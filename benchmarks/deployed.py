@@ -1,6 +1,7 @@
 """What ships: qpipe's int8 file beside those of onnxruntime's quantize_static, over float, on one thread, batch 1.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.deployed [NAME ...] [--seconds 2] [--json FILE] [--nodes] [--peers PEER ...]
+    OMP_NUM_THREADS=1 python -m benchmarks.deployed [NAME ...] [--seconds 2] [--draws 3] [--json FILE] [--nodes]
+                                                    [--peers PEER ...]
 
 All make the file from the same float model and calibration samples: qpipe by prepare, bnf, calibrate and export, W8A8,
 minmax; quantize_static in QDQ form with uint8 activations and int8 weights, per tensor and per channel, minmax, after
@@ -12,6 +13,9 @@ size       bytes of the file over those of the float one; in the last column ove
 integer    Conv, ConvTranspose, MatMul and Gemm on integer kernels in onnxruntime's optimized graph, of all
 dB         signal to noise of the outputs against the float file's, on other samples; the output with the least
 agree      how far the file decides as the float one does on those: classes, pixels, text, boxes (benchmarks/agreement)
+
+Both are means over files from `--draws` sets of calibration samples: with one they differ by as much as 5 dB from
+another. Of the first set are the other figures.
 
 `--peers` adds other quantizers, from environments that are made for them: benchmarks/peers.py.
 
@@ -156,11 +160,28 @@ def fixed(case: Case, source: Path, path: Path) -> Path:
     return path
 
 
-def measure(name: str, target: Target, seconds: float, folder: Path, peers: list[str]) -> dict[str, Any]:
+def measure(
+    name: str, target: Target, seconds: float, draws: int, folder: Path, peers: list[str]
+) -> dict[str, Any]:
     """All figures of one model; a file that could not be made has its error instead."""
+    row, *others = (drawn(name, target, folder / str(i), i, seconds * (i == 0), peers) for i in range(draws))
+    for maker in ("qpipe", "static", "static_per_channel", *peers):
+        every = [each[maker] for each in (row, *others)]
+        if not any("error" in each for each in every):
+            row[maker] |= {f"{what}_drawn": [each[what] for each in every] for what in ("sqnr_db", "agree")}
+            row[maker] |= {what: statistics.fmean(row[maker][f"{what}_drawn"]) for what in ("sqnr_db", "agree")}
+    return row
+
+
+def drawn(
+    name: str, target: Target, folder: Path, draw: int, seconds: float, peers: list[str]
+) -> dict[str, Any]:
+    """The figures of the files from one set of calibration samples, which lie in `folder`; without `seconds` of
+    latencies."""
+    folder.mkdir(parents=True, exist_ok=True)
     case = CASES[name]
     source = case.path(CACHE)
-    calibration, evaluation = case.data(CALIBRATION, 1), case.data(EVALUATION, 2)
+    calibration, evaluation = case.data(CALIBRATION, 1 if draw == 0 else 10 + draw), case.data(EVALUATION, 2)
     names = list(calibration)
     data = Samples(calibration)
     model = Model.of(load_model(data, path=source, inputs=case.inputs, shapes=case.shapes))
@@ -202,6 +223,8 @@ def measure(name: str, target: Target, seconds: float, folder: Path, peers: list
             "left": left,
         }
         paths[maker] = path
+    if not seconds:
+        return row
     times = latencies(paths, told, seconds)
     row["float_ms"] = 1e3 * times["float"]
     sizes = [row[maker].get("size") for maker in ("qpipe", "static_per_channel")]
@@ -239,6 +262,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=list(CASES), metavar="NAME", help=", ".join(CASES))
     parser.add_argument("--seconds", type=float, default=2.0, help="of measuring, for each file")
+    parser.add_argument("--draws", type=int, default=3, help="sets of calibration samples")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--peers", nargs="+", default=[], choices=list(PINS))
     parser.add_argument("--nodes", action="store_true")
@@ -254,7 +278,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) if arguments.keep is None else arguments.keep / name.replace(" ", "_")
             folder.mkdir(parents=True, exist_ok=True)
-            rows.append(measure(name, target, arguments.seconds, folder, arguments.peers))
+            rows.append(measure(name, target, arguments.seconds, arguments.draws, folder, arguments.peers))
         print("| " + " | ".join(cells(rows[-1], arguments.peers)) + " |", flush=True)
         for maker in (*WHO, *arguments.peers) if arguments.nodes else ():
             print(f"    {maker}: {rows[-1][maker].get('left') or rows[-1][maker]}", file=sys.stderr)

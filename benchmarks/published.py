@@ -30,7 +30,7 @@ from tests import architectures
 
 Array = np.ndarray[Any, Any]
 Arrays = dict[str, Array]
-CALIBRATION, EVALUATION = 24, 16
+CALIBRATION, EVALUATION = 24, 48
 CACHE = Path.home() / ".cache" / "qpipe" / "published"
 CLASS = same_class()
 LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz0123456789-.:/ "

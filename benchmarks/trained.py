@@ -1,10 +1,11 @@
-"""Small networks that are trained here, on what every machine has: a ResNet and a ViT on the built-in images, a
-byte-level decoder as Llama has it (RMS norm, rotary positions, SwiGLU) on the text of Python's standard library.
+"""Small networks that are trained here, on what every machine has: a ResNet and a ViT on the built-in images; on the
+text of Python's standard library a byte-level decoder as Llama has it (RMS norm, rotary positions, SwiGLU), and one
+that embeds a window near the one that follows it (`encoder`).
 
     OMP_NUM_THREADS=1 python -m benchmarks.trained --folder FOLDER          writes FOLDER/NAME/model.onnx, once
 
-About ten minutes on one core. Another version of Python has other text, and so another decoder: figures of the decoder
-are comparable within one run only.
+About twelve minutes on one core. Another version of Python has other text, and so another decoder and encoder: their
+figures are comparable within one run only.
 """
 
 from __future__ import annotations
@@ -147,6 +148,33 @@ class Decoder(nn.Module):
         return y
 
 
+class Encoder(nn.Module):
+    """Bytes to a vector of length 1 for the whole window: two layers of width 64, the mean of the tokens."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(256, width)
+        self.places = nn.Parameter(0.02 * torch.randn(LENGTH, width))
+        self.layers = nn.Sequential(*(Layer(width, 4) for _ in range(2)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, width)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        tokens = self.layers(self.embedding(ids) + self.places)
+        return functional.normalize(self.head(self.norm(tokens).mean(1)), dim=-1)
+
+
+class Pairs(nn.Module):
+    """How alike the first window of each pair (batch, 2, LENGTH) is to the second one of all: (batch, batch) logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = Encoder()
+
+    def forward(self, pairs: Tensor) -> Tensor:
+        y: Tensor = 20.0 * self.encoder(pairs[:, 0]) @ self.encoder(pairs[:, 1]).T
+        return y
+
+
 def library(split: str) -> bytes:
     """The Python sources of the standard library: `training`, `calibration` or `evaluation`, no file in two of them."""
     root = Path(sysconfig.get_paths()["stdlib"])
@@ -188,6 +216,16 @@ def text(steps: int, batch: int) -> Iterator[tuple[float, Tensor, Tensor]]:
         yield step / steps, rows[part], following[part]
 
 
+def neighbours(steps: int, batch: int) -> Iterator[tuple[float, Tensor, Tensor]]:
+    """Batches of windows, each with the one that follows it, with the share that is done."""
+    ids = np.frombuffer(library("training"), np.uint8).astype(np.int64)
+    rng = np.random.default_rng(2)
+    for step in range(steps):
+        starts = rng.integers(0, len(ids) - 2 * LENGTH, batch)
+        rows = ids[starts[:, None] + np.arange(2 * LENGTH)].reshape(batch, 2, LENGTH)
+        yield step / steps, torch.from_numpy(rows), torch.arange(batch)
+
+
 def train(net: nn.Module, batches: Iterator[tuple[float, Tensor, Tensor]], rate: float) -> nn.Module:
     """`net` after AdamW with a short warm-up and a cosine, in eval mode."""
     adam = torch.optim.AdamW(net.parameters(), rate, weight_decay=0.01, betas=(0.9, 0.98))
@@ -208,6 +246,7 @@ BUILDERS: dict[str, Callable[[], tuple[nn.Module, Iterator[tuple[float, Tensor, 
     "resnet": lambda: (resnet(), pictures(4, 64), 3e-3),
     "vit": lambda: (ViT(), pictures(8, 64), 1.5e-3),
     "decoder": lambda: (Decoder(), text(1500, 16), 2e-3),
+    "encoder": lambda: (Pairs(), neighbours(250, 64), 2e-3),
 }
 """By name: the network, what it is trained on, and the learning rate."""
 
@@ -219,8 +258,9 @@ def trained(name: str, folder: Path) -> Model:
         torch.manual_seed(0)
         print(f"training {name}", flush=True)
         net = train(*BUILDERS[name]())
-        example = torch.zeros(2, LENGTH, dtype=torch.int64) if name == "decoder" else torch.zeros(2, 3, 32, 32)
-        Model.from_torch(net, (example,)).save(path.parent)
+        reads_text = name in ("decoder", "encoder")
+        example = torch.zeros(2, LENGTH, dtype=torch.int64) if reads_text else torch.zeros(2, 3, 32, 32)
+        Model.from_torch(net.encoder if isinstance(net, Pairs) else net, (example,)).save(path.parent)
     return Model.load(path)
 
 

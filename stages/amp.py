@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args
 
 from qpipe.errors import InputError
 from qpipe.methods.placement.target import Target
-from qpipe.numerics.metric_names import Metric, least_score
+from qpipe.numerics.metric_names import Comparison, Metric, least_score
 from qpipe.numerics.scheme import Scheme, with_observers
 from qpipe.numerics.thinning import thin, thinned
 from qpipe.param import load_factory
@@ -144,6 +144,11 @@ def judge(
     )  # fmt: skip
 
 
+def searched(held_out: Samples, evaluation: Samples, metric: str) -> bool:
+    """Whether the search can be on the samples that were held out: they have the labels that the metric needs."""
+    return metric in get_args(Comparison) or held_out.labels is not None or evaluation.labels is None
+
+
 def shortfall(metric: str, least: float | None, budget: float | None, reached: float, score: float) -> str:
     """A sentence about a goal that no mix keeps: what float reached, and what the best mix has."""
     within = "" if budget is None else f" within the budget of {budget:g}"
@@ -169,6 +174,7 @@ def amp(
     calibration: Samples,
     evaluation: Samples,
     choice: Scores | None = None,
+    held_out: Samples | None = None,
     *,
     scheme: Scheme,
     target: Target,
@@ -193,7 +199,8 @@ def amp(
     own, w4a8, w8a8 and w8a16, those that the target takes. `choice` brings the observers of quantscheme_select.
     `method` measures each group by the sqnr of the outputs on `limit` samples of the calibration, by `metric` on
     `limit` of the evaluation, or estimates it from second moments (gram). `max_drop` may be lost of `metric` against
-    float, on all of the evaluation, or it has to be `min_score`; null: as good as `budget` allows. `budget` is a share
+    float, on all of the evaluation, or it has to be `min_score`; null: as good as `budget` allows. `held_out` takes the
+    place of the evaluation, unless labels that the metric needs are there alone. `budget` is a share
     of the costliest candidate's `cost`. `batch_size` samples are run at a time; `seed` draws what is random.
     `conversion_slack` is the share of the chosen cost that fewer conversions may add. Where no mix keeps the goal, the
     best one comes out, with a note.
@@ -204,6 +211,8 @@ def amp(
     from qpipe.methods.mixing.mix import Problem, report, solve
     from qpipe.methods.mixing.sensitivity import GramSensitivity, loss_of, score_alone
 
+    if held_out is not None and searched(held_out, evaluation, metric):
+        evaluation = held_out
     model = model.with_facts(biases=target.bias, on_codes=target.on_codes)
     used = scheme if choice is None else with_observers(scheme, choice.values)
     schemes = {name: candidate_scheme(name, used) for name in candidates or admitted(scheme, target)}

@@ -48,7 +48,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "model.qdq": (
         (*VALUE, "model.operators", "model.structure"),
-        "nodes bias weights block_form operator_form reader guards codes writer",
+        "nodes bias weights block_form operator_form differences reader guards codes writer",
     ),
     "model.runtime": ((*VALUE, "param", "model.qdq"), "options external_data session types kernels optimized"),
     "model.canon": (
@@ -71,7 +71,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
     "methods": ((*MODEL, "model.simulation"), "preconditions running_cost"),
     "methods.placement": (
         (*MODEL, "model.simulation"),
-        "joined target filters survival placement calibration remarks",
+        "joined target filters survival float_parts placement calibration remarks",
     ),
     "methods.equalization": ((*MODEL, "model.simulation"), "links norm_links reach rescaling"),
     "methods.rounding": (

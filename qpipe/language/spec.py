@@ -60,8 +60,7 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class FirstWithin:
-    """The lazy form: the first candidate whose score is within `max_drop` of the reference's, else the best one; where
-    `least_saving` is given, also one behind it that is within, too, and saves more than that share of its cost.
+    """The lazy form: the first candidate whose score is within `max_drop` of the reference's, else the best one.
 
     Where `max_drop` and `min_score` are None there is no goal, and the best of all is taken (qpipe.plan.choice).
     """
@@ -71,7 +70,6 @@ class FirstWithin:
     reference: Ref
     max_drop: float | None
     min_score: float | None = None
-    least_saving: float | None = None
     enabled: bool = True
 
     @property
@@ -368,7 +366,7 @@ def _optional_ref(value: Any, address: str) -> Ref | None:
     return None if value is None else _ref(value, address)
 
 
-_FORM_KEYS = ("uses", "enabled", "candidates", "reference", "max_drop", "min_score", "least_saving")
+_FORM_KEYS = ("uses", "enabled", "candidates", "reference", "max_drop", "min_score")
 
 
 def _first_within(name: str, body: Mapping[str, Any]) -> FirstWithin:
@@ -392,7 +390,6 @@ def _first_within(name: str, body: Mapping[str, Any]) -> FirstWithin:
         reference=_ref(body["reference"], f"{address}.reference"),
         max_drop=_drop(body["max_drop"], f"{address}.max_drop"),
         min_score=_drop(body.get("min_score"), f"{address}.min_score"),
-        least_saving=_saving(body.get("least_saving"), f"{address}.least_saving"),
         enabled=coerce(body.get("enabled", True), bool, f"{address}.enabled"),
     )
 
@@ -401,16 +398,6 @@ def _drop(value: Any, address: str) -> float | None:
     found: float | None = coerce(value, float | None, address)
     if found is not None and math.isnan(found):
         raise ConfigError(f"{address}: expected a number, got nan. Give a limit, or null for none.")
-    return found
-
-
-def _saving(value: Any, address: str) -> float | None:
-    """A share of a cost. ConfigError for what is none."""
-    found: float | None = coerce(value, float | None, address)
-    if found is not None and not 0.0 <= found < 1.0:
-        raise ConfigError(
-            f"{address}: expected a share of a cost, at least 0 and below 1, got {value}. Give 0.1 for 10 %."
-        )
     return found
 
 

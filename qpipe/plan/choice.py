@@ -24,9 +24,9 @@ SILENCE_DB = 0.0
 
 Values = Mapping[str, Any]
 """Of a Scores artifact."""
-Fate = Literal["taken", "kept", "dropped", "missed", "costs_more"]
+Fate = Literal["taken", "kept", "dropped", "missed"]
 """`taken` is what comes out, `kept` was best when its turn came, `dropped` was not better than what stood before it,
-`missed` the goal, `costs_more` is within it and costs more than another."""
+`missed` the goal."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,9 @@ class Choice(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """What a choice cannot do without: the scores, the cost or both of the candidates at these places."""
+    """What a choice cannot do without: the scores of the candidates at these places; what each costs is shown."""
 
     places: tuple[int, ...]
-    scores: bool = True
-    cost: bool = True
 
 
 def gains(now: Values, before: Values) -> list[Gain]:
@@ -103,7 +101,6 @@ class Contest:
     scores: dict[int, Values] = field(default_factory=dict)
     costs: dict[int, float] = field(default_factory=dict)
     asked: set[int] = field(default_factory=set)
-    weighed: set[int] = field(default_factory=set)
     fates: dict[int, Fate] = field(default_factory=dict)
     gained: dict[int, Gain] = field(default_factory=dict)
     """What each had more than the best before it, by its place; where that was asked."""
@@ -111,32 +108,15 @@ class Contest:
     def step(self, least: float | None) -> Wanted | Choice | None:
         """What is wanted next, or what is taken, where `least` is the score that the goal asks for; None where no
         candidate has one."""
-        places = range(len(self.node.candidates))
+        unknown = tuple(place for place in range(len(self.node.candidates)) if place not in self.asked)
         if least is None:
-            unknown = tuple(place for place in places if place not in self.asked)
             return Wanted(unknown) if unknown else self._best()
-        met = [place for place in places if place in self.scores and self.scores[place]["score"] >= least]
-        self.fates |= {place: "costs_more" if place in met else "missed" for place in self.scores}
-        if not met:
-            unknown = tuple(place for place in places if place not in self.asked)[:1]
-            return Wanted(unknown) if unknown else self._best()
-        cheapest = min(met, key=lambda place: (self.costs.get(place, math.inf), place))
-        if cheapest in self.costs and self.node.least_saving is not None:
-            for place in places[cheapest + 1 :]:
-                if (wanted := self._wanted(place, self.costs[cheapest])) is not None:
-                    return wanted
-        self.fates[cheapest] = "taken"
-        return Choice(cheapest, True)
-
-    def _wanted(self, place: int, cost: float) -> Wanted | None:
-        """What is to be known of a candidate behind one that is within the goal: its cost, and where it is cheaper its
-        score."""
-        if self.node.candidates[place].cost is None or place in self.asked:
-            return None
-        if place not in self.weighed:
-            return Wanted((place,), scores=False)
-        saves = place in self.costs and self.costs[place] < cost * (1.0 - (self.node.least_saving or 0.0))
-        return Wanted((place,), cost=False) if saves else None
+        for place in sorted(self.scores):
+            met = self.scores[place]["score"] >= least
+            self.fates[place] = "taken" if met else "missed"
+            if met:
+                return Choice(place, True)
+        return Wanted(unknown[:1]) if unknown else self._best()
 
     def _best(self) -> Choice | None:
         """The plainest that nothing behind it beats."""

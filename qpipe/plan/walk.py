@@ -282,8 +282,10 @@ class Walk:
         for place in contest.asked - set(contest.scores):
             if scores := self.scores(wires[f"candidates[{place}].scores"][0]):
                 contest.scores[place] = scores
-        for place in contest.weighed - set(contest.costs):
-            if scores := self.scores(wires[f"candidates[{place}].cost"][0]):
+        for place in contest.asked - set(contest.costs):
+            source = wires.get(f"candidates[{place}].cost")
+            scores = self.scores(source[0]) if source else None
+            if scores and scores.get("cost") is not None:
                 contest.costs[place] = scores["cost"]
         found = contest.step(least_of(node, reference, self.graph.spec.goal.metric))
         if isinstance(found, Wanted):
@@ -296,12 +298,9 @@ class Walk:
     def _of(self, contest: Contest, wanted: Wanted) -> tuple[Source, ...]:
         """The outputs that say what is wanted; they count as asked for."""
         wires = self.graph.inputs[contest.node.name]
-        scored = [place for place in wanted.places if wanted.scores]
-        weighed = [place for place in wanted.places if wanted.cost and f"candidates[{place}].cost" in wires]
-        contest.asked.update(scored)
-        contest.weighed.update(weighed)
-        found = {"scores": scored, "cost": weighed}
-        return tuple(wires[f"candidates[{place}].{port}"][0] for port, places in found.items() for place in places)
+        contest.asked.update(wanted.places)
+        ports = [f"candidates[{place}].{port}" for port in ("scores", "cost") for place in wanted.places]
+        return tuple(wires[port][0] for port in ports if port in wires)
 
     def _adopt(self, contest: Contest, choice: Choice) -> None:
         name = contest.node.name

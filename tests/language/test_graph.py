@@ -94,10 +94,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ),
     ({"a": {"uses": "toy_number", "enabled": "off"}}, "stages.a.enabled: expected bool, got 'off'."),
     ({"b": {"uses": "first_within", "candidates": []}}, "stages.b.reference: missing. 'first_within' needs"),
-    (
-        {"a": NUMBER, "b": {**FIRST, "least_saving": 1.5}},
-        "stages.b.least_saving: expected a share of a cost, at least 0 and below 1, got 1.5. Give 0.1 for 10 %.",
-    ),
+    ({"a": NUMBER, "b": {**FIRST, "least": 1.5}}, "stages.b: 'first_within' takes no 'least'."),
     ({"a": NUMBER, "b": {**FIRST, "candidates": [{"model": "a"}]}}, "expected {model: node, scores: node}, with or"),
     (
         {"a": NUMBER, "b": {**FIRST, "candidates": [{"model": "m", "scores": "a", "cost": "nobody"}]}, "m": MODEL},

@@ -40,8 +40,9 @@ def shipped(kind: type[Any], group: str, name: str) -> Any:
 
 
 SHIPPED: Target = shipped(Target, "target", "onnxruntime")
-ONNXRUNTIME: Target = replace(SHIPPED, float_outputs=())
-"""onnxruntime's target with a grid behind every layer, as all other targets have it: more to count and to compare."""
+ONNXRUNTIME: Target = replace(SHIPPED, float_outputs=(), softmax="fixed")
+"""onnxruntime's target with a grid behind every layer and one for every Softmax, as other targets have it: more to
+count and to compare."""
 
 
 def scheme(

@@ -67,61 +67,31 @@ def test_scores_without_held_out_samples_are_compared_as_they_are() -> None:
     assert better(other | {"held_out": {}}, plain | scored(RIGHT) | {"score": 0.8})
 
 
-def node(costs: int, **given: Any) -> FirstWithin:
-    """Four candidates, the first `costs` of them with one."""
-    candidates = tuple(
-        Candidate(Ref(f"m{i}"), Ref(f"s{i}"), Ref(f"c{i}") if i < costs else None) for i in range(4)
-    )
-    given = {"max_drop": 0.1, "least_saving": 0.0, **given}
-    return FirstWithin("best", candidates, Ref("float"), **given)
+def node(max_drop: float | None = 0.1) -> FirstWithin:
+    """Four candidates."""
+    candidates = tuple(Candidate(Ref(f"m{i}"), Ref(f"s{i}")) for i in range(4))
+    return FirstWithin("best", candidates, Ref("float"), max_drop)
 
 
-def played(contest: Contest, scores: list[float], costs: list[float], least: float | None) -> tuple[Any, list[str]]:
-    """What is taken, and what was asked for, in order."""
-    asked: list[str] = []
+def played(contest: Contest, scores: list[float], least: float | None) -> tuple[Any, list[int]]:
+    """What is taken, and which were asked for, in order."""
+    asked: list[int] = []
     while isinstance(found := contest.step(least), Wanted):
-        for place in found.places:
-            if found.scores:
-                contest.asked.add(place)
-                contest.scores[place] = {"score": scores[place], "metric": "toy"}
-                asked.append(f"s{place}")
-            if found.cost and contest.node.candidates[place].cost is not None:
-                contest.weighed.add(place)
-                contest.costs[place] = costs[place]
-                asked.append(f"c{place}")
+        contest.asked.update(found.places)
+        contest.scores |= {place: {"score": scores[place], "metric": "toy"} for place in found.places}
+        asked += found.places
     return found, asked
 
 
-def test_the_first_within_the_goal_is_taken_where_no_other_is_cheaper() -> None:
-    found, asked = played(Contest(node(4)), [0.5, 0.9, 0.9, 0.9], [1.0, 1.0, 1.0, 1.2], 0.8)
-    assert found == Choice(1, met=True)
-    assert asked == ["s0", "c0", "s1", "c1", "c2", "c3"]  # no score of those that save nothing
-
-
-def test_a_cheaper_one_behind_it_is_asked_for_and_taken() -> None:
-    contest = Contest(node(3))
-    found, asked = played(contest, [0.5, 0.9, 0.85, 0.9], [1.0, 1.0, 0.5, 0.1], 0.8)
-    assert found == Choice(2, met=True)
-    assert "s3" not in asked  # nobody says what it costs
-    assert contest.fates == {0: "missed", 1: "costs_more", 2: "taken"}
-
-
-def test_a_cheaper_one_that_misses_the_goal_is_not() -> None:
-    contest = Contest(node(4))
-    found, _ = played(contest, [0.5, 0.9, 0.7, 0.9], [1.0, 1.0, 0.5, 0.9], 0.8)
-    assert found == Choice(3, met=True)
-    found, asked = played(Contest(node(4, least_saving=None)), [0.5, 0.9, 0.7, 0.9], [1.0, 1.0, 0.5, 0.9], 0.8)
-    assert (found, asked) == (Choice(1, met=True), ["s0", "c0", "s1", "c1"])  # nothing behind the first is looked at
-    found, asked = played(Contest(node(4, least_saving=0.25)), [0.5, 0.9, 0.7, 0.9], [1.0, 1.0, 0.5, 0.9], 0.8)
-    assert found == Choice(1, met=True)
-    assert asked[-2:] == ["s2", "c3"] or asked[-1] == "c3"
+def test_the_first_within_the_goal_is_taken_and_nothing_behind_it_is_asked_for() -> None:
+    contest = Contest(node())
+    assert played(contest, [0.5, 0.9, 0.95, 0.9], 0.8) == (Choice(1, met=True), [0, 1])
+    assert contest.fates == {0: "missed", 1: "taken"}
 
 
 def test_a_step_that_gains_nothing_is_dropped_and_said() -> None:
-    contest = Contest(node(0, max_drop=None))
-    found, asked = played(contest, [0.5, 0.4, 0.9, 0.9], [], None)
-    assert found == Choice(2, met=False)
-    assert asked == ["s0", "s1", "s2", "s3"]
+    contest = Contest(node(max_drop=None))
+    assert played(contest, [0.5, 0.4, 0.9, 0.9], None) == (Choice(2, met=False), [0, 1, 2, 3])
     assert contest.fates == {0: "kept", 1: "dropped", 2: "taken", 3: "dropped"}
     assert contest.told("wxyz") == (
         "x is dropped: toy -0.1, of which 0 may be noise",

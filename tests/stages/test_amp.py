@@ -520,3 +520,16 @@ def test_another_bitwidth_of_one_layer_by_override_solves_that_layer_and_those_b
         found = tuned({"nodes": [weight], "weight": {"bitwidth": 8}})
         assert found.encodings[weight].bitwidth == 8
         assert ctx.new == ["gram"] * (len(weights) - place)
+
+
+def test_the_search_is_on_held_out_samples_that_have_the_labels(model, target, forwards):
+    given = {"data": samples(1, 12), "evaluation": samples(2, 17, labels=True), "max_drop": 0.2, "metric": "top1"}
+    mixed(model, target, **given, held_out=samples(3, 19, labels=True))
+    assert 17 not in forwards
+    assert 19 in forwards
+    forwards.clear()
+    mixed(model, target, **given, held_out=samples(3, 19))
+    assert 17 in forwards
+    assert 19 not in forwards
+    mixed(model, target, **given | {"metric": "sqnr_db", "max_drop": None, "min_score": 20.0}, held_out=samples(3, 19))
+    assert 19 in forwards

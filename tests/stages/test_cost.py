@@ -7,7 +7,7 @@ import pytest
 
 from qpipe.methods.running_cost import PER_ELEMENT_NS, PER_PRODUCT_NS, START_NS
 from qpipe.numerics.scheme import Scheme, TensorScheme
-from qpipe.stage import Samples
+from qpipe.stage import Context, Samples
 from qpipe.stages.calibrate import calibrate
 from qpipe.stages.cle import cle
 from qpipe.stages.cost import cost
@@ -65,3 +65,16 @@ def test_a_bound_for_each_channel_costs_a_node_and_one_scale_for_each_nothing(mo
     assert values[0]["cost"] == values[1]["cost"]
     one_more = START_NS + 256 * 32 * PER_ELEMENT_NS["integer"]
     assert values[2]["time_us"] - values[0]["time_us"] == pytest.approx(one_more / 1000)
+
+
+def test_what_onnxruntime_does_not_run_has_no_cost_and_a_note_says_why(model):
+    class Notes(Context):
+        told = ""
+
+        def note(self, sentence):
+            self.told += sentence
+
+    context = Notes()
+    narrow = Samples({"x": DATA.arrays["x"][:, :7]})
+    assert cost(model, model, narrow, ctx=context).values == {"cost": None}
+    assert context.told.startswith("Cost unknown: ")

@@ -5,7 +5,9 @@ Values that must share one grid are seen by one observer, so the grid fits them 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from qpipe.model.simulation.module import to_torch, watched
 from qpipe.model.simulation.samples import batches, sample_count
 from qpipe.numerics.grid import Encoding
 from qpipe.numerics.observers import HistogramObserver, weight_encoding
+from qpipe.numerics.scheme import TensorScheme, code_bounds
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -126,10 +129,28 @@ def activation_encodings(placement: Placement, observers: Observers) -> dict[str
     """The grid of every activation: fixed by the placement, or over the range of its group's observer."""
     found = dict(placement.fixed)
     for group in observed_groups(placement):
-        encoding = observers[group].encoding(placement.activations[group[0]])
+        scheme = placement.activations[group[0]]
+        covered = not set(group).isdisjoint(placement.covered)
+        encoding = covering(observers[group], scheme) if covered else observers[group].encoding(scheme)
         found.update(dict.fromkeys(group, encoding))
     found.update({name: found[last] for name, last in placement.follows.items()})
     return found
+
+
+def covering(observer: HistogramObserver, scheme: TensorScheme) -> Encoding:
+    """The grid of what a Softmax gives: from 0 to 2^-k, the finest that ends a quarter beyond what was seen, if not
+    beyond 1.
+
+    Rows of n scores that are much alike give 1 / n each, for which the steps of [0, 1] are too large; but what is seen
+    of probabilities is no bound of theirs. What has other values on its grid has that of its observer.
+    """
+    low, high = observer.range(replace(scheme, observer="minmax"))
+    if low < 0.0 or high > 1.0 + 1e-3:
+        return observer.encoding(scheme)
+    end = min(0.0, math.ceil(math.log2(1.25 * high))) if high > 0.0 else 0.0
+    qmin, _ = code_bounds(scheme.bitwidth, scheme.signed)
+    step = np.asarray(2.0 ** (end - scheme.bitwidth), np.float32)
+    return Encoding(scheme.bitwidth, scheme.signed, False, step, np.asarray(qmin, np.int32))
 
 
 def weight_encodings(model: Network, placement: Placement) -> dict[str, Encoding]:

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from qpipe.methods.placement.filters import Overridden
+from qpipe.methods.placement.float_parts import decided, ending, spectra, sums
 from qpipe.methods.placement.joined import Joined
-from qpipe.methods.placement.survival import Links, decided, ending, survivals
+from qpipe.methods.placement.survival import Links, survivals
 from qpipe.model.network.invariants import constant_tensor
 from qpipe.model.structure.layers import find_layers, initializers_behind
 from qpipe.model.structure.opaque import read_values
@@ -51,6 +52,7 @@ class Placement:
       MaxPool passes over, needs no code;
     - `survives`: value -> what counts of it, where those that read it pick or cut off (`survival`);
     - `fixed`: value -> the grid that the target prescribes; no value is both here and in `activations`;
+    - `covered`: values among `activations` whose grid begins at 0 and ends at a power of two, at 1 at most;
     - `constants`: initializer -> its scheme, of what is added to an activation or multiplied with it.
     """
 
@@ -62,6 +64,7 @@ class Placement:
     follows: dict[str, str] = field(default_factory=dict)
     survives: dict[str, Links] = field(default_factory=dict)
     fixed: dict[str, Encoding] = field(default_factory=dict)
+    covered: tuple[str, ...] = ()
     constants: dict[str, TensorScheme] = field(default_factory=dict)
 
     @property
@@ -107,9 +110,10 @@ def place(model: Network, target: Target, scheme: Scheme) -> Placement:
     follows = {name: last for name, last in marks.follows(groups).items() if name not in fixed}
     survives = _reached(marks.survives, [name for name in in_order if name not in follows])
     in_float = {name: why for name, why in weights.in_float.items() if name not in constants}
+    covered = tuple(name for name in marks.covered(groups) if name in in_order)
     return replace(
         weights, in_float=in_float, activations=in_order, grids=groups, follows=follows, survives=survives, fixed=fixed,
-        constants=constants,
+        covered=covered, constants=constants,
     )  # fmt: skip
 
 
@@ -154,6 +158,7 @@ class _Marks:
         self.data = data_values(model.graph)
         self.data_names = {str(value.name) for value in self.data}
         self.composites = find_composites(model.graph, self.data, target.composite)
+        self.spectra = spectra(model.graph, target.float_spectra)
         self.adds = {layer.add for layer in find_layers(model) if layer.add is not None}
         self.biased = {layer.name for layer in find_layers(model) if layer.add is not None}
         self.fused: set[ir.Node] = set()
@@ -175,6 +180,8 @@ class _Marks:
             return f"the target '{self.target.name}' quantizes no weight of {operand.op_type}"
         if self.graph.node(operand.name) in self.narrow:
             return f"the target '{self.target.name}' leaves layers of one channel in float"
+        if self.graph.node(operand.name) in self.spectra:
+            return "it makes a spectrum, of which a logarithm is taken"
         if self.left.has(self.graph.node(operand.name)) or operand.weight in self.left.values:
             return "target.nodes leaves it in float"
         if operand.input not in self.data_names:
@@ -200,7 +207,9 @@ class _Marks:
         inside = {node for composite in self.composites for node in composite.nodes}
         results = {composite.result: composite for composite in self.composites}
         share = self.target.share
-        in_float = decided(self.graph, share) | ending(self.graph, self.target.float_ends, share)
+        in_float = decided(self.graph, share) | ending(self.graph, self.target.float_ends, share) | self.spectra
+        if self.target.float_outputs:
+            in_float |= sums(self.graph, self.target.float_sums, self.composites)
         for node in self.graph:
             composite = results.get(node.outputs[0])
             if composite is not None and not any(self.left.has(each) for each in composite.nodes):
@@ -227,12 +236,15 @@ class _Marks:
         self, schemes: Mapping[str, TensorScheme], groups: Iterable[tuple[str, ...]]
     ) -> dict[str, Encoding]:
         """The outputs of Softmax, and what shares their grid: scale 2^-bitwidth, zero point qmin."""
-        if not self.target.softmax:
-            return {}
-        names = {str(value.name) for value in self.softmax}
-        return {
-            name: _unit_grid(schemes[name]) for group in groups if names & set(group) for name in group
-        }
+        return {name: _unit_grid(schemes[name]) for name in self._of_softmax("fixed", groups)}
+
+    def covered(self, groups: Iterable[tuple[str, ...]]) -> list[str]:
+        """The same where the grid only has to cover what they give."""
+        return self._of_softmax("covering", groups)
+
+    def _of_softmax(self, kind: str, groups: Iterable[tuple[str, ...]]) -> list[str]:
+        names = {str(value.name) for value in self.softmax} if self.target.softmax == kind else set()
+        return [name for group in groups if names & set(group) for name in group]
 
     def looked_up(
         self, constants: Mapping[str, TensorScheme], groups: Iterable[tuple[str, ...]]

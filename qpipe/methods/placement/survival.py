@@ -6,7 +6,7 @@ a stand-in must not take the range of the value that it stands in: it is there t
     v -> ReduceMax -> r                  what lies outside the range of r, r never is
     v -> Mul(v, 0.5) -> t -> MaxPool     the range that counts of t, halved back
     v -> Sigmoid                         beyond +-12 nothing changes any more in 16 bits
-    v -> Add(v, mask) -> … -> Softmax    a decision: the sum and all on the way stay in float, `decided`
+    v -> Add(v, mask) -> … -> Softmax    a decision: the sum and all on the way stay in float, `float_parts.decided`
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class Link:
 
 Links = tuple[Link, ...]
 
-_ONE_OF_MANY = frozenset({"MaxPool", "GlobalMaxPool", "ReduceMax", "ReduceMin"})
-_MOVES = MOVING | {"Pad", "Concat", "Dropout"}
+ONE_OF_MANY = frozenset({"MaxPool", "GlobalMaxPool", "ReduceMax", "ReduceMin"})
+MOVES = MOVING | {"Pad", "Concat", "Dropout"}
 _SATURATED = {
     "Relu": Link(low=0.0),
     "Sigmoid": Link(low=-12.0, high=12.0),
@@ -67,44 +67,6 @@ _SATURATED = {
     "Exp": Link(depth=12.0),
 }
 """Beyond these inputs the output changes by less than a step of 16 bits: 2^-17 of its range."""
-_STARTS = frozenset({"Add", "Sub", "Where"})
-_ON_THE_WAY = _STARTS | _ONE_OF_MANY | _MOVES | {"Mul", "Div", "Max", "Min", "Clip", "Cast"}
-_DECISIONS = frozenset(
-    {"Softmax", "LogSoftmax", "Hardmax", "ReduceLogSumExp", "ArgMax", "ArgMin", "TopK"}
-    | {"Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Equal"}
-)
-
-
-def decided(graph: ir.Graph, share: Container[str]) -> set[ir.Node]:
-    """The nodes that stay in float because all that they give ends in a decision: sums and masks, what is made of
-    them on the way, and what only moves values (`share`) to them."""
-    nodes, leading = list(graph), set[ir.Node]()
-    for node in reversed(nodes):
-        readers = _readers(node)
-        if node.op_type in _ON_THE_WAY and readers and all(r.op_type in _DECISIONS or r in leading for r in readers):
-            leading.add(node)
-    found: set[ir.Node] = set()
-    for node in nodes:
-        before = {value.producer() for value in node.inputs if value is not None}
-        if node in leading and (node.op_type in _STARTS or before & found):
-            found.add(node)
-    for node in reversed(nodes):
-        if node in leading and node.op_type in share and _readers(node) & found:
-            found.add(node)
-    return found
-
-
-def ending(graph: ir.Graph, op_types: Container[str], share: Container[str]) -> set[ir.Node]:
-    """The nodes of `op_types` whose result only leaves the model, moved at most, and those of `share` that move it."""
-    last, found = set[ir.Node](), set[ir.Node]()
-    for node in reversed(list(graph)):
-        if (node.op_type in share or node.op_type in op_types) and _readers(node) <= last:
-            last.add(node)
-    for node in graph:
-        before = {value.producer() for value in node.inputs if value is not None}
-        if node in last and (node.op_type in op_types or before & found):
-            found.add(node)
-    return found
 
 
 def survivals(graph: ir.Graph, data: set[ir.Value]) -> dict[str, Links]:
@@ -119,17 +81,13 @@ def survivals(graph: ir.Graph, data: set[ir.Value]) -> dict[str, Links]:
     return found
 
 
-def _readers(node: ir.Node) -> set[ir.Node]:
-    return {reader for output in node.outputs for reader in output.consumers()}
-
-
 def _links(node: ir.Node, value: ir.Value, data: set[ir.Value], known: Container[str]) -> list[Link]:
     """What `node` says of `value`, which it reads; nothing where all of it counts."""
     op, out = node.op_type, str(node.outputs[0].name)
     others = [v for v in node.inputs if v is not None and v is not value]
-    if op in _ONE_OF_MANY or (op in ("Max", "Min") and any(v in data for v in others)):
+    if op in ONE_OF_MANY or (op in ("Max", "Min") and any(v in data for v in others)):
         return [Link(out)]
-    if op in _MOVES:
+    if op in MOVES:
         read = [str(v.name) for v in node.outputs if v.consumers() or v.is_graph_output()]
         return [Link(name) for name in read] if all(name in known for name in read) else []
     if op in _SATURATED:

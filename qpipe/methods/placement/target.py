@@ -124,16 +124,19 @@ class Target:
       follows them has none where it meets no value that is on a grid;
     - `float_ends`: operators that join values, which stay in float where their result leaves the model: a place in a
       picture and a probability have no grid in common;
+    - `float_sums`: normalizations; the sums that they alone read stay in float, where layers give floats;
+    - `float_spectra`: operators up to which what is made of the model's input by fixed sums and powers stays in float;
     - `fused`: operator -> activations computed in the same kernel, so no quantizer stands between;
     - `share`: operators whose outputs are on the grid of their inputs, since they only move values;
     - `bound`: operators that cut values off; one that alone reads its input puts it on the grid of its
       output, where what would be cut off saturates;
     - `on_codes`: operators that a file has on codes between roundings on one grid of 8 bits: Min and Max, and those of
-      `share` that move values;
+      `share` that move values; and Sub, as the sum of codes under a negative scale;
     - `constants`: operators (of two inputs) whose constant operand has a grid of its own, like that of an activation of
       8 bits;
     - `tables`: operators that look up values in a constant, whose table has such a grid, and they the same;
-    - `softmax`: fix the grid of a Softmax's output at scale 2^-bitwidth with zero point qmin;
+    - `softmax`: the grid of a Softmax's output: `fixed` at scale 2^-bitwidth with zero point qmin; `covering`, finer by
+      powers of two as far as it holds what was seen; or `free`;
     - `composite`: operators that mark the inside of a function written out (Gelu, RMS norm, …), which runs in
       float between its input and its output;
     - `weight`, `activation`: what it takes of the scheme's weights and activations;
@@ -149,13 +152,15 @@ class Target:
     one_channel: tuple[str, ...] = ()
     float_outputs: tuple[str, ...] = ()
     float_ends: tuple[str, ...] = ()
+    float_sums: tuple[str, ...] = ()
+    float_spectra: tuple[str, ...] = ()
     fused: dict[str, tuple[str, ...]] = field(default_factory=dict)
     share: tuple[str, ...] = ()
     bound: tuple[str, ...] = ()
     on_codes: tuple[str, ...] = ()
     constants: tuple[str, ...] = ()
     tables: tuple[str, ...] = ()
-    softmax: bool = True
+    softmax: Literal["fixed", "covering", "free"] = "fixed"
     composite: tuple[str, ...] = ()
     weight: Limits = Limits()
     activation: Limits = Limits()
@@ -164,8 +169,8 @@ class Target:
     nodes: Nodes = Nodes()
 
     def __post_init__(self) -> None:
-        if strange := sorted(set(self.on_codes) - {"Min", "Max", *self.share}):
-            raise ValueError(f"on_codes takes Min, Max and what stands in share, got {', '.join(strange)}.")
+        if strange := sorted(set(self.on_codes) - {"Min", "Max", "Sub", *self.share}):
+            raise ValueError(f"on_codes takes Min, Max, Sub and what stands in share, got {', '.join(strange)}.")
         both = sorted(set(self.share) & set(self.quantize))
         if both:
             raise ValueError(f"{', '.join(both)} cannot stand in both quantize and share.")

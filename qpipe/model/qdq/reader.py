@@ -25,6 +25,7 @@ import onnx_ir as ir
 
 from qpipe.model.network.invariants import constant
 from qpipe.model.network.naming import Names, names_of
+from qpipe.model.qdq.differences import read_sums
 from qpipe.model.qdq.nodes import (
     BITWIDTH,
     bound_of_codes,
@@ -63,6 +64,8 @@ def read_activations(graph: ir.Graph, grids: Grids) -> None:
 
     Raises InputError for a grid that cannot be."""
     follow_weights(graph, grids)
+    if read_sums(graph):
+        grids.on_codes.add("Sub")
     found: dict[ir.Value, Encoding] = {}
     names = names_of(graph)
     for node in list(graph):

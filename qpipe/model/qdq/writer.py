@@ -35,6 +35,7 @@ from qpipe.model.network.naming import IN_USE, fresh_name, names_of
 from qpipe.model.network.packing import graph_proto
 from qpipe.model.qdq.bias import QuantizedBias, bias_codes, bias_scale, effective_encodings, quantized_biases
 from qpipe.model.qdq.codes import take_on_codes
+from qpipe.model.qdq.differences import write_sums
 from qpipe.model.qdq.guards import guard_float_layers
 from qpipe.model.qdq.nodes import BITWIDTH, mirrored_codes
 from qpipe.model.structure.families import MOVING
@@ -85,6 +86,8 @@ def qdq_model(model: Network, keep: Collection[str] = ()) -> ir.Model:
             if activation_storage(encoding).bitwidth == 8 or not redundant:
                 _insert_activation(graph, value, encoding, clipped=not redundant)
     take_on_codes(graph, model.facts.on_codes, keep)
+    if "Sub" in model.facts.on_codes:
+        write_sums(graph, keep)
     guard_float_layers(graph, names)
     for name in [name for name, value in graph.initializers.items() if not value.uses()]:
         if not graph.initializers[name].is_graph_output():

@@ -35,20 +35,39 @@ def optimized(path: Path, custom_ops: Iterable[Library] = ()) -> onnx.ModelProto
 def shapes(
     graph: onnx.ModelProto, folder: Path, feed: Mapping[str, Any], custom_ops: Iterable[Library] = ()
 ) -> dict[str, Shape]:
-    """The shape of every tensor of the main graph of `optimized`, found by running it on `feed` once."""
+    """The shape of every tensor of the main graph of `optimized`, found by running it on `feed` once.
+
+    An operator behind each value gives its shape alone: no value is held longer than the graph needs it."""
+    names = [name for node in graph.graph.node for name in node.output if name]
+    session = _session(graph, folder, names, custom_ops)
+    tensors = [value.name for value in session.get_outputs() if value.type.startswith("tensor(")]
+    del session
     told = onnx.ModelProto()
     told.CopyFrom(graph)
-    names = [name for node in graph.graph.node for name in node.output if name]
-    del told.graph.output[:]
-    told.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    path = folder / "told.onnx"
-    path.write_bytes(told.SerializeToString())
-    session = onnxruntime.InferenceSession(str(path), _options(custom_ops), providers=["CPUExecutionProvider"])
+    made = {f"{_SHAPE}{i}": name for i, name in enumerate(tensors)}
+    told.graph.node.extend(onnx.helper.make_node("Shape", [name], [shape]) for shape, name in made.items())
+    session = _session(told, folder, made, custom_ops)
     wanted = {value.name for value in session.get_inputs()}
     found = session.run(None, {name: array for name, array in feed.items() if name in wanted})
     own = {tensor.name: tuple(tensor.dims) for tensor in graph.graph.initializer}
     own |= {name: tuple(array.shape) for name, array in feed.items()}
-    return own | {name: tuple(value.shape) for name, value in zip(names, found, strict=True) if hasattr(value, "shape")}
+    return own | {name: tuple(map(int, shape)) for name, shape in zip(made.values(), found, strict=True)}
+
+
+_SHAPE = "shape of value "
+
+
+def _session(
+    graph: onnx.ModelProto, folder: Path, outputs: Iterable[str], custom_ops: Iterable[Library]
+) -> onnxruntime.InferenceSession:
+    """A session of `graph`, whose tensors lie in `folder`, that gives `outputs`."""
+    told = onnx.ModelProto()
+    told.CopyFrom(graph)
+    del told.graph.output[:]
+    told.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
+    path = folder / "told.onnx"
+    path.write_bytes(told.SerializeToString())
+    return onnxruntime.InferenceSession(str(path), _options(custom_ops), providers=["CPUExecutionProvider"])
 
 
 def _options(custom_ops: Iterable[Library]) -> onnxruntime.SessionOptions:

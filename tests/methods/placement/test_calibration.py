@@ -7,11 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pytest
 
 from qpipe.keys.hashing import digest
 from qpipe.methods.placement.calibration import (
     activation_encodings,
     content,
+    covering,
     observe,
     observed,
     observed_groups,
@@ -22,7 +24,8 @@ from qpipe.methods.placement.calibration import (
 from qpipe.methods.placement.placement import Placement, place
 from qpipe.model import Model
 from qpipe.numerics.grid import encoding_from_range, same_grid
-from qpipe.numerics.observers import weight_encoding
+from qpipe.numerics.observers import HistogramObserver, weight_encoding
+from qpipe.numerics.scheme import TensorScheme
 from tests.model.nets import normal, parsed
 from tests.model.quantized import ONNXRUNTIME, quantized, scheme
 
@@ -106,3 +109,21 @@ def test_a_weight_that_was_tuned_keeps_its_grid() -> None:
     frozen = replace(net.encodings["w"], frozen=True)
     kept = net.with_encodings({**net.encodings, "w": frozen})
     assert weight_encodings(kept, placement)["w"] is frozen
+
+
+@pytest.mark.parametrize(
+    ("most", "end"), [(0.0101, 1 / 64), (0.19, 0.25), (0.21, 0.5), (0.85, 1.0), (1.0, 1.0), (0.0, 1.0)]
+)
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_the_grid_of_probabilities_ends_at_a_power_of_two_that_leaves_room(most: float, end: float, bits: int) -> None:
+    observer = HistogramObserver()
+    observer.update(np.array([0.0, most], np.float32))
+    found = covering(observer, TensorScheme(bits, False, False, observer="mse"))
+    assert (float(found.scale), int(found.zero_point)) == (end / 2**bits, 0)
+
+
+def test_what_is_no_probability_has_the_grid_of_its_observer() -> None:
+    observer = HistogramObserver()
+    observer.update(np.array([-0.5, 0.01], np.float32))
+    asked = TensorScheme(8, False, False)
+    assert same_grid(covering(observer, asked), observer.encoding(asked))

@@ -195,8 +195,8 @@ def test_what_follows_layers_that_give_floats_stays_in_float_up_to_the_next_laye
     given = {"weight": CONSTANTS["weight"], "shift": CONSTANTS["shift"], "bias": normal(8), "scale": np.float32(0.35)}
     model = Model.from_proto(parsed(ATTENTION, **weights, **given))
     found = place(model, SHIPPED, scheme())
-    assert list(found.activations) == ["l", "q", "k", "v", "kt", "o", "n", "g"], "what a MatMul reads"
-    assert list(found.fixed) == ["p"]
+    assert list(found.activations) == ["l", "q", "k", "v", "kt", "p", "o", "n", "g"], "what a MatMul reads"
+    assert (list(found.fixed), found.covered) == ([], ("p",))
     assert not found.constants
     assert set(found.weights) == set(weights)
 
