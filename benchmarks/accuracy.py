@@ -4,8 +4,8 @@
             [--seeds 0 1 2] [--json FILE] [--markdown FILE]
 
 The networks (the built-in one, a ResNet, a ViT, a byte-level decoder) are trained by benchmarks.trained where FOLDER
-does not hold them. Each is judged as it ships: the exported file in onnxruntime, on samples that nothing was tuned on. A
-cell is the median over the seeds, which draw the samples to tune on and all that is random: hits in percent (of the
+does not hold them. Each is judged as it ships: the exported file in onnxruntime, on samples that nothing was tuned on.
+A cell is the median over the seeds, which draw the samples to tune on and all that is random: hits in percent (of the
 decoder: perplexity), and the outputs' sqnr against float in dB. --json keeps every row; what it holds already is not
 measured again.
 """

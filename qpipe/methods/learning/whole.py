@@ -10,7 +10,7 @@ Grids that a target prescribes stay: scales that are powers of two, those of loo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from qpipe.errors import InputError
+from qpipe.methods.learning.objective import Objective, Targets
 from qpipe.methods.learning.stretch import groups
 from qpipe.methods.placement.calibration import content
 from qpipe.model.simulation.constants import taken_in
@@ -27,11 +28,12 @@ from qpipe.model.simulation.module import to_torch
 from qpipe.model.simulation.run import run
 from qpipe.model.simulation.samples import batch_axes, batches
 from qpipe.model.structure.layers import find_layers
+from qpipe.model.structure.opaque import is_opaque
 from qpipe.model.structure.operands import find_operands
 from qpipe.numerics.fake_quantize import FakeQuantize
-from qpipe.numerics.grid import quantize_dequantize
 from qpipe.numerics.learning.cells import powers_of_two
 from qpipe.numerics.learning.optimize import Learned, Learning
+from qpipe.numerics.learning.options import LearningOptions
 from qpipe.numerics.learning.roundings import start
 from qpipe.numerics.learning.variables import Free, Step, Variable
 from qpipe.numerics.metrics import counting
@@ -89,12 +91,19 @@ class Whole:
     """`model` over the samples of `arrays`; `targets` are what its `outputs` have to be, by name, (n, ...) each."""
 
     def __init__(
-        self, model: Network, arrays: Mapping[str, Array], targets: Mapping[str, Array], *, device: str = "cpu"
+        self,
+        model: Network,
+        arrays: Mapping[str, Array],
+        targets: Mapping[str, Array],
+        labels: Array | None = None,
+        *,
+        device: str = "cpu",
     ) -> None:
         self.model, self.arrays, self.device = model, dict(arrays), device
         self.learnable = learnable(model)
         self.names = tuple(targets)
         self.targets = [torch.from_numpy(np.ascontiguousarray(each)).to(device) for each in targets.values()]
+        self.labels = None if labels is None else torch.tensor(labels).to(device)
         self._axes = batch_axes(model)
         specs = [spec.name for spec in model.outputs]
         self._places = [specs.index(name) for name in self.names]
@@ -115,9 +124,9 @@ class Whole:
         """How many there are."""
         return len(self.targets[0])
 
-    def batch(self, index: Tensor, draw: torch.Generator | None = None) -> tuple[Tensor, list[Tensor]]:
+    def batch(self, index: Tensor, draw: torch.Generator | None = None) -> tuple[Tensor, Targets]:
         """(the samples themselves, what the outputs have to be for them)."""
-        return index, [target[index] for target in self.targets]
+        return index, Targets([y[index] for y in self.targets], None if self.labels is None else self.labels[index])
 
     def __call__(
         self, values: Mapping[str, Tensor], index: Tensor, draw: torch.Generator | None = None
@@ -191,7 +200,7 @@ def targets_of(
     return {name: array for name, array in counting(found, tuple(only)).items() if array.dtype.kind == "f"}
 
 
-def refuse_other(model: Network, float_model: Network | None, stage: str) -> Network:
+def float_of(model: Network, float_model: Network | None, stage: str) -> Network:
     """The model whose float outputs are to be matched. Errors: InputError where `float_model` is needed and is not
     there, or is of another network."""
     tuned = sorted(name for name, e in model.encodings.items() if e.frozen and name in model.params)
@@ -205,28 +214,61 @@ def refuse_other(model: Network, float_model: Network | None, stage: str) -> Net
     for name in learnable(model).weights:
         if name not in float_model.params or float_model.param(name).shape != model.param(name).shape:
             raise InputError(
-                f"{stage}.float_model: it has no weight '{name}' of shape {list(model.param(name).shape)}. Wire it to the "
-                "model that the tuning started from, behind bnf and cle."
+                f"{stage}.float_model: it has no weight '{name}' of shape {list(model.param(name).shape)}. Wire it to "
+                "the model that the tuning started from, behind bnf and cle."
             )
     return float_model
 
 
-def learned_in_steps(
-    learning: Learning, memo: Memo, problem: Sequence[Any], name: str, every: int
-) -> Learned:
-    """What `learning` ends with. The state after each `every` iterations is a sub-result of the cache, so that what was
-    interrupted goes on; `problem` says all that it depends on."""
+def refuse_unlearnable(whole: Whole, stage: str) -> None:
+    """Errors: InputError where nothing is there to be learned, or the outputs have no gradient."""
+    found = whole.learnable
+    if not found.weights and not found.steps:
+        raise InputError(f"{stage}: the model has no grid that could be learned. Put 'calibrate' before '{stage}'.")
+    values = {name: v.value() for name, v in whole.start(whole.model).items()}
+    if not any(output.requires_grad for output in whole(values, torch.arange(1))):
+        opaque = [str(node.name) for node in whole.model.graph if is_opaque(node)]
+        raise InputError(
+            f"{stage}: no gradient reaches the weights from the outputs {', '.join(whole.names)}: what is between runs "
+            f"in onnxruntime ({', '.join(opaque) or 'integers'}). Name other outputs, or leave {stage} out."
+        )
+
+
+def trained(
+    whole: Whole,
+    float_model: Network,
+    objective: Objective,
+    options: LearningOptions,
+    *,
+    said: Sequence[Any],
+    seed: int,
+    memo: Memo,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Network, dict[str, Any]]:
+    """The network with all of it learned, or as it was where held-out samples do not gain, and the report. The state
+    after each look is a sub-result of the cache, so that what was interrupted goes on; `said` are JSON values that say
+    what else, beside options and data, the objective depends on."""
+    learning = Learning(
+        whole.start(float_model), whole, whole.batch, whole.samples,
+        options=options, loss=objective.loss, judge=objective.judge, seed=seed, progress=progress,
+    )  # fmt: skip
+    weights = {name: float_model.param(name) for name in whole.learnable.weights}
+    model, arrays = whole.model, dict(zip(whole.names, (t.cpu().numpy() for t in whole.targets), strict=True))
+    grids = {name: encoding.to_json() for name, encoding in model.encodings.items()}
+    labels = None if whole.labels is None else whole.labels.cpu().numpy()
+    problem = [content(model), grids, weights, whole.arrays, arrays, labels, asdict(options), list(said), seed]
     state = packed(learning.state())
     while not learning.over:
-        until = learning.done + every
+        until = learning.done + options.every
 
         def go(*_: Any, until: int = until) -> dict[str, Any]:
             learning.run(until)
             return packed(learning.state())
 
-        state = memo(name, go, *problem, until, state)
+        state = memo("learned", go, problem, until, state)
         learning.load(unpacked(state))
-    return learning.learned()
+    learned = learning.learned()
+    return whole.finished(learned), learned.report
 
 
 def packed(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -257,14 +299,3 @@ def unpacked(found: Mapping[str, Any]) -> Any:
         return [given(item) for item in value] if isinstance(value, list) else value
 
     return given(found["tree"])
-
-
-def problem_of(model: Network, whole: Whole, *more: Any) -> list[Any]:
-    """What the result depends on, for `learned_in_steps`."""
-    return [content(model), whole.arrays, dict(zip(whole.names, [t.cpu().numpy() for t in whole.targets], strict=True)), *more]
-
-
-def on_grid(model: Network) -> Network:
-    """The model with every weight at its nearest code: what its outputs are simulated with."""
-    rounded = {n: quantize_dequantize(model.param(n), e, n) for n, e in model.encodings.items() if n in model.params}
-    return model.with_params(rounded)
