@@ -29,6 +29,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
         "scheme grid fake_quantize ranges observers allocation search thinning metric_names metrics jackknife images",
     ),
     "numerics.rounding": (("errors", "numerics"), "moments unfold rows codes gram gradient"),
+    "numerics.learning": (("errors", "numerics"), "cells variables roundings losses options optimize"),
     "keys": (("errors", "mapped"), "hashing companions syntax code state loaded changes"),
     "artifacts": (("errors", "mapped", "writing", "keys", "numerics"), "kinds artifact"),
     "model.network": (
@@ -72,7 +73,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "methods.equalization": ((*MODEL, "model.simulation"), "links norm_links reach rescaling"),
     "methods.rounding": (
-        (*MODEL, "model.simulation", "numerics.rounding", "methods.placement"),
+        (*MODEL, "model.simulation", "numerics.rounding", "numerics.learning", "methods.placement"),
         "walk layerwise",
     ),
     "methods.mixing": (
@@ -82,7 +83,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
     "methods.comparison": ((*MODEL, "model.simulation"), "inputs compare check parity"),
     "stages": (
         (
-            *("errors", "param", "stage", "numerics", "numerics.rounding"),
+            *("errors", "param", "stage", "numerics", "numerics.rounding", "numerics.learning"),
             *("model.network", "model.structure", "model.runtime", "model.canon", "model.simulation"),
             *("model.files", "model.torch_export", "methods", "methods.placement", "methods.equalization"),
             *("methods.rounding", "methods.mixing", "methods.comparison"),
@@ -237,7 +238,7 @@ def test_a_folder_holds_few_files(room: str) -> None:
 
 
 def test_numerics_knows_no_onnx() -> None:
-    for room in ("numerics", "numerics.rounding"):
+    for room in ("numerics", "numerics.rounding", "numerics.learning"):
         for file in files_of(room).values():
             names = {item.module.partition(".")[0] for item in analyse(file.read_bytes(), str(file)).imports}
             assert not names & {"onnx", "onnx_ir", "onnxruntime", "onnxscript"}, file
