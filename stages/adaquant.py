@@ -51,6 +51,7 @@ def adaquant(
     *,
     blocks: Literal["auto", "per_layer"] | list[str] = "auto",
     ops: list[str] | None = None,
+    begin: Literal["gram", "model"] = "gram",
     limit: Annotated[int, Range(ge=1)] | None = 1000,
     seed: int = 0,
     iterations: Annotated[int, Range(ge=0)] = 300,
@@ -108,7 +109,7 @@ def adaquant(
     tuning = Tuning(
         learning, "ste_weight", rates == "relative", learn_scales is not False, learn_steps is not False, update_bias,
         output_qdq=output_qdq, random=Randomness(share=drop_ratio), parallel=inputs == "parallel",
-        selective=selective_update, memory=memory,
+        selective=selective_update, memory=memory, begin=begin,
     )  # fmt: skip
     arrays, division = thinned(data.arrays, limit), Division(blocks, ops)
     return learn_by_parts("adaquant", model, float_model, arrays, division, tuning, seed=seed, ctx=ctx)

@@ -77,8 +77,11 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
         "walk layerwise",
     ),
     "methods.learning": (
-        (*MODEL, "model.simulation", "numerics.learning", "methods.placement"),
-        "parts carry stretch reference tune blockwise",
+        (
+            *(*MODEL, "model.simulation", "numerics.rounding", "numerics.learning"),
+            *("methods.placement", "methods.rounding"),
+        ),
+        "parts carry begin stretch reference tune blockwise",
     ),
     "methods.mixing": (
         (*MODEL, "model.simulation", "numerics.rounding", "methods.placement", "methods.rounding"),

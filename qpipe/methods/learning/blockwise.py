@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qpipe.errors import InputError
+from qpipe.methods.learning.begin import with_biases
 from qpipe.methods.learning.parts import Blocks, Part, find_parts
 from qpipe.methods.learning.reference import reference_of
 from qpipe.methods.learning.stretch import groups
@@ -54,6 +55,9 @@ def learn_by_parts(
     _refuse_nothing(stage, model, parts, left_out)
     _refuse_wide(stage, model, parts)
     reference = reference_of(model, float_model, parts, stage)
+    if tuning.begin == "gram" and tuning.update_bias:
+        model = with_biases(model)
+        parts, _ = find_parts(model, division.blocks, ops=division.ops, together=division.together)
     around = Surroundings(ctx.memo, ctx.seed, ctx.note, ctx.progress, ctx.device, seed)
     tuned, reports = tune(model, reference, arrays, parts, tuning, around)
     for name, reason in left_out.items():

@@ -247,7 +247,8 @@ class Carry:
         held, units = _taken(model, arrays, store)
         self.float = Track(reference, False, units, held, store)
         self.quantized = Track(model, True, units, held, store)
-        self.units, self._parts, self._also = units, list(parts), tuple(also)
+        self.units, self.device = units, device
+        self._parts, self._also = list(parts), tuple(also)
 
     def before(self, part: Part) -> tuple[list[Held], list[Held], Held]:
         """x^, x, and y, the float model's output of `part`; the values of the parts that are over are let go."""
@@ -266,6 +267,13 @@ class Carry:
         stops = [*(later.output for later in self._parts)]
         for track in (self.float, self.quantized):
             track.keep(needed, stops)
+
+    def inside(self, name: str, model: Network) -> tuple[Held, Held]:
+        """x^ and x of a value inside the part that comes next; x^ as `model` gives it."""
+        self.float.bring([name])
+        ahead = self.quantized.with_model(model)
+        ahead.bring([name], self._layout)
+        return ahead.held[name], self.float.held[name]
 
     def output_error(self, model: Network, outputs: Sequence[str]) -> float:
         """The squared error of the values `outputs` of `model` over the mean square of the float model's; what lies in

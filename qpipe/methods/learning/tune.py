@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from qpipe.methods.learning.begin import begun
 from qpipe.methods.learning.carry import Carry, Memory
 from qpipe.methods.learning.stretch import Problem, Randomness, Stretch, groups, own_biases
 from qpipe.numerics.grid import quantize_dequantize
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 Memo = Callable[..., Any]
+Begin = Literal["gram", "model"]
+"""What the codes are before anything is learned: solved in closed form when the part's turn has come, or the model's."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Tuning:
     added to, else both in their own units. `learn_scales` and `learn_steps` let the step sizes of weights and of
     activations move, unless they are powers of two; `activations` False leaves activations in float; `random` is what
     is mixed and dropped; `parallel` shows every part what the untuned model gives; `selective` keeps a part only where
-    the outputs of the whole model err less, too.
+    the outputs of the whole model err less, too; `begin` says with which codes.
     """
 
     learning: LearningOptions = field(default_factory=LearningOptions)
@@ -57,6 +60,7 @@ class Tuning:
     parallel: bool = False
     selective: bool = False
     memory: Memory = "auto"
+    begin: Begin = "gram"
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,11 @@ def tune(
     reports: dict[str, Any] = {}
     for number, part in enumerate(parts):
         problem = Problem(*carry.before(part))
+        if tuning.begin == "gram":
+            model = begun(
+                model, reference, part, carry, update_bias=tuning.update_bias, memo=around.memo,
+                seed=lambda name: around.seed_of(str(around.seed), name),
+            )  # fmt: skip
         found = _remembered(model, reference, part, problem, tuning, around, (number, len(parts)))
         tuned, report = _with(model, part, found), dict(found["report"])
         if tuning.selective and report["kept"] == "after":
@@ -139,10 +148,14 @@ def _everything(model: Network, reference: Network, part: Part, stretch: Stretch
     }
     problem = stretch.problem
     held = [[value.rows for value in track] for track in (problem.x_hat, problem.x, [problem.y])]
-    options = {key: value for key, value in asdict(tuning).items() if key not in ("memory", "selective", "parallel")}
+    options = {key: value for key, value in asdict(tuning).items() if key not in _ELSEWHERE}
     own = [list(own_biases(model, part)), sorted(stretch.steps)]
     packed = {name: np.frombuffer(blob, np.uint8) for name, blob in sorted(blobs.items())}
     return [meta, packed, weights, held, options, own]
+
+
+_ELSEWHERE = frozenset({"memory", "selective", "parallel", "begin"})
+"""Options that act before a part is learned, or after."""
 
 
 def _learned(
