@@ -30,7 +30,7 @@ def mse(channel_axis: int = 1) -> Loss:
     """The squared error, summed over `channel_axis` (an output without that axis: over none), mean over the rest."""
 
     def loss(outputs: Any, targets: Any) -> Tensor:
-        return total(_mean(_difference(y, target).square(), channel_axis) for y, target in pairs(outputs, targets))
+        return total(_squared(y, target) / _positions(y, channel_axis) for y, target in pairs(outputs, targets))
 
     return loss
 
@@ -45,7 +45,7 @@ def fisher(channel_axis: int = 1) -> Loss:
         listed = [outputs] if isinstance(outputs, Tensor) else outputs
         weighted = [targets] if isinstance(outputs, Tensor) else targets
         return total(
-            _mean((_difference(y, target) * gradient).square(), channel_axis)
+            _squared(y * gradient, target * gradient) / _positions(y, channel_axis)
             for y, (target, gradient) in zip(listed, weighted, strict=True)
         )
 
@@ -65,7 +65,7 @@ def features(variances: Sequence[float]) -> Loss:
     """The mean squared error of each tensor over its variance, of which `variances` has one for each."""
 
     def loss(outputs: Any, targets: Any) -> Tensor:
-        errors = [_difference(y, target).square().mean() for y, target in pairs(outputs, targets)]
+        errors = [_squared(y, target) / max(1, y.numel()) for y, target in pairs(outputs, targets)]
         if len(errors) != len(variances):
             raise ValueError(f"{len(variances)} variances do not fit {len(errors)} outputs.")
         return total(error / variance for error, variance in zip(errors, variances, strict=True))
@@ -106,29 +106,21 @@ def total(terms: Iterable[Tensor]) -> Tensor:
     return first
 
 
-def _difference(y: Tensor, target: Tensor) -> Tensor:
-    """y - target, which have one shape: a broadcast would be a mistake that nobody sees."""
+def _squared(y: Tensor, target: Tensor) -> Tensor:
+    """The squared error, in one pass each way. The shapes agree: a broadcast would be a mistake that nobody sees."""
     if y.shape != target.shape:
         raise ValueError(f"an output has shape {tuple(y.shape)}, its target {tuple(target.shape)}.")
-    return y - target
+    return torch.nn.functional.mse_loss(y, target, reduction="sum")
 
 
-def _mean(squares: Tensor, channel_axis: int) -> Tensor:
-    """The mean of the sums over one axis: all of it, over the other axes' size."""
-    if not -squares.ndim <= channel_axis < squares.ndim:
-        return squares.mean()
-    return squares.sum() / max(1, squares.numel() // max(1, squares.shape[channel_axis]))
+def _positions(y: Tensor, channel_axis: int) -> int:
+    """How many sums over channels there are."""
+    channels = y.shape[channel_axis] if -y.ndim <= channel_axis < y.ndim else 1
+    return max(1, y.numel() // max(1, channels))
 
 
 def _divergence(y: Tensor, target: Tensor, temperature: float, axis: int) -> Tensor:
-    reference = torch.log_softmax(_same_rows(target) / temperature, axis)
-    found = torch.log_softmax(_same_rows(y) / temperature, axis)
+    reference = torch.log_softmax(target / temperature, axis)
+    found = torch.log_softmax(y / temperature, axis)
     difference = (reference.exp() * (reference - found)).sum()
-    rows = max(1, y.numel() // max(1, y.shape[axis]))
-    return difference * (temperature * temperature / rows)
-
-
-def _same_rows(logits: Tensor) -> Tensor:
-    if logits.ndim == 0:
-        raise ValueError("logits need an axis of classes, got one number.")
-    return logits
+    return difference * (temperature * temperature / _positions(y, axis))
