@@ -76,6 +76,13 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
         (*MODEL, "model.simulation", "numerics.rounding", "numerics.learning", "methods.placement"),
         "walk layerwise",
     ),
+    "methods.learning": (
+        (
+            *(*MODEL, "model.simulation", "numerics.rounding", "numerics.learning"),
+            *("methods.placement", "methods.rounding"),
+        ),
+        "parts carry begin stretch reference tune blockwise",
+    ),
     "methods.mixing": (
         (*MODEL, "model.simulation", "numerics.rounding", "methods.placement", "methods.rounding"),
         "work choices fingerprint judge mix sensitivity",
@@ -86,7 +93,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
             *("errors", "param", "stage", "numerics", "numerics.rounding", "numerics.learning"),
             *("model.network", "model.structure", "model.runtime", "model.canon", "model.simulation"),
             *("model.files", "model.torch_export", "methods", "methods.placement", "methods.equalization"),
-            *("methods.rounding", "methods.mixing", "methods.comparison"),
+            *("methods.rounding", "methods.learning", "methods.mixing", "methods.comparison"),
         ),
         "",
     ),

@@ -61,7 +61,8 @@ class Layout:
             return value[None]
         sizes = (-1, count) if self.interleaved else (count, -1)
         place = self.axis + 1 if self.interleaved else self.axis
-        return value.unflatten(self.axis, sizes).movedim(place, 0)
+        shape = (*value.shape[: self.axis], *sizes, *value.shape[self.axis + 1 :])
+        return value.reshape(shape).movedim(place, 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +106,10 @@ class Track:
         self.model, self.quantized, self.units = model, quantized, units
         self.held = dict(held)
         self._store = store
+
+    def with_model(self, model: Network) -> Track:
+        """A track of its own for `model`, from where this one stands."""
+        return Track(model, self.quantized, self.units, self.held, self._store)
 
     def bring(self, names: Sequence[str], layouts: Callable[[str], Layout | None] | None = None) -> None:
         """Computes the values `names`, in this order, where they are not held. `layouts` says how units lie in them;
@@ -242,7 +247,8 @@ class Carry:
         held, units = _taken(model, arrays, store)
         self.float = Track(reference, False, units, held, store)
         self.quantized = Track(model, True, units, held, store)
-        self.units, self._parts, self._also = units, list(parts), tuple(also)
+        self.units, self.device = units, device
+        self._parts, self._also = list(parts), tuple(also)
 
     def before(self, part: Part) -> tuple[list[Held], list[Held], Held]:
         """x^, x, and y, the float model's output of `part`; the values of the parts that are over are let go."""
@@ -261,6 +267,25 @@ class Carry:
         stops = [*(later.output for later in self._parts)]
         for track in (self.float, self.quantized):
             track.keep(needed, stops)
+
+    def inside(self, name: str, model: Network) -> tuple[Held, Held]:
+        """x^ and x of a value inside the part that comes next; x^ as `model` gives it."""
+        self.float.bring([name])
+        ahead = self.quantized.with_model(model)
+        ahead.bring([name], self._layout)
+        return ahead.held[name], self.float.held[name]
+
+    def output_error(self, model: Network, outputs: Sequence[str]) -> float:
+        """The squared error of the values `outputs` of `model` over the mean square of the float model's; what lies in
+        front of where the tracks stand counts as it was."""
+        self.float.bring(outputs)
+        ahead = self.quantized.with_model(model)
+        ahead.bring(outputs, self._layout)
+        errors = 0.0
+        for name in outputs:
+            y, target = (np.asarray(track.held[name].rows, np.float64) for track in (ahead, self.float))
+            errors += float(np.square(y - target).sum() / max(float(np.square(target).sum()), 1e-300))
+        return errors
 
     def _layout(self, name: str) -> Layout | None:
         self.float.bring([name])

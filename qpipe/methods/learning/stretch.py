@@ -1,10 +1,10 @@
 """One part as a torch module that is called with the tensors that are learned: the quantized one, differentiable.
 
-Weights come in as they shall count, on their grids already; biases in float, since the model's own rule rounds them when
-all is done; the quantizers of activations inside are active, with the step sizes that come in. The quantizer of an input
-belongs to the part, that of the output to who reads it, unless `output_qdq`.
+Weights come in as they shall count, on their grids already; biases in float, since the model's own rule rounds them
+when all is done; the quantizers of activations inside are active, with the step sizes that come in. The quantizer of an
+input belongs to the part, that of the output to who reads it, unless `output_qdq`.
 
-While it learns (with gradients on), and then alone,
+While it learns, and then alone,
 
     inputs        each element is x^ with probability `share`, x otherwise      (Quark's DropRatio; 1: x^ alone)
     quantizers    each element passes unrounded with probability `drop`         (QDrop)
@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from qpipe.methods.learning.carry import Held, feed
+from qpipe.methods.learning.carry import TOGETHER, Held, feed
 from qpipe.methods.placement.joined import Joined
 from qpipe.model.network.parts import block
-from qpipe.model.simulation.module import BOUNDING, to_torch
+from qpipe.model.simulation.module import BOUNDING, to_torch, watched
 from qpipe.model.structure.families import MOVING
 from qpipe.numerics.fake_quantize import FakeQuantize
 from qpipe.numerics.grid import quantize_dequantize, same_grid
@@ -45,7 +45,6 @@ class Randomness:
 
     share: float = 1.0
     drop: float = 0.0
-    seed: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +85,7 @@ class Stretch:
         self.problem, self._random, self._device = problem, random or Randomness(), device
         self.model = learnable_block(model, part, activations, output_qdq)
         self.module = to_torch(self.model, device=device)
-        self._draw = torch.Generator(device).manual_seed(self._random.seed)
+        self._draw: torch.Generator | None = None
         self._places = {name: [place] for name, place in self.module.meta["parameters"].items()}
         quantizers: Mapping[str, str] = self.module.meta["quantizers"]
         self.steps: dict[str, Encoding] = {}
@@ -106,34 +105,43 @@ class Stretch:
                 assert isinstance(quantizer, FakeQuantize)
                 quantizer.learn_scale()
 
-    def numbers_in(self, name: str) -> int:
-        """How many numbers the value `name` has for one unit: what LSQ weighs the gradient of its step with."""
-        seen: list[int] = []
-        index = np.arange(1)
-        place = self._places[name][0].removesuffix(".scale")
-        hook = self.module.get_submodule(place).register_forward_hook(lambda m, a, out: seen.append(out.numel()))
-        with torch.no_grad():
-            self.module(*feed(self.problem.x_hat, index, self._device)[0])
-        hook.remove()
-        return max(seen)
+    def measured(self) -> tuple[dict[str, int], dict[str, float]]:
+        """By value, over the first units: how many numbers a unit has in it, and their root mean square."""
+        count = min(TOGETHER, len(self.problem.y.rows))
+        calls = feed(self.problem.x_hat, np.arange(count), self._device, self.problem.alone)
+        units = 1 if self.problem.alone else count
+        features: dict[str, int] = {}
+        size: dict[str, float] = {}
 
-    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        def see(name: str, value: Tensor) -> None:
+            if value.is_floating_point():
+                features[name] = value.numel() // units
+                size[name] = float(value.square().mean(dtype=torch.float64).sqrt())
+
+        watched(self.module, calls[0], see, self._device)
+        return features, size
+
+    def batch(self, index: Tensor, draw: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """(the units themselves, y for them): what a learner hands to `__call__`, and compares with."""
         return index, self.problem.target(index, self._device)
 
-    def __call__(self, values: Mapping[str, Tensor], index: Tensor) -> Tensor:
-        """The outputs for these units with these weights, biases and scales, by name."""
+    def __call__(
+        self, values: Mapping[str, Tensor], index: Tensor, draw: torch.Generator | None = None
+    ) -> Tensor:
+        """The outputs for these units with these weights, biases and scales, by name. `draw` is there while learning:
+        what is random comes from it."""
+        self._draw = draw
         given = {place: tensor for name, tensor in values.items() for place in self._places[name]}
         outputs = [functional_call(self.module, given, call) for call in self._calls(index.numpy())]
         return torch.stack(outputs) if self.problem.alone else outputs[0]
 
     def _calls(self, index: np.ndarray[Any, Any]) -> list[tuple[Any, ...]]:
         alone, device = self.problem.alone, self._device
-        share = self._random.share if torch.is_grad_enabled() else 1.0
+        share = self._random.share
         if share <= 0.0:
             return feed(self.problem.x, index, device, alone)
         quantized = feed(self.problem.x_hat, index, device, alone)
-        if share >= 1.0:
+        if share >= 1.0 or self._draw is None:
             return quantized
         plain = feed(self.problem.x, index, device, alone)
         return [
@@ -147,12 +155,12 @@ class Stretch:
         return torch.where(self._drawn(quantized) < self._random.share, quantized, plain)
 
     def _dropped(self, quantizer: torch.nn.Module, given: tuple[Tensor, ...], rounded: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
+        if self._draw is None:
             return rounded
         return torch.where(self._drawn(rounded) < self._random.drop, given[0], rounded)
 
     def _drawn(self, like: Tensor) -> Tensor:
-        return torch.rand(like.shape, generator=self._draw, device=like.device)
+        return torch.rand(like.shape, generator=self._draw).to(like.device)
 
 
 def learnable_block(model: Network, part: Part, activations: bool, output_qdq: bool) -> Network:
@@ -186,9 +194,9 @@ def groups(model: Network) -> dict[str, list[str]]:
             continue
         for value in (*node.inputs, *node.outputs[1:]):
             ends = [str(v.name) for v in (node.outputs[0], value) if v is not None]
-            if len(ends) == 2 and all(_activation(model, end) for end in ends):
-                if same_grid(*(model.encodings[end] for end in ends)):
-                    joined.join(ends[1], [ends[0]])
+            grids = [model.encodings[end] for end in ends if _activation(model, end)]
+            if len(grids) == 2 and same_grid(*grids):
+                joined.join(ends[1], [ends[0]])
     found: dict[str, list[str]] = {}
     order = [*model.graph.inputs, *(output for node in model.graph for output in node.outputs)]
     for value in order:

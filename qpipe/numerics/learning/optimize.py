@@ -117,22 +117,33 @@ class Learning:
                 self._look()
 
     def _step(self) -> None:
-        draw, options = self._draw, self.options
-        x, target = self.batches(self._drawn(), draw)
-        y = self.forward({name: v.value() for name, v in self.variables.items()}, x, draw)
-        loss = self.loss(y, target)
+        options = self.options
+        values = {name: v.value() for name, v in self.variables.items()}
+        gradients = self._gradients(values)
+        roots = [values[name] for name in gradients]
         beta = options.beta_at(self.done)
-        for variable in self.variables.values() if beta is not None and options.reg_param else ():
-            term = variable.penalty(beta)  # type: ignore[arg-type]  # None is asked above
-            loss = loss if term is None else loss + options.reg_param * term
+        terms = [v.penalty(beta) for v in self.variables.values()] if beta is not None and options.reg_param else []
+        penalties = [term for term in terms if term is not None]
+        weights = [term.new_tensor(options.reg_param) for term in penalties]
         self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch's
+        torch.autograd.backward([*roots, *penalties], [*gradients.values(), *weights])
         share = options.share_of_rate(self.done)
         for group in self._optimizer.param_groups:
             group["lr"] = group["rate"] * share
         self._optimizer.step()
         for variable in self.variables.values():
             variable.bound()
+
+    def _gradients(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The gradient of the loss of a batch in each value that has one; `at_once` samples run through together."""
+        index = self._drawn()
+        leaves = {name: v.detach().requires_grad_(v.requires_grad) for name, v in values.items()}
+        for part in torch.split(index, self.options.at_once or len(index)):
+            x, target = self.batches(part, self._draw)
+            loss = self.loss(self.forward(leaves, x, self._draw), target)
+            loss = loss if len(part) == len(index) else loss * (len(part) / len(index))
+            loss.backward()  # type: ignore[no-untyped-call]  # torch's
+        return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
     def _drawn(self) -> Tensor:
         count, size = len(self._tuning), min(self.options.batch_size, len(self._tuning))

@@ -20,7 +20,8 @@ class LearningOptions:
     `schedule` takes every rate from its value to 0, or leaves it. `sampling` random draws each batch anew; in_order
     goes through the samples again and again. `early_stop` counts the looks without a gain after which to stop, 0 never
     stops; a look follows every `check_every` iterations (None: a tenth), sees the hard result on the held-out samples,
-    at most `check_samples`. `hold_out` is the share of samples that is only looked at; 0 looks at those learned on.
+    at most `check_samples`. `at_once` samples of a batch run through together (None: all), and their gradients add up:
+    the same step, in less memory. `hold_out` is the share of samples only looked at; 0 looks at those learned on.
     `lr_adjust` (threshold, rate) takes another rate for weights where the loss before the first step lies above the
     threshold. `reg_param`, `beta_range`, `warm_start` belong to the rectified sigmoid: the weight of its penalty, the
     exponent's way, and the share of iterations without it.
@@ -36,6 +37,7 @@ class LearningOptions:
     check_every: int | None = None
     check_samples: int = 256
     early_stop: int = 0
+    at_once: int | None = None
     lr_adjust: tuple[float, float] | None = None
     reg_param: float = 0.01
     beta_range: tuple[float, float] = (20.0, 2.0)
@@ -48,8 +50,8 @@ class LearningOptions:
             raise ValueError(f"warm_start must be at least 0 and below 1, got {self.warm_start}.")
         if not 0.0 <= self.hold_out < 1.0:
             raise ValueError(f"hold_out must be at least 0 and below 1, got {self.hold_out}.")
-        if min(self.batch_size, self.check_samples, 1 if self.check_every is None else self.check_every) < 1:
-            raise ValueError("batch_size, check_every and check_samples must be at least 1.")
+        if min(self.batch_size, self.check_samples, self.check_every or 1, self.at_once or 1) < 1:
+            raise ValueError("batch_size, check_every, check_samples and at_once must be at least 1.")
         if any(not rate >= 0.0 for rate in self.rates.values()):
             raise ValueError(f"a learning rate must be at least 0, got {dict(self.rates)}.")
 

@@ -21,6 +21,7 @@ arXiv 2004.10568; Lee et al., "FlexRound", arXiv 2306.00317, with the range of S
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -175,7 +176,8 @@ class RectifiedSigmoid:
 
     def value(self) -> Tensor:
         """w^ with roundings undecided."""
-        return (self.base + rectified_sigmoid(self.v)) * self.scale.step()
+        found: Tensor = _Sigmoid.apply(self.v, self.base, self.scale.step())  # type: ignore[no-untyped-call]  # torch's
+        return found
 
     def _hard(self) -> Tensor:
         return self.base + (self.v.detach() >= 0.0)
@@ -258,7 +260,7 @@ class FlexRound:
 def rectified_sigmoid(v: Tensor) -> Tensor:
     """h(V) = clip(1.2 sigmoid(V) - 0.1, 0, 1)."""
     low, high = STRETCH
-    return (torch.sigmoid(v) * (high - low) + low).clamp(0.0, 1.0)
+    return torch.sigmoid(v).mul_(high - low).add_(low).clamp_(0.0, 1.0)
 
 
 def start_of(fraction: Tensor) -> Tensor:
@@ -269,7 +271,8 @@ def start_of(fraction: Tensor) -> Tensor:
 
 def rounding_penalty(v: Tensor, beta: float) -> Tensor:
     """sum(1 - |2 h(V) - 1|^beta): 0 where every h is 0 or 1."""
-    return (1.0 - (2.0 * rectified_sigmoid(v) - 1.0).abs().pow(beta)).sum()
+    found: Tensor = _Penalty.apply(v, beta)  # type: ignore[no-untyped-call]  # torch's
+    return found
 
 
 def _agreeing(fraction: Tensor, up: Tensor) -> Tensor:
@@ -297,6 +300,48 @@ class _Codes(torch.autograd.Function):
         d = grads[0] * step if ctx.needs_input_grad[0] else None
         s = (grads[0] * codes).sum_to_size(step.shape) if ctx.needs_input_grad[2] else None
         return d, None, s
+
+
+class _Sigmoid(torch.autograd.Function):
+    """(b + h(V)) s. A dozen passes over the weight through torch's own derivatives, here three."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, base: Tensor, step: Tensor) -> Tensor:
+        steps = rectified_sigmoid(v).add_(base)
+        ctx.save_for_backward(v, steps if ctx.needs_input_grad[2] else None, step)
+        return steps * step
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        v, steps, step = ctx.saved_tensors
+        slope = _through_sigmoid(grads[0] * step, v) if ctx.needs_input_grad[0] else None
+        return slope, None, None if steps is None else (grads[0] * steps).sum_to_size(step.shape)
+
+
+class _Penalty(torch.autograd.Function):
+    """sum(1 - |t|^beta), t = 2 h(V) - 1, with one power for the value and the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, beta: float) -> Tensor:
+        t = rectified_sigmoid(v).mul_(2.0).sub_(1.0)
+        power = t.abs().pow_(beta - 1.0)
+        ctx.save_for_backward(v, torch.copysign(power, t))
+        ctx.beta = beta
+        return t.numel() - torch.dot(power.flatten(), t.abs_().flatten())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        v, power = ctx.saved_tensors
+        return _through_sigmoid(power * (-2.0 * ctx.beta * grads[0]), v), None
+
+
+def _through_sigmoid(gradient: Tensor, v: Tensor) -> Tensor:
+    """The gradient in V of what has `gradient` in h(V): 0 where h is clipped."""
+    low, high = STRETCH
+    end = math.log(high / -low)
+    inside: Tensor = torch.ops.aten.hardtanh_backward(gradient, v, -end, end)
+    found: Tensor = torch.ops.aten.sigmoid_backward(inside, torch.sigmoid(v))
+    return found.mul_(high - low)
 
 
 class _Rounded(torch.autograd.Function):

@@ -148,7 +148,7 @@ def test_samples_held_out_are_not_learned_on() -> None:
 
 
 def test_the_best_of_all_looks_comes_out_and_patience_ends_sooner() -> None:
-    wild = {"rates": {"weight": 0.03}, "schedule": "constant", "batch_size": 2, "iterations": 150}
+    wild: dict[str, Any] = {"rates": {"weight": 0.03}, "schedule": "constant", "batch_size": 2, "iterations": 150}
     often = Case().run(check_every=1, **wild)
     assert often.report["error_after"] < Case().run(check_every=150, **wild).report["error_after"]
     patient = Case().run(check_every=1, early_stop=3, **wild)
@@ -193,6 +193,28 @@ def test_lr_adjust_takes_the_other_rate_above_the_threshold() -> None:
     assert same(case.run(iterations=20, lr_adjust=(near / 2, 5e-2)), other)
 
 
+def test_a_batch_in_parts_takes_the_same_step() -> None:
+    whole, parts = Case().run(iterations=5), Case().run(iterations=5, at_once=5)
+    for name, value in whole.values.items():
+        torch.testing.assert_close(value, parts.values[name], rtol=1e-5, atol=1e-6)
+    assert not torch.equal(whole.values["bias"], Case().bias)
+
+
+@pytest.mark.parametrize(("reg_param", "least", "most"), [(0.0, 0.5, 1.0), (1.0, 0.0, 0.05)])
+def test_the_penalty_decides_the_roundings(reg_param: float, least: float, most: float) -> None:
+    """The share of weights that are on neither side after the last step."""
+    case = Case()
+    rates = {"weight": 3e-2}
+    options = LearningOptions(iterations=600, rates=rates, schedule="constant", reg_param=reg_param)
+    variables = {**case.variables("rectified_sigmoid"), "bias": Free(case.bias)}
+    learning = Learning(variables, case.forward, case.batches, 200, options=options)
+    learning.run()
+    between = [abs(v.value().detach() - v.hard()) for name, v in variables.items() if name in case.weights]
+    steps = [torch.tensor(case.encodings[name].scale)[:, None] for name in case.weights]
+    undecided = torch.cat([(each / step).flatten() > 0.05 for each, step in zip(between, steps, strict=True)])
+    assert least <= float(undecided.double().mean()) <= most
+
+
 def test_in_order_takes_the_samples_one_batch_after_the_other() -> None:
     seen: list[list[int]] = []
     case = Case(10)
@@ -221,7 +243,7 @@ def test_progress_reaches_the_end() -> None:
 def test_a_step_is_learned_beside_the_weights() -> None:
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(300, 16, generator=draw).abs()
-    grid = Encoding(4, False, False, np.float32(0.9), np.int32(0))  # far too wide
+    grid = Encoding(4, False, False, np.array(0.9), np.array(0))  # far too wide
 
     def forward(values: Mapping[str, Tensor], batch: Tensor, draw: Any) -> Tensor:
         return fake_quantize(batch, values["s"], torch.tensor(0), 0, 15)

@@ -110,7 +110,7 @@ def _gradient(variable: Variable, toward: Tensor) -> dict[str, list[Tensor]]:
     for held in variable.parameters().values():
         for p in held:
             p.grad = None
-    (variable.value() * toward).sum().backward()
+    (variable.value() * toward).sum().backward()  # type: ignore[no-untyped-call]  # torch's
     found = {}
     for kind, held in variable.parameters().items():
         found[kind] = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in held]

@@ -12,7 +12,7 @@ from qpipe.numerics.fake_quantize import fake_quantize
 from qpipe.numerics.grid import Encoding, same_grid
 from qpipe.numerics.learning.variables import Free, Step
 
-GRID = Encoding(4, False, False, np.float32(0.3), np.int32(5))
+GRID = Encoding(4, False, False, np.array(0.3), np.array(5))
 
 
 def test_a_step_is_what_it_was_and_the_logarithm_is_learned_by_lsq() -> None:
@@ -22,7 +22,7 @@ def test_a_step_is_what_it_was_and_the_logarithm_is_learned_by_lsq() -> None:
     x = torch.linspace(-3, 5, 200, dtype=torch.float64)
     toward = torch.cos(7 * x)
     scale = step.value().double()
-    (fake_quantize(x, scale, torch.tensor(5), 0, 15) * toward).sum().backward()
+    (fake_quantize(x, scale, torch.tensor(5), 0, 15) * toward).sum().backward()  # type: ignore[no-untyped-call]  # torch's
     assert step.u.grad is not None
     u, low, high = x / 0.3, -5.0, 10.0
     slope = torch.where(u.round() < low, low, torch.where(u.round() > high, high, u.round() - u))
@@ -37,7 +37,7 @@ def test_a_step_is_what_it_was_and_the_logarithm_is_learned_by_lsq() -> None:
 
 def test_a_step_that_is_a_power_of_two_is_not_learned() -> None:
     with pytest.raises(ValueError, match="powers of two"):
-        Step(replace(GRID, scale=np.float32(0.25)))
+        Step(replace(GRID, scale=np.array(0.25)))
 
 
 def test_a_free_tensor_moves_by_its_unit() -> None:
