@@ -1,6 +1,6 @@
 """Polish a quantized network as a whole: what its parts could not know of one another.
 
-    min |y^ - y|^2 over the energy of y,   y the float model's outputs, y^ those of the quantized network
+    min (y^ - y)^2 over the variance of y,   y the float model's outputs, y^ those of the quantized network
 
 by Adam along a cosine, over everything that a target lets move: weights on their grids (straight through the rounding),
 the scales of weights, the step sizes of activations, biases, and normalizations. It begins at what the model is, best
@@ -66,7 +66,7 @@ def polish(
     those that count (none: all of floats); `seed` draws the batches. Errors: InputError for a model without grids, one
     whose float weights are gone, outputs without a gradient, and data that do not fit.
     """
-    from qpipe.methods.learning.objective import Objective, energies_of
+    from qpipe.methods.learning.objective import Objective, variances_of
     from qpipe.methods.learning.whole import Whole, float_of, refuse_unlearnable, targets_of, trained
     from qpipe.numerics.learning.options import LearningOptions
 
@@ -80,7 +80,7 @@ def polish(
     rates = {"weight": rate_weights, "scale": rate_scales, "act_scale": rate_steps}
     rates |= {"bias": rate_biases, "norm": rate_norms}
     options = LearningOptions(iterations, batch_size, rates, hold_out=hold_out, early_stop=early_stop)
-    objective = Objective(tuple(targets), energies_of(targets), loss, temperature)
+    objective = Objective(tuple(targets), variances_of(targets), loss, temperature)
     found, report = trained(
         whole, reference, objective, options, said=[loss, temperature], seed=ctx.seed(str(seed)),
         memo=ctx.memo, progress=lambda done, total: ctx.progress(done, total, "iterations"),

@@ -81,7 +81,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
             *(*MODEL, "model.simulation", "numerics.rounding", "numerics.learning"),
             *("methods.placement", "methods.rounding"),
         ),
-        "parts carry begin stretch reference tune blockwise",
+        "parts carry begin stretch reference tune blockwise objective whole",
     ),
     "methods.mixing": (
         (*MODEL, "model.simulation", "numerics.rounding", "methods.placement", "methods.rounding"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +16,7 @@ from qpipe.stages.calibrate import calibrate
 from qpipe.stages.nearest import nearest
 from qpipe.stages.polish import polish
 
-W3A4 = Scheme(TensorScheme(3, True, True, "per_channel", observer="mse"), TensorScheme(4, False, False, observer="mse"))
+W2A8 = Scheme(TensorScheme(2, True, True, "per_channel", observer="mse"), TensorScheme(8, False, False))
 NET = """n (float[N,3,8,8] x) => (float[N,5] y) {
     t = Conv<pads=[1,1,1,1]>(x, w, b)  r = Relu(t)  m = MaxPool<kernel_shape=[2,2], strides=[2,2]>(r)
     u = Conv<pads=[1,1,1,1]>(m, k, kb)  q = Relu(u)  s = Add(q, m)
@@ -45,7 +44,7 @@ def net(network):
 
 @pytest.fixture
 def calibrated(net, target):
-    return calibrate(net, samples(0, 200), scheme=W3A4, target=target)
+    return calibrate(net, samples(0, 200), scheme=W2A8, target=target)
 
 
 @pytest.fixture
@@ -53,7 +52,7 @@ def tuned(calibrated):
     return adaround(calibrated, samples(0, 200))
 
 
-FAST = {"iterations": 120, "batch_size": 16, "rate_weights": 2e-2, "rate_steps": 5e-3}
+FAST = {"iterations": 60, "rate_weights": 1e-3, "rate_scales": 3e-3, "rate_biases": 1e-2}
 
 
 def test_outputs_come_nearer_to_float_on_other_samples(tuned, calibrated):
@@ -62,8 +61,8 @@ def test_outputs_come_nearer_to_float_on_other_samples(tuned, calibrated):
     report = found.metadata["polish"]
     assert report["kept"] == "after"
     assert report["error_after"] < report["error_before"]
-    assert report["changed"] > 0
-    assert error(found, calibrated, test) < 0.8 * error(tuned, calibrated, test)
+    assert report["tuning_after"] < report["tuning_before"]
+    assert error(found, calibrated, test) < 0.95 * error(tuned, calibrated, test)
 
 
 def test_weights_are_on_their_grids_and_what_moved_goes_together(tuned, calibrated):
@@ -104,8 +103,6 @@ def test_without_an_iteration_the_model_is_what_it_was(tuned, calibrated, from_f
 
 
 def test_a_model_that_cannot_gain_stays_and_says_so(tuned, notes):
-    found = polish(tuned, samples(0, 60), tuned, **FAST, rate_biases=10.0, ctx=notes)
-    assert found.metadata["polish"]["kept"] in ("before", "after")
     bad = polish(tuned, samples(0, 60), tuned, iterations=10, rate_weights=0.0, rate_scales=3.0, ctx=notes)
     assert bad.metadata["polish"]["kept"] == "before"
     assert any("do not gain" in sentence for sentence in notes.notes)
@@ -117,34 +114,38 @@ def test_a_model_that_cannot_gain_stays_and_says_so(tuned, notes):
     "options",
     [
         {"loss": "kl"}, {"loss": "kl", "temperature": 3.0}, {"batch_size": 8}, {"rate_weights": 0.0},
-        {"rate_scales": 0.0}, {"rate_steps": 0.0}, {"rate_biases": 0.0}, {"hold_out": 0.4}, {"iterations": 90},
+        {"rate_scales": 0.0}, {"rate_steps": 0.0}, {"rate_biases": 0.0}, {"hold_out": 0.4}, {"iterations": 9},
         {"limit": 100}, {"seed": 1}, {"early_stop": 1},
     ],
 )  # fmt: skip
-def test_every_option_acts(tuned, calibrated, options):
-    data = samples(0, 200)
-    fast = {**FAST, "iterations": 60, "hold_out": 0.2}
-    plain, other = (polish(tuned, data, calibrated, **{**fast, **each}) for each in ({}, options))
+def test_every_option_acts(net, target, options):
+    """From nearest rounding, where there is much to gain, so that what is kept differs."""
+    data = samples(0, 120)
+    scheme = replace(W2A8, weight=replace(W2A8.weight, bitwidth=4))
+    start = nearest(calibrate(net, data, scheme=scheme, target=target))
+    fast = {"iterations": 12, "batch_size": 16, "rate_weights": 3e-2, "rate_scales": 1e-2, "rate_steps": 1e-2}
+    plain, other = (polish(start, data, net, **{**fast, **each}) for each in ({}, options))
     reports = [each.metadata["polish"] for each in (plain, other)]
+    assert reports[0]["kept"] == "after"
     if "early_stop" in options:
-        other = polish(tuned, data, calibrated, **{**fast, **options, "rate_weights": 10.0})
-        assert other.metadata["polish"]["iterations"] < 60
+        other = polish(start, data, net, **{**fast, "rate_weights": 10.0, **options})
+        assert other.metadata["polish"]["iterations"] < 12
         return
-    differs = [name for name in plain.params if not np.array_equal(plain.param(name), other.param(name))]
-    assert differs or reports[0] != reports[1]
-    kinds = {"rate_weights": ("w", "k", "v"), "rate_biases": ("b", "kb", "c")}
-    for rate in set(options) & set(kinds):
-        for name in kinds[rate]:  # codes of weights stay; biases stay to the bit
-            if rate == "rate_biases":
-                np.testing.assert_array_equal(other.param(name), tuned.param(name))
-        if rate == "rate_weights":
-            assert reports[1]["changed"] == 0.0
+    assert any(not np.array_equal(plain.param(name), other.param(name)) for name in plain.params)
+    if "rate_weights" in options:
+        assert reports[1]["changed"] == 0.0 < reports[0]["changed"]
+    if "rate_biases" in options:
+        assert all(np.array_equal(other.param(name), start.param(name)) for name in ("b", "kb", "c"))
+    if "rate_steps" in options:
+        assert all(same_grid(other.encodings[name], start.encodings[name]) for name in ("x", "r", "q", "s"))
+    if "rate_scales" in options:
+        assert all(same_grid(other.encodings[name], start.encodings[name]) for name in ("w", "k", "v"))
 
 
 def test_outputs_that_count_are_named(network, target):
     text = NET.replace("(float[N,5] y)", "(float[N,5] y, float[N,8] f)")
     model = network(text, PARAMS)
-    start = nearest(calibrate(model, samples(0, 100), scheme=W3A4, target=target))
+    start = nearest(calibrate(model, samples(0, 100), scheme=W2A8, target=target))
     both, one = (polish(start, samples(0, 100), model, **FAST, outputs=names) for names in ((), ("f",)))
     assert not np.array_equal(both.param("w"), one.param("w"))
     np.testing.assert_array_equal(one.param("c"), start.param("c"))  # nothing of f depends on it
@@ -170,7 +171,7 @@ class Kept(Context):
 
 def test_killed_and_gone_on_it_ends_with_the_same_bits(tuned, calibrated):
     data = samples(0, 100)
-    options = {**FAST, "iterations": 50}
+    options = {**FAST, "iterations": 20}
     whole = polish(tuned, data, calibrated, **options)
     killed = Kept(most=6)
     with pytest.raises(KeyboardInterrupt):
@@ -197,19 +198,18 @@ def test_tuned_weights_need_the_model_that_they_were_tuned_from(tuned, net, netw
 
 
 def test_scales_that_are_powers_of_two_stay(net, target):
-    scheme = Scheme(replace(W3A4.weight, power_of_two=True), replace(W3A4.activation, power_of_two=True))
+    scheme = Scheme(replace(W2A8.weight, power_of_two=True), replace(W2A8.activation, power_of_two=True))
     start = nearest(calibrate(net, samples(0, 100), scheme=scheme, target=target))
     found = polish(start, samples(0, 100), net, **FAST)
-    assert found.metadata["polish"]["changed"] > 0
+    assert found.metadata["polish"]["kept"] == "after"
     assert all(same_grid(found.encodings[name], encoding) for name, encoding in start.encodings.items())
 
 
-@pytest.mark.skipif(os.cpu_count() is None, reason="a machine that does not say how many cores it has")
 def test_a_model_of_fixed_batches_is_learned_batch_by_batch(network, target):
-    model = network(NET.replace("N,", "4,"), PARAMS)
-    start = nearest(calibrate(model, samples(0, 64), scheme=W3A4, target=target))
-    found = polish(start, samples(0, 64), model, **{**FAST, "batch_size": 6})
-    free = network(NET, PARAMS)
-    wanted = polish(nearest(calibrate(free, samples(0, 64), scheme=W3A4, target=target)), samples(0, 64), free,
-                    **{**FAST, "batch_size": 6})  # fmt: skip
-    np.testing.assert_allclose(found.param("b"), wanted.param("b"), rtol=1e-3, atol=1e-4)
+    found = []
+    for size in ("4", "N"):
+        model = network(NET.replace("N,", f"{size},"), PARAMS)
+        start = nearest(calibrate(model, samples(0, 40), scheme=W2A8, target=target))
+        found.append(polish(start, samples(0, 40), model, **{**FAST, "iterations": 10, "batch_size": 6}))
+    assert found[0].metadata["polish"]["kept"] == "after"
+    np.testing.assert_allclose(found[0].param("b"), found[1].param("b"), rtol=1e-3, atol=1e-4)

@@ -2,7 +2,7 @@
 
     loss = share * distillation + (1 - share) * task
 
-    mse            |y^ - y|^2 over the energy of y about its mean, the sum over the outputs
+    mse            (y^ - y)^2 over the variance of y, the mean of each output, the sum over them
     kl             T^2 KL(softmax(y / T) | softmax(y^ / T)), classes on the last axis, of images on axis 1
     cross_entropy  of the labels, those below 0 left out
     a function     of (outputs, labels), a tensor of one number
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qpipe.errors import InputError, StageError
+from qpipe.numerics.learning.losses import divergence, features, judged_by, total
 
 Array = npt.NDArray[Any]
 Distillation = Literal["mse", "kl"]
@@ -39,10 +40,10 @@ class Targets:
 
 @dataclass(frozen=True, eq=False)
 class Objective:
-    """`energies` are those of the outputs `names`, a sample (see `energies_of`); `task` None: distillation alone."""
+    """`variances` are those of the outputs `names` (see `variances_of`); `task` None: distillation alone."""
 
     names: tuple[str, ...]
-    energies: tuple[float, ...]
+    variances: tuple[float, ...]
     distillation: Distillation = "mse"
     temperature: float = 1.0
     share: float = 1.0
@@ -58,19 +59,17 @@ class Objective:
     def judge(self, outputs: Sequence[Tensor], targets: Targets) -> tuple[Tensor, Tensor]:
         """What the result is judged by, and the samples that it is of: without a task the squared error, since
         likelihoods of few samples fit what is peculiar to these; else the loss."""
-        count = torch.tensor(float(len(outputs[0])), dtype=torch.float64)
-        found = self._squared(outputs, targets) if self.task is None else self.loss(outputs, targets)
-        return found.double().cpu() * count, count
+        loss = self._squared if self.task is None else self.loss
+        return judged_by(loss)(outputs, targets)
 
     def _distilled(self, outputs: Sequence[Tensor], targets: Targets) -> Tensor:
         if self.distillation == "mse":
             return self._squared(outputs, targets)
-        terms = (divergence(y, target, self.temperature) for y, target in zip(outputs, targets.outputs, strict=True))
-        return torch.stack(list(terms)).sum()
+        both = zip(outputs, targets.outputs, strict=True)
+        return total(divergence(self.temperature, class_axis(y))(y, target) for y, target in both)
 
     def _squared(self, outputs: Sequence[Tensor], targets: Targets) -> Tensor:
-        both = zip(outputs, targets.outputs, self.energies, strict=True)
-        return torch.stack([(y - target).square().sum() / (len(y) * energy) for y, target, energy in both]).sum()
+        return features(self.variances)(outputs, targets.outputs)
 
     def _task(self, outputs: Sequence[Tensor], targets: Targets) -> Tensor:
         assert self.task is not None
@@ -79,18 +78,10 @@ class Objective:
         return self.task(given, targets.labels)
 
 
-def energies_of(outputs: Mapping[str, Array]) -> tuple[float, ...]:
-    """The energy of each output about its mean, the mean over the samples; 1 for one that never moves."""
-    found = (np.square(y.astype(np.float64) - y.mean(0, dtype=np.float64)).sum() / len(y) for y in outputs.values())
-    return tuple(float(energy) if energy > 0.0 else 1.0 for energy in found)
-
-
-def divergence(outputs: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
-    """T^2 KL(softmax(target / T) | softmax(outputs / T)), the mean over all places."""
-    axis = class_axis(outputs)
-    found = functional.log_softmax(outputs / temperature, axis)
-    wanted = functional.log_softmax(target / temperature, axis)
-    return (wanted.exp() * (wanted - found)).sum(axis).mean() * temperature**2
+def variances_of(outputs: Mapping[str, Array]) -> tuple[float, ...]:
+    """The variance of each output about its mean over the samples; 1 for one that never moves."""
+    found = (float(np.square(y.astype(np.float64) - y.mean(0, dtype=np.float64)).mean()) for y in outputs.values())
+    return tuple(variance if variance > 0.0 else 1.0 for variance in found)
 
 
 def class_axis(outputs: Tensor) -> int:

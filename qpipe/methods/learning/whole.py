@@ -245,9 +245,9 @@ def trained(
     memo: Memo,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Network, dict[str, Any]]:
-    """The network with all of it learned, or as it was where held-out samples do not gain, and the report. The state
-    after each look is a sub-result of the cache, so that what was interrupted goes on; `said` are JSON values that say
-    what else, beside options and data, the objective depends on."""
+    """The network with all of it learned, or as it was where held-out samples or those learned on do not gain, and the
+    report. The state after each look is a sub-result of the cache, so that what was interrupted goes on; `said` are
+    JSON values that say what else, beside options and data, the objective depends on."""
     learning = Learning(
         whole.start(float_model), whole, whole.batch, whole.samples,
         options=options, loss=objective.loss, judge=objective.judge, seed=seed, progress=progress,
@@ -268,7 +268,13 @@ def trained(
         state = memo("learned", go, problem, until, state)
         learning.load(unpacked(state))
     learned = learning.learned()
-    return whole.finished(learned), learned.report
+    report = learned.report
+    if report["tuning_after"] > report["tuning_before"]:  # few held-out samples gain by chance; those learned on, too?
+        values = {name: v.final() for name, v in whole.start(float_model).items()}
+        encodings = {name: encoding for name, (_, encoding) in values.items() if encoding is not None}
+        report |= {"kept": "before", "changed": 0.0}
+        learned = Learned({name: value for name, (value, _) in values.items()}, encodings, report)
+    return whole.finished(learned), report
 
 
 def packed(state: Mapping[str, Any]) -> dict[str, Any]:
