@@ -4,9 +4,9 @@
 
 The forward pass is the quantized network's; gradients go straight through the roundings, and step sizes have theirs
 (LSQ). Distillation draws the outputs to the float model's, and needs no labels; `cross_entropy`, or a function of your
-own, draws them to the labels. Statistics of batch normalizations stay as they are. It begins at what the model is: after
-adaround there is less to learn than after calibrate. After each look the state is kept, so that what was killed goes on
-there, and the best that samples held out have seen is what comes out.
+own, draws them to the labels. Statistics of batch normalizations stay as they are. It begins at what the model is:
+after adaround there is less to learn than after calibrate. After each look the state is kept, so that what was killed
+goes on there, and the best that samples held out have seen is what comes out.
 
 Assumes: data as the network was trained on, thousands of samples; on a few hundred 'polish' does better.
 Source: Jacob et al., arXiv 1712.05877; Esser et al., "Learned Step Size Quantization", arXiv 1902.08153; Hinton et al.,
