@@ -35,6 +35,8 @@ Array = npt.NDArray[Any]
 Memory = Literal["auto", "ram", "disk"]
 TOGETHER = 32
 """Units that run at once. Fixed, so that results do not depend on a setting."""
+PROJECTIONS = 8
+"""Random directions of the outputs from which a sensitivity is estimated."""
 LARGE = 1 << 30
 """Bytes of a value beyond which `auto` keeps it in a file."""
 _ALIKE = 1e-3
@@ -152,7 +154,8 @@ class Track:
     def _module(self, inputs: Sequence[str], name: str) -> torch.nn.Module:
         part = block(self.model, inputs, [name])
         encodings = {key: e for key, e in part.encodings.items() if key != name}  # its reader quantizes it
-        return to_torch(part.with_encodings(encodings), quantized=self.quantized, device=self._store.device, shared=True)
+        part = part.with_encodings(encodings)
+        return to_torch(part, quantized=self.quantized, device=self._store.device, shared=True)
 
 
 def _refuse_ragged(name: str, rows: Array, others: Array) -> None:
@@ -287,9 +290,45 @@ class Carry:
             errors += float(np.square(y - target).sum() / max(float(np.square(target).sum()), 1e-300))
         return errors
 
+    def sensitivity(self, name: str, outputs: Sequence[str], seed: int) -> Held:
+        """g over all units, of the shape of the float value `name`: the root of the diagonal of J^T J, J the derivative
+        of the model's outputs in it, as the mean of `PROJECTIONS` random projections estimates it; mean square 1."""
+        return _sensitivity(self.float, name, outputs, seed, self.device)
+
     def _layout(self, name: str) -> Layout | None:
         self.float.bring([name])
         return self.float.held[name].layout
+
+
+def _sensitivity(track: Track, name: str, outputs: Sequence[str], seed: int, device: str) -> Held:
+    graph, y = track.model.graph, track.held[name]
+    host = host_values(graph)
+    inputs = tuple(dict.fromkeys(each for out in outputs for each in boundary(graph, out, track.held, host)))
+    track.bring(inputs)
+    module = to_torch(block(track.model, inputs, outputs), quantized=False, device=device)
+    given = [track.held[each] for each in inputs]
+    alone = any(value.layout is None for value in (*given, y))
+    draw = torch.Generator().manual_seed(seed)
+    rows = np.empty(y.rows.shape, np.float32)
+    for start in range(0, track.units, 1 if alone else TOGETHER):
+        index = np.arange(start, min(start + (1 if alone else TOGETHER), track.units))
+        (call,) = feed(given, index, device, alone)
+        found = _squared_gradient(module, call, inputs.index(name), draw).cpu()
+        rows[index] = array_of(found[None] if alone or y.layout is None else y.layout.parted(found, len(index)))
+    g = np.sqrt(rows)
+    return Held(np.asarray(g / max(float(np.sqrt(np.mean(rows))), 1e-30), np.float32), y.layout)
+
+
+def _squared_gradient(module: torch.nn.Module, call: tuple[Any, ...], place: int, draw: torch.Generator) -> Tensor:
+    value = call[place].detach().requires_grad_()
+    found = module(*call[:place], value, *call[place + 1 :])
+    outputs = [o for o in (found if isinstance(found, tuple) else (found,)) if o.is_floating_point()]
+    total = torch.zeros_like(value)
+    for turn in range(PROJECTIONS):
+        drawn = [torch.randn(o.shape, generator=draw).to(o.device) for o in outputs]
+        (g,) = torch.autograd.grad(outputs, value, drawn, retain_graph=turn + 1 < PROJECTIONS)
+        total += g.square()
+    return total / PROJECTIONS
 
 
 def _taken(model: Network, arrays: Mapping[str, Array], store: Store) -> tuple[dict[str, Held], int]:
