@@ -69,7 +69,7 @@ def adaquant(
     update_bias: bool = True,
     output_qdq: bool = False,
     drop_ratio: Annotated[float, Range(ge=0, le=1)] = 1.0,
-    selective_update: bool = False,
+    selective_update: bool = True,
     inputs: Literal["sequential", "parallel"] = "sequential",
     hold_out: Annotated[float, Range(ge=0, lt=1)] = 0.15,
     memory: Literal["auto", "ram", "disk"] = "auto",

@@ -44,6 +44,7 @@ def adascale(
     lr_scale: Annotated[float, Range(ge=0)] = 5e-4,
     drop_ratio: Annotated[float, Range(ge=0, le=1)] = 0.5,
     activations: bool = True,
+    selective_update: bool = True,
     hold_out: Annotated[float, Range(ge=0, lt=1)] = 0.15,
     memory: Literal["auto", "ram", "disk"] = "auto",
     ctx: Context = NULL,
@@ -55,9 +56,9 @@ def adascale(
     when its turn has come, model takes those that are there; `limit` takes that many samples, evenly spread; `seed`
     draws what is random. `iterations` steps of `batch_size` samples; `lr_range` is the rate of the ranges, `lr_scale`
     of the factors; `drop_ratio` the share of inputs that come from the quantized model; `activations` false learns
-    with activations in float. `hold_out` is the share of samples that only judge; `memory` says where what goes into
-    the blocks is kept. Errors: InputError for a model in which nothing can be tuned, a float model of other values,
-    and data that do not fit.
+    with activations in float. `selective_update` keeps a block only where the whole model's outputs err less;
+    `hold_out` is the share of samples that only judge; `memory` says where what goes into the blocks is kept. Errors:
+    InputError for a model in which nothing can be tuned, a float model of other values, and data that do not fit.
     """
     from qpipe.methods.learning.blockwise import Division, learn_by_parts
     from qpipe.methods.learning.stretch import Randomness
@@ -67,7 +68,7 @@ def adascale(
     learning = LearningOptions(iterations, batch_size, {"weight": lr_scale, "scale": lr_range}, hold_out=hold_out)
     tuning = Tuning(
         learning, "flexround", learn_scales=lr_range > 0, learn_steps=False, update_bias=False,
-        activations=activations, random=Randomness(share=drop_ratio), memory=memory, begin=begin,
+        activations=activations, random=Randomness(share=drop_ratio), memory=memory, begin=begin, selective=selective_update,
     )  # fmt: skip
     arrays = thinned(data.arrays, limit)
     return learn_by_parts("adascale", model, float_model, arrays, Division(blocks), tuning, seed=seed, ctx=ctx)

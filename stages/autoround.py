@@ -49,6 +49,7 @@ def autoround(
     scale_rate: Annotated[float, Range(gt=0)] | None = None,
     learn_ranges: bool = True,
     quantized_input: bool = True,
+    selective_update: bool = True,
     hold_out: Annotated[float, Range(ge=0, lt=1)] = 0.15,
     memory: Literal["auto", "ram", "disk"] = "auto",
     ctx: Context = NULL,
@@ -61,9 +62,10 @@ def autoround(
     there; `limit` takes that many samples, evenly spread; `seed` draws what is random. `iterations` steps of
     `batch_size` samples; `learning_rate` in steps of the grid (null: 1 over the iterations, twice that for 1000 or
     more below 4 bits); `scale_rate` of the logarithms of scales (null: a tenth of that); `learn_ranges` lets scales
-    move, unless they are powers of two; `quantized_input` false shows a block the float model's values. `hold_out` is
-    the share of samples that only judge; `memory` says where what goes into the blocks is kept. Errors: InputError for
-    a model in which nothing can be tuned, a float model of other values, and data that do not fit.
+    move, unless they are powers of two; `quantized_input` false shows a block the float model's values.
+    `selective_update` keeps a block only where the whole model's outputs err less; `hold_out` is the share of samples
+    that only judge; `memory` says where what goes into the blocks is kept. Errors: InputError for a model in which
+    nothing can be tuned, a float model of other values, and data that do not fit.
     """
     from qpipe.methods.learning.blockwise import Division, learn_by_parts
     from qpipe.methods.learning.stretch import Randomness
@@ -79,7 +81,7 @@ def autoround(
     )  # fmt: skip
     tuning = Tuning(
         learning, "signed_step", learn_scales=learn_ranges, learn_steps=False, update_bias=False,
-        random=Randomness(share=1.0 if quantized_input else 0.0), memory=memory, begin=begin,
+        random=Randomness(share=1.0 if quantized_input else 0.0), memory=memory, begin=begin, selective=selective_update,
     )  # fmt: skip
     arrays, division = thinned(data.arrays, limit), Division(blocks, together=nblocks)
     return learn_by_parts("autoround", model, float_model, arrays, division, tuning, seed=seed, ctx=ctx)

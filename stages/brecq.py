@@ -71,6 +71,7 @@ def brecq(
     early_stop: Annotated[int, Range(ge=0)] = 0,
     drop: Annotated[float, Range(ge=0, lt=1)] = 0.0,
     input_drop: Annotated[float, Range(ge=0, le=1)] = 0.0,
+    selective_update: bool = True,
     hold_out: Annotated[float, Range(ge=0, lt=1)] = 0.15,
     memory: Literal["auto", "ram", "disk"] = "auto",
     ctx: Context = NULL,
@@ -86,9 +87,10 @@ def brecq(
     activations, 0 leaves them; `reg_param` weighs the rounding term, whose exponent goes through `beta_range` after a
     share of `warm_start` iterations; `early_stop` ends after so many looks without a gain (0: never). `drop` is the
     probability that a quantizer lets an element through; `input_drop` the share of inputs that come from the float
-    model; `hold_out` the share of samples that only judge; `memory` says where what goes into the blocks is kept.
-    Errors: InputError for options that the rounding does not read, a model in which nothing can be tuned, a float
-    model of other values, and data that do not fit.
+    model; `selective_update` keeps a block only where the whole model's outputs err less; `hold_out` the share of
+    samples that only judge; `memory` says where what goes into the blocks is kept. Errors: InputError for options that
+    the rounding does not read, a model in which nothing can be tuned, a float model of other values, and data that do
+    not fit.
     """
     refuse_unread(locals())
     from qpipe.methods.learning.blockwise import Division, learn_by_parts
@@ -102,6 +104,6 @@ def brecq(
         reg_param=reg_param, beta_range=beta_range, warm_start=warm_start,
     )  # fmt: skip
     random = Randomness(share=1.0 - input_drop, drop=drop)
-    tuning = Tuning(learning, rounding, random=random, memory=memory, begin=begin, loss=loss)
+    tuning = Tuning(learning, rounding, random=random, memory=memory, begin=begin, selective=selective_update, loss=loss)
     arrays = thinned(data.arrays, limit)
     return learn_by_parts("brecq", model, float_model, arrays, Division(blocks), tuning, seed=seed, ctx=ctx)

@@ -113,7 +113,9 @@ def tune(
         found = _remembered(model, reference, part, problem, tuning, around, (number, len(parts)))
         tuned, report = _with(model, part, found), dict(found["report"])
         if tuning.selective and report["kept"] == "after":
-            tuned, report = _selected(carry, outputs, tuned, _with(model, part, _start(model, part)), report)
+            before = _with(model, part, _start(model, part))
+            judging = held_out(carry.units, tuning.learning.hold_out, around.seed)
+            tuned, report = _selected(carry, outputs, tuned, before, judging, report)
         if report["kept"] == "before":
             around.note(f"'{part.name}' stays as it was: learning did not lower its error.")
         carry.after(part, None if tuning.parallel else tuned)
@@ -263,10 +265,16 @@ def _with(model: Network, part: Part, found: Mapping[str, Any]) -> Network:
 
 
 def _selected(
-    carry: Carry, outputs: Sequence[str], tuned: Network, before: Network, report: dict[str, Any]
+    carry: Carry,
+    outputs: Sequence[str],
+    tuned: Network,
+    before: Network,
+    judging: Tensor | None,
+    report: dict[str, Any],
 ) -> tuple[Network, dict[str, Any]]:
-    """The tuned model where its outputs err less than those of the one before, else that one."""
-    errors = [carry.output_error(model, outputs) for model in (before, tuned)]
+    """The tuned model where its outputs err less than those of the one before on the units that judge, else that one."""
+    units = np.arange(carry.units) if judging is None else judging.numpy()
+    errors = [carry.output_error(model, outputs, units) for model in (before, tuned)]
     report |= {"model_error_before": errors[0], "model_error_after": errors[1]}
     if errors[1] < errors[0]:
         return tuned, report
