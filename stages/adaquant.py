@@ -3,10 +3,10 @@
     min over W, b, s     E |f(W^ x^ + b) - f(W x + b0)|^2,    W^ = s (clip(round(W / s) + z, qmin, qmax) - z)
 
 Layers, or whole blocks, in order: x^ is what the parts before make of the data, tuned already and with activations
-quantized; the target is the float model's, after the activation that follows. Gradients go straight through the rounding,
-codes may cross many steps, scales are s0 exp(u), and zero points stay. It begins with the codes that the model has, so
-behind `adaround` it goes on from there: give the model that adaround started from as `float_model`. A part whose output
-on held-out samples errs no less afterwards stays as it was.
+quantized; the target is the float model's, after the activation that follows. Gradients go straight through the
+rounding, codes may cross many steps, scales are s0 exp(u), and zero points stay. It begins with the codes that the
+model has, so behind `adaround` it goes on from there: give the model that adaround started from as `float_model`. A
+part whose output on held-out samples errs no less afterwards stays as it was.
 
 Assumes: weights have encodings (`calibrate`); some hundred samples like those the model will see.
 Source: Hubara, Nahshan, Hanani, Banner, Soudry, "Accurate Post Training Quantization With Small Calibration Sets",
@@ -69,7 +69,7 @@ def adaquant(
     update_bias: bool = True,
     output_qdq: bool = False,
     drop_ratio: Annotated[float, Range(ge=0, le=1)] = 1.0,
-    selective_update: bool = False,
+    selective_update: bool = True,
     inputs: Literal["sequential", "parallel"] = "sequential",
     hold_out: Annotated[float, Range(ge=0, lt=1)] = 0.15,
     memory: Literal["auto", "ram", "disk"] = "auto",
@@ -77,20 +77,20 @@ def adaquant(
 ) -> Network:
     """The model with tuned weights, step sizes and biases, frozen; `metadata["adaquant"]` reports each part.
 
-    `float_model` is the model that was tuned before into this one, the same before its weights moved. `blocks` says what
-    is tuned together: auto the blocks of the network, per_layer each layer, or the names of some; `ops` tunes these
-    operators alone; `limit` takes that many samples, evenly spread; `seed` draws what is random. `iterations` steps of
-    `batch_size` samples; `learning_rate` of weights, `bias_rate` of biases, `scale_rate` of the logarithms of weight
-    scales, `step_rate` of those of activations; `rates` relative counts weights in steps of their grids and biases in
-    the size of what they are added to, absolute in their own units; `schedule` takes the rates to 0; `lr_adjust`
-    [threshold, rate] is another rate of weights where the error before lies above the threshold; `early_stop` ends after
-    so many looks without a gain (0: never). `learn_scales` and `learn_steps` let the scales of weights and of
-    activations move (null: unless they are powers of two); `update_bias` biases; `output_qdq` counts the rounding of the
-    output too; `drop_ratio` is the share of inputs that come from the quantized model, the others from the float one;
-    `selective_update` keeps a part only where the whole model's outputs err less; `inputs` parallel shows each part what
-    the untuned model gives. `hold_out` is the share of samples that only judge; `memory` says where what goes into
-    the parts is kept. Errors: InputError for options that could not act, a model in which nothing can be tuned, a float
-    model of other values, and data that do not fit.
+    `float_model` is the model that was tuned before into this one, the same before its weights moved. `blocks` says
+    what is tuned together: auto the blocks of the network, per_layer each layer, or the names of some; `ops` tunes
+    these operators alone; `limit` takes that many samples, evenly spread; `seed` draws what is random. `iterations`
+    steps of `batch_size` samples; `learning_rate` of weights, `bias_rate` of biases, `scale_rate` of the logarithms of
+    weight scales, `step_rate` of those of activations; `rates` relative counts weights in steps of their grids and
+    biases in the size of what they are added to, absolute in their own units; `schedule` takes the rates to 0;
+    `lr_adjust` [threshold, rate] is another rate of weights where the error before lies above the threshold;
+    `early_stop` ends after so many looks without a gain (0: never). `learn_scales` and `learn_steps` let the scales of
+    weights and of activations move (null: unless they are powers of two); `update_bias` biases; `output_qdq` counts
+    the rounding of the output too; `drop_ratio` is the share of inputs that come from the quantized model, the others
+    from the float one; `selective_update` keeps a part only where the whole model's outputs err less; `inputs`
+    parallel shows each part what the untuned model gives. `hold_out` is the share of samples that only judge; `memory`
+    says where what goes into the parts is kept. Errors: InputError for options that could not act, a model in which
+    nothing can be tuned, a float model of other values, and data that do not fit.
     """
     refuse_idle(locals())
     from qpipe.methods.learning.blockwise import Division, activations, learn_by_parts, refuse_powers_of_two
@@ -103,8 +103,8 @@ def adaquant(
     if learn_steps:
         refuse_powers_of_two("adaquant", "learn_steps", model, activations(model))
     learning = LearningOptions(
-        iterations, batch_size, {"weight": learning_rate, "scale": scale_rate, "bias": bias_rate, "act_scale": step_rate},
-        schedule=schedule, lr_adjust=lr_adjust, early_stop=early_stop, hold_out=hold_out,
+        iterations, batch_size, {"weight": learning_rate, "scale": scale_rate, "bias": bias_rate, "act_scale":
+        step_rate}, schedule=schedule, lr_adjust=lr_adjust, early_stop=early_stop, hold_out=hold_out,
     )  # fmt: skip
     tuning = Tuning(
         learning, "ste_weight", rates == "relative", learn_scales is not False, learn_steps is not False, update_bias,

@@ -1,4 +1,4 @@
-"""What the stages share that learn part by part: what is refused, what is noted, what the model says of it afterwards."""
+"""What the stages that learn part by part share: what is refused and noted, what the model says of it afterwards."""
 
 from __future__ import annotations
 

@@ -35,6 +35,8 @@ Array = npt.NDArray[Any]
 Memory = Literal["auto", "ram", "disk"]
 TOGETHER = 32
 """Units that run at once. Fixed, so that results do not depend on a setting."""
+PROJECTIONS = 8
+"""Random directions of the outputs from which a sensitivity is estimated."""
 LARGE = 1 << 30
 """Bytes of a value beyond which `auto` keeps it in a file."""
 _ALIKE = 1e-3
@@ -78,6 +80,10 @@ class Held:
         """Whether all units have the same."""
         return self.layout is not None and self.layout.axis is None
 
+    def among(self, units: Array) -> Held:
+        """The same value of some units."""
+        return self if self.shared else Held(self.rows[units], self.layout)
+
     def of(self, index: Array) -> Any:
         """The rows of these units, on the CPU; text as an array."""
         rows = self.rows if self.shared else self.rows[index]
@@ -107,9 +113,12 @@ class Track:
         self.held = dict(held)
         self._store = store
 
-    def with_model(self, model: Network) -> Track:
-        """A track of its own for `model`, from where this one stands."""
-        return Track(model, self.quantized, self.units, self.held, self._store)
+    def with_model(self, model: Network, units: Array | None = None) -> Track:
+        """A track of its own for `model`, from where this one stands, of all units or of some."""
+        if units is None:
+            return Track(model, self.quantized, self.units, self.held, self._store)
+        held = {name: value.among(units) for name, value in self.held.items()}
+        return Track(model, self.quantized, len(units), held, self._store)
 
     def bring(self, names: Sequence[str], layouts: Callable[[str], Layout | None] | None = None) -> None:
         """Computes the values `names`, in this order, where they are not held. `layouts` says how units lie in them;
@@ -152,7 +161,8 @@ class Track:
     def _module(self, inputs: Sequence[str], name: str) -> torch.nn.Module:
         part = block(self.model, inputs, [name])
         encodings = {key: e for key, e in part.encodings.items() if key != name}  # its reader quantizes it
-        return to_torch(part.with_encodings(encodings), quantized=self.quantized, device=self._store.device, shared=True)
+        part = part.with_encodings(encodings)
+        return to_torch(part, quantized=self.quantized, device=self._store.device, shared=True)
 
 
 def _refuse_ragged(name: str, rows: Array, others: Array) -> None:
@@ -275,21 +285,64 @@ class Carry:
         ahead.bring([name], self._layout)
         return ahead.held[name], self.float.held[name]
 
-    def output_error(self, model: Network, outputs: Sequence[str]) -> float:
-        """The squared error of the values `outputs` of `model` over the mean square of the float model's; what lies in
-        front of where the tracks stand counts as it was."""
+    def output_error(self, model: Network, outputs: Sequence[str], units: Array) -> float:
+        """The squared error of the values `outputs` of `model` over the mean square of the float model's, on these
+        units; what lies in front of where the tracks stand counts as it was."""
         self.float.bring(outputs)
-        ahead = self.quantized.with_model(model)
+        ahead = self.quantized.with_model(model, units)
         ahead.bring(outputs, self._layout)
         errors = 0.0
         for name in outputs:
-            y, target = (np.asarray(track.held[name].rows, np.float64) for track in (ahead, self.float))
-            errors += float(np.square(y - target).sum() / max(float(np.square(target).sum()), 1e-300))
+            y, target = ahead.held[name], self.float.held[name].among(units)
+            difference = np.subtract(y.rows, target.rows, dtype=np.float64)
+            errors += float(np.square(difference).sum() / max(float(np.square(target.rows, dtype=np.float64).sum()), 1e-300))
         return errors
+
+    def sensitivity(self, name: str, outputs: Sequence[str], seed: int) -> Held:
+        """g over all units, of the shape of the float value `name`: the root of the diagonal of J^T J, J the derivative
+        of the model's outputs in it, as the mean of `PROJECTIONS` random projections estimates it; mean square 1."""
+        return _sensitivity(self.float, name, outputs, seed, self.device)
 
     def _layout(self, name: str) -> Layout | None:
         self.float.bring([name])
         return self.float.held[name].layout
+
+
+def _sensitivity(track: Track, name: str, outputs: Sequence[str], seed: int, device: str) -> Held:
+    graph, y = track.model.graph, track.held[name]
+    host = host_values(graph)
+    behind_it = {out: boundary(graph, out, track.held, host) for out in outputs if out != name}
+    behind_it = {out: inputs for out, inputs in behind_it.items() if name in inputs}
+    own = float(name in outputs)  # an output's derivative in itself is 1
+    if not behind_it:
+        return Held(np.ones_like(y.rows), y.layout)
+    inputs = tuple(dict.fromkeys(each for found in behind_it.values() for each in found))
+    track.bring(inputs)
+    module = to_torch(block(track.model, inputs, list(behind_it)), quantized=False, device=device)
+    given = [track.held[each] for each in inputs]
+    alone = any(value.layout is None for value in (*given, y))
+    draw = torch.Generator().manual_seed(seed)
+    rows = np.empty(y.rows.shape, np.float32)
+    for start in range(0, track.units, 1 if alone else TOGETHER):
+        index = np.arange(start, min(start + (1 if alone else TOGETHER), track.units))
+        (call,) = feed(given, index, device, alone)
+        found = _squared_gradient(module, call, inputs.index(name), draw).cpu()
+        rows[index] = array_of(found[None] if alone or y.layout is None else y.layout.parted(found, len(index)))
+    rows += own
+    g = np.sqrt(rows)
+    return Held(np.asarray(g / max(float(np.sqrt(np.mean(rows))), 1e-30), np.float32), y.layout)
+
+
+def _squared_gradient(module: torch.nn.Module, call: tuple[Any, ...], place: int, draw: torch.Generator) -> Tensor:
+    value = call[place].detach().requires_grad_()
+    found = module(*call[:place], value, *call[place + 1 :])
+    outputs = [o for o in (found if isinstance(found, tuple) else (found,)) if o.is_floating_point()]
+    total = torch.zeros_like(value)
+    for turn in range(PROJECTIONS):
+        drawn = [torch.randn(o.shape, generator=draw).to(o.device) for o in outputs]
+        (g,) = torch.autograd.grad(outputs, value, drawn, retain_graph=turn + 1 < PROJECTIONS)
+        total += g.square()
+    return total / PROJECTIONS
 
 
 def _taken(model: Network, arrays: Mapping[str, Array], store: Store) -> tuple[dict[str, Held], int]:

@@ -63,7 +63,8 @@ def find_parts(
     opaque = {str(node.name) for node in model.graph if is_opaque(node)}
     runs = [run for run in _runs(found, together) if not opaque & {name for block in run for name in block.nodes}]
     inside = {name for run in runs for block in run for name in block.nodes}
-    alone = [layer for layer in layers if layer.name not in inside and (isinstance(blocks, str) or layer.name in blocks)]
+    named = [layer for layer in layers if isinstance(blocks, str) or layer.name in blocks]
+    alone = [layer for layer in named if layer.name not in inside]
     parts = [*(_of_blocks(model, run, known) for run in runs), *(_of_layer(model, layer) for layer in alone)]
     parts = _in_order(model, [part for part in parts if part.layers])
     if not isinstance(blocks, str):

@@ -1,4 +1,4 @@
-"""The float model whose values are what a tuned one is to give: it has to compute the same values under the same names."""
+"""The float model whose values a tuned one is to give: it has to compute the same ones under the same names."""
 
 from __future__ import annotations
 

@@ -49,22 +49,27 @@ class Randomness:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """What a part sees and has to give, over all units: x^, x and y."""
+    """What a part sees and has to give, over all units: x^, x and y, and by what errors in y are weighed, if at all."""
 
     x_hat: Sequence[Held]
     x: Sequence[Held]
     y: Held
+    weights: Held | None = None
 
     @property
     def alone(self) -> bool:
         """Whether units go through one by one."""
         return any(value.layout is None for value in (*self.x_hat, *self.x, self.y))
 
-    def target(self, index: Tensor, device: str) -> Tensor:
-        """y for these units; those that go one by one are stacked in front."""
-        rows: Tensor = self.y.of(index.numpy())
-        assert self.y.layout is not None or self.alone
-        return (rows if self.alone or self.y.layout is None else self.y.layout.joined(rows)).to(device)
+    def target(self, index: Tensor, device: str) -> Tensor | tuple[Tensor, Tensor]:
+        """y for these units, and the weights of its errors beside it where there are any; units that go one by one are
+        stacked in front."""
+        y = self._of(self.y, index, device)
+        return y if self.weights is None else (y, self._of(self.weights, index, device))
+
+    def _of(self, held: Held, index: Tensor, device: str) -> Tensor:
+        rows: Tensor = held.of(index.numpy())
+        return (rows if self.alone or held.layout is None else held.layout.joined(rows)).to(device)
 
 
 class Stretch:
@@ -121,7 +126,7 @@ class Stretch:
         watched(self.module, calls[0], see, self._device)
         return features, size
 
-    def batch(self, index: Tensor, draw: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    def batch(self, index: Tensor, draw: torch.Generator | None) -> tuple[Tensor, Any]:
         """(the units themselves, y for them): what a learner hands to `__call__`, and compares with."""
         return index, self.problem.target(index, self._device)
 

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from qpipe.methods.learning.begin import begun
 from qpipe.methods.learning.carry import Carry, Memory
 from qpipe.methods.learning.stretch import Problem, Randomness, Stretch, groups, own_biases
 from qpipe.numerics.grid import quantize_dequantize
 from qpipe.numerics.learning.cells import WIDEST, powers_of_two
-from qpipe.numerics.learning.losses import mse
+from qpipe.numerics.learning.losses import fisher, mse, squared_error
 from qpipe.numerics.learning.optimize import Learned, learn
 from qpipe.numerics.learning.options import LearningOptions
 from qpipe.numerics.learning.roundings import RoundingName, start
@@ -30,11 +31,16 @@ from qpipe.numerics.learning.variables import Free, Step, Variable
 if TYPE_CHECKING:
     from qpipe.methods.learning.parts import Part
     from qpipe.model.network.network import Network
+    from qpipe.model.structure.layers import Layer
 
 Array = npt.NDArray[Any]
 Memo = Callable[..., Any]
+MARGIN = 0.45
+"""How much of a float weight counts beside its code, in steps; of 2 bits none does."""
+LossName = Literal["mse", "fisher_diag"]
+"""The squared error of a part's output, as it is or weighed by what the model's outputs make of it."""
 Begin = Literal["gram", "model"]
-"""What the codes are before anything is learned: solved in closed form when the part's turn has come, or the model's."""
+"""The codes before anything is learned: solved in closed form when the part's turn has come, or the model's own."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,7 @@ class Tuning:
     selective: bool = False
     memory: Memory = "auto"
     begin: Begin = "gram"
+    loss: LossName = "mse"
 
 
 @dataclass(frozen=True)
@@ -87,13 +94,17 @@ def tune(
 
     Raises InputError for data that do not fit.
     """
-    outputs = [spec.name for spec in model.outputs] if tuning.selective else []
+    outputs = [spec.name for spec in model.outputs]
+    also = outputs if tuning.selective or tuning.loss == "fisher_diag" else []
     carry = Carry(
-        model, reference, arrays, parts, memory=tuning.memory, device=around.device, also=outputs
+        model, reference, arrays, parts, memory=tuning.memory, device=around.device, also=also
     )
     reports: dict[str, Any] = {}
     for number, part in enumerate(parts):
         problem = Problem(*carry.before(part))
+        if tuning.loss == "fisher_diag":
+            seed = around.seed_of(str(around.seed), part.name, "fisher")
+            problem = replace(problem, weights=carry.sensitivity(part.output, outputs, seed))
         if tuning.begin == "gram":
             model = begun(
                 model, reference, part, carry, update_bias=tuning.update_bias, memo=around.memo,
@@ -102,7 +113,9 @@ def tune(
         found = _remembered(model, reference, part, problem, tuning, around, (number, len(parts)))
         tuned, report = _with(model, part, found), dict(found["report"])
         if tuning.selective and report["kept"] == "after":
-            tuned, report = _selected(carry, outputs, tuned, _with(model, part, _start(model, part)), report)
+            before = _with(model, part, _start(model, part))
+            judging = held_out(carry.units, tuning.learning.hold_out, around.seed)
+            tuned, report = _selected(carry, outputs, tuned, before, judging, report)
         if report["kept"] == "before":
             around.note(f"'{part.name}' stays as it was: learning did not lower its error.")
         carry.after(part, None if tuning.parallel else tuned)
@@ -148,6 +161,7 @@ def _everything(model: Network, reference: Network, part: Part, stretch: Stretch
     }
     problem = stretch.problem
     held = [[value.rows for value in track] for track in (problem.x_hat, problem.x, [problem.y])]
+    held += [[problem.weights.rows]] if problem.weights is not None else []
     options = {key: value for key, value in asdict(tuning).items() if key not in _ELSEWHERE}
     own = [list(own_biases(model, part)), sorted(stretch.steps)]
     packed = {name: np.frombuffer(blob, np.uint8) for name, blob in sorted(blobs.items())}
@@ -170,12 +184,19 @@ def _learned(
 ) -> Learned:
     variables = variables_of(model, reference, part, stretch, tuning, around.device)
     units = len(stretch.problem.y.rows)
-    last = part.layers[-1]
+    axis = -1 - len(part.layers[-1].kernel_shape)
+    weighed = tuning.loss == "fisher_diag"
     return learn(
         variables, stretch, stretch.batch, units, options=tuning.learning,
-        loss=mse(-1 - len(last.kernel_shape)), held_out=held_out(units, tuning.learning.hold_out, around.seed),
-        seed=seed, progress=progress,
+        loss=fisher(axis) if weighed else mse(axis), judge=weighed_error if weighed else squared_error,
+        held_out=held_out(units, tuning.learning.hold_out, around.seed), seed=seed, progress=progress,
     )  # fmt: skip
+
+
+def weighed_error(outputs: Tensor, targets: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The squared error weighed by squared gradients, and the squares of the targets weighed so."""
+    y, g = targets
+    return squared_error(outputs * g, y * g)
 
 
 def variables_of(
@@ -188,9 +209,11 @@ def variables_of(
         encoding = model.encodings[name]
         weight, current = (torch.tensor(each.param(name), device=device) for each in (reference, model))
         scales = tuning.learn_scales and not powers_of_two(encoding)
+        out_axis, in_axis = factor_axes(next(layer for layer in part.layers if layer.weight == name))
         found[name] = start(
-            tuning.rounding, weight, current, encoding, learn_scale=scales, relative=tuning.relative
-        )
+            tuning.rounding, weight, current, encoding, learn_scale=scales, relative=tuning.relative,
+            margin=MARGIN if encoding.bitwidth > 2 else 0.0, out_axis=out_axis, in_axis=in_axis,
+        )  # fmt: skip
     for name in own_biases(model, part) if tuning.update_bias else ():
         layer = next(layer for layer in part.layers if layer.bias == name)
         unit = size.get(layer.output, 1.0) if tuning.relative else 1.0
@@ -204,7 +227,13 @@ def variables_of(
     return found
 
 
-def held_out(units: int, share: float, seed: int) -> torch.Tensor | None:
+def factor_axes(layer: Layer) -> tuple[int | None, int | None]:
+    """Along which axes of its weight FlexRound has factors of their own: both of a convolution; those of a linear layer
+    lie with its scales."""
+    return (layer.channel_axis, 1 - layer.channel_axis) if layer.kernel_shape else (None, None)
+
+
+def held_out(units: int, share: float, seed: int) -> Tensor | None:
     """The units that only judge, the same in every part; None where that are none."""
     count = round(share * units)
     if not count:
@@ -236,15 +265,17 @@ def _with(model: Network, part: Part, found: Mapping[str, Any]) -> Network:
 
 
 def _selected(
-    carry: Carry, outputs: Sequence[str], tuned: Network, before: Network, report: dict[str, Any]
+    carry: Carry,
+    outputs: Sequence[str],
+    tuned: Network,
+    before: Network,
+    judging: Tensor | None,
+    report: dict[str, Any],
 ) -> tuple[Network, dict[str, Any]]:
-    """The tuned model where its outputs err less than those of the one before, else that one."""
-    errors = [carry.output_error(model, outputs) for model in (before, tuned)]
+    """The tuned model where its outputs err less than those of the one before on the units that judge, else that one."""
+    units = np.arange(carry.units) if judging is None else judging.numpy()
+    errors = [carry.output_error(model, outputs, units) for model in (before, tuned)]
     report |= {"model_error_before": errors[0], "model_error_after": errors[1]}
     if errors[1] < errors[0]:
         return tuned, report
     return before, {**report, "kept": "before"}
-
-
-Inputs = Literal["sequential", "parallel"]
-"""Whether a part sees what the tuned parts before it give, or what the untuned ones do."""
