@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from qpipe.model.structure.layers import Layer
 
 READ_BY = {
-    "gram": ("beam", "scale_search", "bias_correction", "positions"),
+    "gram": ("beam", "scale_search", "bias_correction"),
     "gradient": (
         "iterations", "batch_size", "learning_rate", "reg_param", "beta_range", "warm_start", "early_stop",
         "lr_adjust", "drop_ratio",
@@ -53,9 +53,9 @@ def refuse_unread(given: Mapping[str, Any]) -> None:
                 f"or set solver: {owner}."
             )
     if not given["asymmetric"]:
-        for name, wants in (("selective_update", "judges by the quantized model"), ("drop_ratio", "mixes its inputs in")):
+        for name in ("selective_update", "drop_ratio"):
             if given[name] != parameters[name].default:
-                raise InputError(f"adaround: '{name}' {wants}, but asymmetric is false. Leave one of them out.")
+                raise InputError(f"adaround: '{name}' needs asymmetric: true, got false. Leave one of them out.")
 
 
 def with_biases(model: Network) -> Network:
@@ -124,14 +124,16 @@ def adaround(
     """The model with tuned weights, frozen on their grids; `metadata["adaround"]` reports each layer.
 
     `solver` gram solves on second moments of the inputs, gradient follows the paper; `seed` draws what is random.
-    Both solvers: `asymmetric` false tunes on the float model's inputs; `limit` takes that many samples,
-    evenly spread; `selective_update` keeps a layer's result only where the model's outputs err less with it. gram: `beam` candidates per row; `scale_search` lets the scales move; `bias_correction` lets biases
-    take up the mean error; `positions` places per sample that count. gradient: `iterations` steps (null: 10000, 15000
-    below 8 bits) of `batch_size` rows with `learning_rate`; `reg_param` weighs the rounding term, whose exponent goes
-    through `beta_range` after a share of `warm_start` steps, as in the paper; `early_stop` ends
-    after so many checks without a gain (0: never); `lr_adjust` (threshold, rate) takes that rate for layers whose loss
-    with nearest rounding lies above; `drop_ratio` is the share of input elements taken from x^ rather than x. Errors: InputError for options that the solver does not
-    read, a model in which nothing can be tuned, and data that do not fit.
+    Both solvers: `asymmetric` false tunes on the float model's inputs; `limit` takes that many samples, evenly spread,
+    of which `positions` places each count (of a depthwise layer all, by gradient); `selective_update` keeps a layer's
+    result only where the model's outputs err less with it. gram: `beam` candidates per row; `scale_search` lets the
+    scales move; `bias_correction` lets biases take up the mean error. gradient: `iterations` steps (null: 10000, 15000
+    below 8 bits) of `batch_size` samples with `learning_rate`; `reg_param` weighs the rounding term, whose exponent goes
+    through `beta_range` after a share of `warm_start` steps, as in the paper; `early_stop` ends after so many checks
+    without a gain (0: never); `lr_adjust` (threshold, rate) takes that rate for layers whose loss with nearest rounding
+    lies above; `drop_ratio` is the share of input elements taken from x^ rather than x.
+    Errors: InputError for options that the solver does not read, a model in which nothing can be tuned, and data that
+    do not fit.
     """
     refuse_unread(locals())
     from qpipe.methods.rounding.by_gradient import GradientOptions, round_by_gradient
@@ -157,7 +159,7 @@ def adaround(
         if solver == "gram":
             return round_by_gram(*problem, options=gram, positions=positions, seed=own, memo=ctx.memo)
         return round_by_gradient(
-            *problem, options=gradient, seed=own, memo=ctx.memo,
+            *problem, options=gradient, positions=positions, seed=own, memo=ctx.memo,
             progress=lambda done, total: ctx.progress(index * total + done, len(layers) * total, layer.name),
         )  # fmt: skip
 
