@@ -35,11 +35,16 @@ from qpipe.numerics.metrics import sqnr_db
 from qpipe.numerics.scheme import Scheme, TensorScheme
 from qpipe.param import coerce
 from qpipe.stage import Samples
+from qpipe.stages.adaquant import adaquant
 from qpipe.stages.adaround import adaround
+from qpipe.stages.adascale import adascale
+from qpipe.stages.autoround import autoround
 from qpipe.stages.bnf import bnf
+from qpipe.stages.brecq import brecq
 from qpipe.stages.calibrate import calibrate
 from qpipe.stages.cle import cle
 from qpipe.stages.nearest import nearest
+from qpipe.stages.polish import polish
 
 Row = dict[str, Any]
 NETS = ("builtin", "resnet", "vit", "decoder")
@@ -85,9 +90,28 @@ class Case:
         return self.get("equalized", lambda: self._calibrate(cle(self.of.model, norms=True)))
 
     @property
+    def start(self) -> Model:
+        """The one of both that is nearer to float on the samples to tune on: where everything that tunes starts."""
+        return self.get("start", lambda: max((self.calibrated, self.equalized), key=self._near))
+
+    @property
     def tuned(self) -> Model:
-        """By the closed form: what methods that learn start from."""
-        return self.get("tuned", lambda: adaround(self.calibrated, self.of.calibration, seed=self.seed))
+        """By the closed form: what methods that learn go on from."""
+        return self.get("tuned", lambda: adaround(self.start, self.of.calibration, seed=self.seed))
+
+    def learned(self, stage: Callable[..., Any], model: Any = None, **options: Any) -> Any:
+        """What a stage that learns makes of `model`, or of what the closed form has tuned."""
+        return stage(model or self.tuned, self.of.calibration, self.start, seed=self.seed, **options)
+
+    @property
+    def batch(self) -> int:
+        """Samples of the decoder are windows of 128 rows."""
+        return 8 if self.of.name == "decoder" else 32
+
+    def _near(self, model: Model) -> float:
+        rows = {name: array[:128] for name, array in self.of.calibration.arrays.items()}
+        found, wanted = (run(nearest(model), rows), run(model, rows, quantized=False))
+        return round(min(sqnr_db(found[name], y) for name, y in wanted.items()), 1)
 
     def _calibrate(self, model: Any) -> Any:
         return calibrate(model, self.of.calibration, scheme=self.scheme, target=self.target)
@@ -97,8 +121,17 @@ TECHNIQUES: Mapping[str, Callable[[Case], Any]] = {
     "nearest": lambda case: nearest(case.calibrated),
     "cle": lambda case: nearest(case.equalized),
     "adaround": lambda case: case.tuned,
+    "adaquant": lambda case: case.learned(adaquant, case.start, batch_size=case.batch),
+    "brecq": lambda case: case.learned(brecq, case.start, batch_size=case.batch),
+    "autoround": lambda case: case.learned(autoround, case.start, batch_size=case.batch),
+    "adascale": lambda case: case.learned(adascale, case.start, batch_size=case.batch),
+    "polish": lambda case: case.learned(polish, batch_size=case.batch),
+    "adaquant + polish": lambda case: case.learned(
+        polish, case.learned(adaquant, case.start, batch_size=case.batch), batch_size=case.batch
+    ),
 }
-"""By name, what makes the quantized model of a case; all start from the folded network, calibrated."""
+"""By name, what makes the quantized model of a case. nearest and cle begin at the folded network, adaround and what learns
+part by part at the better of both, polish at adaround's result."""
 
 
 def net(name: str, folder: Path, samples: int, judged: int, seed: int) -> Net:
