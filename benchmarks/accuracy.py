@@ -130,8 +130,8 @@ TECHNIQUES: Mapping[str, Callable[[Case], Any]] = {
         polish, case.learned(adaquant, case.start, batch_size=case.batch), batch_size=case.batch
     ),
 }
-"""By name, what makes the quantized model of a case. nearest and cle begin at the folded network, adaround and what learns
-part by part at the better of both, polish at adaround's result."""
+"""By name, what makes the quantized model of a case. nearest and cle begin at the folded network, adaround and what
+learns part by part at the better of both, polish at adaround's result."""
 
 
 def net(name: str, folder: Path, samples: int, judged: int, seed: int) -> Net:

@@ -22,7 +22,7 @@ from torch.func import functional_call
 from qpipe.errors import InputError
 from qpipe.methods.learning.objective import Objective, Targets
 from qpipe.methods.learning.stretch import groups
-from qpipe.methods.placement.calibration import content
+from qpipe.model.network.network import Network
 from qpipe.model.simulation.constants import taken_in
 from qpipe.model.simulation.module import to_torch
 from qpipe.model.simulation.run import run
@@ -39,7 +39,6 @@ from qpipe.numerics.learning.variables import Free, Step, Variable
 from qpipe.numerics.metrics import counting
 
 if TYPE_CHECKING:
-    from qpipe.model.network.network import Network
     from qpipe.numerics.grid import Encoding
 
 Array = npt.NDArray[Any]
@@ -253,10 +252,11 @@ def trained(
         options=options, loss=objective.loss, judge=objective.judge, seed=seed, progress=progress,
     )  # fmt: skip
     weights = {name: float_model.param(name) for name in whole.learnable.weights}
-    model, arrays = whole.model, dict(zip(whole.names, (t.cpu().numpy() for t in whole.targets), strict=True))
-    grids = {name: encoding.to_json() for name, encoding in model.encodings.items()}
+    targets = dict(zip(whole.names, (t.cpu().numpy() for t in whole.targets), strict=True))
     labels = None if whole.labels is None else whole.labels.cpu().numpy()
-    problem = [content(model), grids, weights, whole.arrays, arrays, labels, asdict(options), list(said), seed]
+    meta, blobs = Network(whole.model.ir, whole.model.encodings).pack()
+    content = [meta, {name: np.frombuffer(blob, np.uint8) for name, blob in sorted(blobs.items())}]
+    problem = [content, weights, whole.arrays, targets, labels, asdict(options), list(said), seed]
     state = packed(learning.state())
     while not learning.over:
         until = learning.done + options.every
