@@ -68,7 +68,8 @@ def adascale(
     learning = LearningOptions(iterations, batch_size, {"weight": lr_scale, "scale": lr_range}, hold_out=hold_out)
     tuning = Tuning(
         learning, "flexround", learn_scales=lr_range > 0, learn_steps=False, update_bias=False,
-        activations=activations, random=Randomness(share=drop_ratio), memory=memory, begin=begin, selective=selective_update,
+        activations=activations, random=Randomness(share=drop_ratio),
+        selective=selective_update, memory=memory, begin=begin,
     )  # fmt: skip
     arrays = thinned(data.arrays, limit)
     return learn_by_parts("adascale", model, float_model, arrays, Division(blocks), tuning, seed=seed, ctx=ctx)

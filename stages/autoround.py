@@ -81,7 +81,8 @@ def autoround(
     )  # fmt: skip
     tuning = Tuning(
         learning, "signed_step", learn_scales=learn_ranges, learn_steps=False, update_bias=False,
-        random=Randomness(share=1.0 if quantized_input else 0.0), memory=memory, begin=begin, selective=selective_update,
+        random=Randomness(share=1.0 if quantized_input else 0.0),
+        selective=selective_update, memory=memory, begin=begin,
     )  # fmt: skip
     arrays, division = thinned(data.arrays, limit), Division(blocks, together=nblocks)
     return learn_by_parts("autoround", model, float_model, arrays, division, tuning, seed=seed, ctx=ctx)

@@ -104,6 +104,8 @@ def brecq(
         reg_param=reg_param, beta_range=beta_range, warm_start=warm_start,
     )  # fmt: skip
     random = Randomness(share=1.0 - input_drop, drop=drop)
-    tuning = Tuning(learning, rounding, random=random, memory=memory, begin=begin, selective=selective_update, loss=loss)
+    tuning = Tuning(
+        learning, rounding, random=random, selective=selective_update, memory=memory, begin=begin, loss=loss
+    )
     arrays = thinned(data.arrays, limit)
     return learn_by_parts("brecq", model, float_model, arrays, Division(blocks), tuning, seed=seed, ctx=ctx)

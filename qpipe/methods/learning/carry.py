@@ -253,7 +253,7 @@ class Carry:
         also: Sequence[str] = (),
     ) -> None:
         """`also` are values that are needed at the end, such as outputs. Raises InputError for data that do not fit."""
-        store = Store(memory, device)
+        store = self._store = Store(memory, device)
         held, units = _taken(model, arrays, store)
         self.float = Track(reference, False, units, held, store)
         self.quantized = Track(model, True, units, held, store)
@@ -285,17 +285,19 @@ class Carry:
         ahead.bring([name], self._layout)
         return ahead.held[name], self.float.held[name]
 
-    def output_error(self, model: Network, outputs: Sequence[str], units: Array) -> float:
-        """The squared error of the values `outputs` of `model` over the mean square of the float model's, on these
-        units; what lies in front of where the tracks stand counts as it was."""
+    def output_error(self, part: Part, model: Network, outputs: Sequence[str], units: Array) -> float:
+        """The squared error of the model's `outputs` over their mean square, on these units: what the float model makes
+        of what `part` gives as it is in `model`. So only this part, and those before it, count."""
         self.float.bring(outputs)
         ahead = self.quantized.with_model(model, units)
-        ahead.bring(outputs, self._layout)
+        ahead.bring([part.output], self._layout)
+        rest = Track(self.float.model, False, len(units), ahead.held, self._store)
+        rest.bring(outputs, self._layout)
         errors = 0.0
         for name in outputs:
-            y, target = ahead.held[name], self.float.held[name].among(units)
-            difference = np.subtract(y.rows, target.rows, dtype=np.float64)
-            errors += float(np.square(difference).sum() / max(float(np.square(target.rows, dtype=np.float64).sum()), 1e-300))
+            y, target = rest.held[name].rows, self.float.held[name].among(units).rows
+            power = float(np.square(target, dtype=np.float64).sum())
+            errors += float(np.square(np.subtract(y, target, dtype=np.float64)).sum()) / max(power, 1e-300)
         return errors
 
     def sensitivity(self, name: str, outputs: Sequence[str], seed: int) -> Held:

@@ -115,7 +115,7 @@ def tune(
         if tuning.selective and report["kept"] == "after":
             before = _with(model, part, _start(model, part))
             judging = held_out(carry.units, tuning.learning.hold_out, around.seed)
-            tuned, report = _selected(carry, outputs, tuned, before, judging, report)
+            tuned, report = _selected(carry, part, outputs, tuned, before, judging, report)
         if report["kept"] == "before":
             around.note(f"'{part.name}' stays as it was: learning did not lower its error.")
         carry.after(part, None if tuning.parallel else tuned)
@@ -266,15 +266,16 @@ def _with(model: Network, part: Part, found: Mapping[str, Any]) -> Network:
 
 def _selected(
     carry: Carry,
+    part: Part,
     outputs: Sequence[str],
     tuned: Network,
     before: Network,
     judging: Tensor | None,
     report: dict[str, Any],
 ) -> tuple[Network, dict[str, Any]]:
-    """The tuned model where its outputs err less than those of the one before on the units that judge, else that one."""
+    """The tuned model where its outputs err less on the units that judge than those of the one before, else that."""
     units = np.arange(carry.units) if judging is None else judging.numpy()
-    errors = [carry.output_error(model, outputs, units) for model in (before, tuned)]
+    errors = [carry.output_error(part, model, outputs, units) for model in (before, tuned)]
     report |= {"model_error_before": errors[0], "model_error_after": errors[1]}
     if errors[1] < errors[0]:
         return tuned, report
