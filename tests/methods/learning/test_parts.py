@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from qpipe.errors import InputError
@@ -57,11 +58,9 @@ def test_names_operators_and_shared_weights_leave_others_out_with_a_reason() -> 
 
 
 def test_what_follows_from_shapes_is_computed_inside() -> None:
-    text = """m (float[N,4] x) => (float[N,2,2] y) { n = Shape<start=0, end=1>(x)  a = MatMul(x, w)  r = Relu(a)
-        e = Concat<axis=0>(n, rest)  b = MatMul(r, v)  y = Reshape(b, e) }"""
-    model = Model.from_proto(
-        parsed(text, w=normal(4, 4), v=normal(4, 4), rest=__import__("numpy").array([2, 2], "int64"))
-    )
+    text = """m (float[N,4] x) => (float[M,K] y) { n = Shape(x)  a = MatMul(x, w)  r = Relu(a)
+        e = Mul(n, rest)  b = MatMul(r, v)  y = Reshape(b, e) }"""
+    model = Model.from_proto(parsed(text, w=normal(4, 4), v=normal(4, 4), rest=np.array([2, 1], np.int64)))
     host = host_values(model.graph)
     assert "e" in {value.name for value in host}
     assert boundary(model.graph, "y", {"r", "e"}, host) == ("x", "r")
