@@ -125,13 +125,13 @@ def adaround(
 
     `solver` gram solves on second moments of the inputs, gradient follows the paper; `seed` draws what is random.
     Both solvers: `asymmetric` false tunes on the float model's inputs; `limit` takes that many samples, evenly spread,
-    of which `positions` places each count (of a depthwise layer all, by gradient); `selective_update` keeps a layer's
-    result only where the model's outputs err less with it. gram: `beam` candidates per row; `scale_search` lets the
-    scales move; `bias_correction` lets biases take up the mean error. gradient: `iterations` steps (null: 10000, 15000
-    below 8 bits) of `batch_size` samples with `learning_rate`; `reg_param` weighs the rounding term, whose exponent goes
-    through `beta_range` after a share of `warm_start` steps, as in the paper; `early_stop` ends after so many checks
-    without a gain (0: never); `lr_adjust` (threshold, rate) takes that rate for layers whose loss with nearest rounding
-    lies above; `drop_ratio` is the share of input elements taken from x^ rather than x.
+    and `positions` places of each; `selective_update` keeps a layer's result only where the model's outputs err less
+    with it. gram: `beam` candidates per row; `scale_search` lets the scales move; `bias_correction` lets biases take
+    up the mean error. gradient: `iterations` steps (null: 10000, 15000 below 8 bits) of `batch_size` samples with
+    `learning_rate`; `reg_param` weighs the rounding term, whose exponent goes through `beta_range` after a share of
+    `warm_start` steps, as in the paper; `early_stop` ends after so many checks without a gain (0: never); `lr_adjust`
+    (threshold, rate) takes that rate for layers whose loss with nearest rounding lies above; `drop_ratio` is the share
+    of input elements taken from x^ rather than x.
     Errors: InputError for options that the solver does not read, a model in which nothing can be tuned, and data that
     do not fit.
     """
