@@ -28,7 +28,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
         ("errors",),
         "scheme grid fake_quantize ranges observers allocation search thinning metric_names metrics jackknife images",
     ),
-    "numerics.rounding": (("errors", "numerics"), "moments unfold rows codes gram gradient"),
+    "numerics.rounding": (("errors", "numerics"), "moments unfold rows codes gram"),
     "numerics.learning": (("errors", "numerics"), "cells variables roundings losses options optimize"),
     "keys": (("errors", "mapped"), "hashing companions syntax code state loaded changes"),
     "artifacts": (("errors", "mapped", "writing", "keys", "numerics"), "kinds artifact"),
@@ -74,7 +74,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
     "methods.equalization": ((*MODEL, "model.simulation"), "links norm_links reach rescaling"),
     "methods.rounding": (
         (*MODEL, "model.simulation", "numerics.rounding", "numerics.learning", "methods.placement"),
-        "walk layerwise",
+        "walk by_gram by_gradient",
     ),
     "methods.learning": (
         (
