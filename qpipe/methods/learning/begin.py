@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qpipe.methods.learning.carry import TOGETHER, Carry, Held, feed
 from qpipe.methods.learning.parts import learnable_layers
-from qpipe.methods.rounding.layerwise import round_by_gram
+from qpipe.methods.rounding.by_gram import round_by_gram
 from qpipe.model.structure.channels import bias_vector, own_bias, set_bias
 from qpipe.numerics.fake_quantize import FakeQuantize
 from qpipe.numerics.rounding.gram import GramOptions
