@@ -62,7 +62,7 @@ def adascale(
     """
     from qpipe.methods.learning.blockwise import Division, learn_by_parts
     from qpipe.methods.learning.stretch import Randomness
-    from qpipe.methods.learning.tune import Tuning
+    from qpipe.methods.learning.tune import Surroundings, Tuning
     from qpipe.numerics.learning.options import LearningOptions
 
     learning = LearningOptions(iterations, batch_size, {"weight": lr_scale, "scale": lr_range}, hold_out=hold_out)
@@ -72,4 +72,5 @@ def adascale(
         selective=selective_update, memory=memory, begin=begin,
     )  # fmt: skip
     arrays = thinned(data.arrays, limit)
-    return learn_by_parts("adascale", model, float_model, arrays, Division(blocks), tuning, seed=seed, ctx=ctx)
+    around = Surroundings(ctx.memo, ctx.seed, ctx.note, ctx.progress, ctx.device, seed)
+    return learn_by_parts("adascale", model, float_model, arrays, Division(blocks), tuning, around)

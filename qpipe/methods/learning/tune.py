@@ -107,7 +107,7 @@ def tune(
             problem = replace(problem, weights=carry.sensitivity(part.output, outputs, seed))
         if tuning.begin == "gram":
             model = begun(
-                model, reference, part, carry, update_bias=tuning.update_bias, memo=around.memo,
+                model, reference, part, carry, update_bias=tuning.update_bias, memo=around.memo, note=around.note,
                 seed=lambda name: around.seed_of(str(around.seed), name),
             )  # fmt: skip
         found = _remembered(model, reference, part, problem, tuning, around, (number, len(parts)))

@@ -58,9 +58,10 @@ def test_names_operators_and_shared_weights_leave_others_out_with_a_reason() -> 
 
 
 def test_what_follows_from_shapes_is_computed_inside() -> None:
-    text = """m (float[N,4] x) => (float[M,K] y) { n = Shape(x)  a = MatMul(x, w)  r = Relu(a)
-        e = Mul(n, rest)  b = MatMul(r, v)  y = Reshape(b, e) }"""
-    model = Model.from_proto(parsed(text, w=normal(4, 4), v=normal(4, 4), rest=np.array([2, 1], np.int64)))
+    text = """m (float[N,M,4] x) => (float[K,L] y) { n = Shape(x)  a = MatMul(x, w)  r = Relu(a)
+        e = Gather(n, order)  b = MatMul(r, v)  c = Reshape(b, e)  y = ReduceSum<keepdims=0>(c, last) }"""
+    given = {"order": np.array([1, 0, 2], np.int64), "last": np.array([2], np.int64)}
+    model = Model.from_proto(parsed(text, w=normal(4, 4), v=normal(4, 4), **given))
     host = host_values(model.graph)
     assert "e" in {value.name for value in host}
     assert boundary(model.graph, "y", {"r", "e"}, host) == ("x", "r")
