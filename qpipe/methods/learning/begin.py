@@ -56,12 +56,13 @@ def begun(
         x_hat, x = carry.inside(layer.input, model)
         device = carry.device
         quantizer = FakeQuantize(model.encodings[layer.input]).to(device) if layer.input in model.encodings else None
+        inputs = _batches(x_hat, device, quantizer), _batches(x, device, None)
         try:
             solved = round_by_gram(
-                _as_float(model, reference, layer), layer, _batches(x_hat, device, quantizer), _batches(x, device, None),
-                options=GramOptions(update_bias=update_bias), positions=POSITIONS, seed=seed(layer.name), memo=memo,
+                _as_float(model, reference, layer), layer, *inputs, options=GramOptions(update_bias=update_bias),
+                positions=POSITIONS, seed=seed(layer.name), memo=memo,
             )  # fmt: skip
-        except torch.linalg.LinAlgError:
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # torch's
             note(f"'{layer.name}' begins as it is in the model: its inputs vary too little for the closed form.")
             continue
         editor = model.edit()
