@@ -94,11 +94,10 @@ def tune(
 
     Raises InputError for data that do not fit.
     """
-    outputs = [spec.name for spec in model.outputs]
-    also = outputs if tuning.selective or tuning.loss == "fisher_diag" else []
-    carry = Carry(
-        model, reference, arrays, parts, memory=tuning.memory, device=around.device, also=also
-    )
+    carry = Carry(model, reference, arrays, parts, memory=tuning.memory, device=around.device)
+    outputs = carry.watch_outputs() if tuning.selective or tuning.loss == "fisher_diag" else []
+    if tuning.selective and not outputs:
+        around.note("The model's outputs do not tell samples apart: what a part gives itself decides what is kept.")
     reports: dict[str, Any] = {}
     for number, part in enumerate(parts):
         problem = Problem(*carry.before(part))
@@ -112,7 +111,7 @@ def tune(
             )  # fmt: skip
         found = _remembered(model, reference, part, problem, tuning, around, (number, len(parts)))
         tuned, report = _with(model, part, found), dict(found["report"])
-        if tuning.selective and report["kept"] == "after":
+        if tuning.selective and outputs and report["kept"] == "after":
             before = _with(model, part, _start(model, part))
             judging = held_out(carry.units, tuning.learning.hold_out, around.seed)
             tuned, report = _selected(carry, part, outputs, tuned, before, judging, report)

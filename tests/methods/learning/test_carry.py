@@ -118,9 +118,10 @@ def test_units_are_found_on_any_axis_and_come_back() -> None:
 def test_sensitivity_is_the_root_of_the_diagonal_of_jacobians() -> None:
     model = net()
     first, second, last = find_parts(model, "per_layer")[0]
-    carry = Carry(model, model, X, [first, second, last], also=["y"])
+    carry = Carry(model, model, X, [first, second, last])
+    assert carry.watch_outputs() == ["y"]
     carry.before(first)
-    carry.float.bring(["r", "y"])
+    carry.float.bring(["r"])
     g = np.mean([carry.sensitivity("r", ["y"], seed).rows ** 2 for seed in range(30)], axis=(0, 1, 2))
     wanted = np.square(model.param("v") @ model.param("u")).sum(1)  # what a unit error in r does to y
     np.testing.assert_allclose(g / g.mean(), wanted / wanted.mean(), rtol=0.1)
