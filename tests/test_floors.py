@@ -107,7 +107,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "language": (
         ("errors", "keys", "numerics", "param", "stage", "cache.shared"),
-        "catalog interpolation spec graph labels",
+        "catalog interpolation elsewhere spec graph labels",
     ),
     "plan": ((*ENGINE[:-1], "numerics"), "choice verdicts history keyring decision walk estimate"),
     "run": (
