@@ -86,12 +86,12 @@ def adaquant(
     the size of what they are added to, absolute in their own units; `schedule` takes the rates to 0; `lr_adjust`
     [threshold, rate] is another rate of weights where the error before lies above the threshold; `early_stop` ends
     after so many looks without a gain (0: never). `learn_scales` and `learn_steps` let the scales of weights and of
-    activations move (null: unless they are powers of two); `update_bias` biases; `output_qdq` counts the rounding of
-    the output too; `drop_ratio` is the share of inputs that come from the quantized model, the others from the float
-    one; `selective_update` keeps a part only where the whole model's outputs err less; `inputs` parallel shows each
-    part what the untuned model gives. `hold_out` is the share of samples that only judge; `memory` says where what
-    goes into the parts is kept. Errors: InputError for options that could not act, a model in which nothing can be
-    tuned, a float model of other values, and data that do not fit.
+    activations move (null: unless they are powers of two); `update_bias` lets biases move; `output_qdq` counts the
+    rounding of the output too; `drop_ratio` is the share of inputs that come from the quantized model, the others from
+    the float one; `selective_update` keeps a part only where the whole model's outputs err less; `inputs` parallel
+    shows each part what the untuned model gives. `hold_out` is the share of samples that only judge; `memory` says
+    where what goes into the parts is kept. Errors: InputError for options that could not act, a model in which nothing
+    can be tuned, a float model of other values, and data that do not fit.
     """
     refuse_idle(locals())
     from qpipe.methods.learning.blockwise import Division, activations, learn_by_parts, refuse_powers_of_two
