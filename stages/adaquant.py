@@ -79,23 +79,24 @@ def adaquant(
 
     `float_model` is the model that was tuned before into this one, the same before its weights moved. `blocks` says
     what is tuned together: auto the blocks of the network, per_layer each layer, or the names of some; `ops` tunes
-    these operators alone; `limit` takes that many samples, evenly spread; `seed` draws what is random. `iterations`
-    steps of `batch_size` samples; `learning_rate` of weights, `bias_rate` of biases, `scale_rate` of the logarithms of
-    weight scales, `step_rate` of those of activations; `rates` relative counts weights in steps of their grids and
-    biases in the size of what they are added to, absolute in their own units; `schedule` takes the rates to 0;
-    `lr_adjust` [threshold, rate] is another rate of weights where the error before lies above the threshold;
-    `early_stop` ends after so many looks without a gain (0: never). `learn_scales` and `learn_steps` let the scales of
-    weights and of activations move (null: unless they are powers of two); `update_bias` biases; `output_qdq` counts
-    the rounding of the output too; `drop_ratio` is the share of inputs that come from the quantized model, the others
-    from the float one; `selective_update` keeps a part only where the whole model's outputs err less; `inputs`
-    parallel shows each part what the untuned model gives. `hold_out` is the share of samples that only judge; `memory`
-    says where what goes into the parts is kept. Errors: InputError for options that could not act, a model in which
-    nothing can be tuned, a float model of other values, and data that do not fit.
+    these operators alone; `begin` gram solves the codes of a part when its turn has come, model takes those that are
+    there; `limit` takes that many samples, evenly spread; `seed` draws what is random. `iterations` steps of
+    `batch_size` samples; `learning_rate` of weights, `bias_rate` of biases, `scale_rate` of the logarithms of weight
+    scales, `step_rate` of those of activations; `rates` relative counts weights in steps of their grids and biases in
+    the size of what they are added to, absolute in their own units; `schedule` takes the rates to 0; `lr_adjust`
+    [threshold, rate] is another rate of weights where the error before lies above the threshold; `early_stop` ends
+    after so many looks without a gain (0: never). `learn_scales` and `learn_steps` let the scales of weights and of
+    activations move (null: unless they are powers of two); `update_bias` lets biases move; `output_qdq` counts the
+    rounding of the output too; `drop_ratio` is the share of inputs that come from the quantized model, the others from
+    the float one; `selective_update` keeps a part only where the whole model's outputs err less; `inputs` parallel
+    shows each part what the untuned model gives. `hold_out` is the share of samples that only judge; `memory` says
+    where what goes into the parts is kept. Errors: InputError for options that could not act, a model in which nothing
+    can be tuned, a float model of other values, and data that do not fit.
     """
     refuse_idle(locals())
     from qpipe.methods.learning.blockwise import Division, activations, learn_by_parts, refuse_powers_of_two
     from qpipe.methods.learning.stretch import Randomness
-    from qpipe.methods.learning.tune import Tuning
+    from qpipe.methods.learning.tune import Surroundings, Tuning
     from qpipe.numerics.learning.options import LearningOptions
 
     if learn_scales:
@@ -112,4 +113,5 @@ def adaquant(
         selective=selective_update, memory=memory, begin=begin,
     )  # fmt: skip
     arrays, division = thinned(data.arrays, limit), Division(blocks, ops)
-    return learn_by_parts("adaquant", model, float_model, arrays, division, tuning, seed=seed, ctx=ctx)
+    around = Surroundings(ctx.memo, ctx.seed, ctx.note, ctx.progress, ctx.device, seed)
+    return learn_by_parts("adaquant", model, float_model, arrays, division, tuning, around)

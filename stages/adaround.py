@@ -41,6 +41,9 @@ READ_BY = {
 }  # fmt: skip
 """The options that one solver alone reads."""
 
+POSITIONS = {"gram": 25, "gradient": 64}
+"""Places of a sample that count: for moments fewer do, as every sample counts in every step."""
+
 
 def refuse_unread(given: Mapping[str, Any]) -> None:
     """Errors: InputError where an option that only the other solver reads is set away from its default."""
@@ -108,7 +111,7 @@ def adaround(
     beam: Annotated[int, Range(ge=1)] = 8,
     scale_search: bool = False,
     bias_correction: bool = True,
-    positions: Annotated[int, Range(ge=1)] = 25,
+    positions: Annotated[int, Range(ge=1)] | None = None,
     iterations: Annotated[int, Range(ge=1)] | None = None,
     batch_size: Annotated[int, Range(ge=1)] = 32,
     learning_rate: Annotated[float, Range(gt=0)] = 1e-3,
@@ -125,13 +128,13 @@ def adaround(
 
     `solver` gram solves on second moments of the inputs, gradient follows the paper; `seed` draws what is random.
     Both solvers: `asymmetric` false tunes on the float model's inputs; `limit` takes that many samples, evenly spread,
-    of which `positions` places each count (of a depthwise layer all, by gradient); `selective_update` keeps a layer's
-    result only where the model's outputs err less with it. gram: `beam` candidates per row; `scale_search` lets the
-    scales move; `bias_correction` lets biases take up the mean error. gradient: `iterations` steps (null: 10000, 15000
-    below 8 bits) of `batch_size` samples with `learning_rate`; `reg_param` weighs the rounding term, whose exponent goes
-    through `beta_range` after a share of `warm_start` steps, as in the paper; `early_stop` ends after so many checks
-    without a gain (0: never); `lr_adjust` (threshold, rate) takes that rate for layers whose loss with nearest rounding
-    lies above; `drop_ratio` is the share of input elements taken from x^ rather than x.
+    and `positions` places of each (null: 25 for gram, 64 for gradient); `selective_update` keeps a layer's result only
+    where the model's outputs err less with it. gram: `beam` candidates per row; `scale_search` lets the scales move;
+    `bias_correction` lets biases take up the mean error. gradient: `iterations` steps (null: 10000, 15000 below 8 bits)
+    of `batch_size` samples with `learning_rate`; `reg_param` weighs the rounding term, whose exponent goes through
+    `beta_range` after a share of `warm_start` steps, as in the paper; `early_stop` ends after so many checks without a
+    gain (0: never); `lr_adjust` (threshold, rate) takes that rate for layers whose loss with nearest rounding lies
+    above; `drop_ratio` is the share of input elements taken from x^ rather than x.
     Errors: InputError for options that the solver does not read, a model in which nothing can be tuned, and data that
     do not fit.
     """
@@ -156,10 +159,11 @@ def adaround(
 
     def tune(index: int, layer: Layer, x_hat: list[Tensor], x: list[Tensor]) -> Rounded:
         problem, own = (source, layer, x_hat, x), ctx.seed(str(seed), layer.name)
+        places = positions or POSITIONS[solver]
         if solver == "gram":
-            return round_by_gram(*problem, options=gram, positions=positions, seed=own, memo=ctx.memo)
+            return round_by_gram(*problem, options=gram, positions=places, seed=own, memo=ctx.memo)
         return round_by_gradient(
-            *problem, options=gradient, positions=positions, seed=own, memo=ctx.memo,
+            *problem, options=gradient, positions=places, seed=own, memo=ctx.memo,
             progress=lambda done, total: ctx.progress(index * total + done, len(layers) * total, layer.name),
         )  # fmt: skip
 

@@ -62,13 +62,15 @@ def adascale(
     """
     from qpipe.methods.learning.blockwise import Division, learn_by_parts
     from qpipe.methods.learning.stretch import Randomness
-    from qpipe.methods.learning.tune import Tuning
+    from qpipe.methods.learning.tune import Surroundings, Tuning
     from qpipe.numerics.learning.options import LearningOptions
 
     learning = LearningOptions(iterations, batch_size, {"weight": lr_scale, "scale": lr_range}, hold_out=hold_out)
     tuning = Tuning(
         learning, "flexround", learn_scales=lr_range > 0, learn_steps=False, update_bias=False,
-        activations=activations, random=Randomness(share=drop_ratio), memory=memory, begin=begin, selective=selective_update,
+        activations=activations, random=Randomness(share=drop_ratio),
+        selective=selective_update, memory=memory, begin=begin,
     )  # fmt: skip
     arrays = thinned(data.arrays, limit)
-    return learn_by_parts("adascale", model, float_model, arrays, Division(blocks), tuning, seed=seed, ctx=ctx)
+    around = Surroundings(ctx.memo, ctx.seed, ctx.note, ctx.progress, ctx.device, seed)
+    return learn_by_parts("adascale", model, float_model, arrays, Division(blocks), tuning, around)

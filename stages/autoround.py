@@ -69,7 +69,7 @@ def autoround(
     """
     from qpipe.methods.learning.blockwise import Division, learn_by_parts
     from qpipe.methods.learning.stretch import Randomness
-    from qpipe.methods.learning.tune import Tuning
+    from qpipe.methods.learning.tune import Surroundings, Tuning
     from qpipe.numerics.learning.options import LearningOptions
 
     bits = min((e.bitwidth for name, e in model.encodings.items() if name in model.params), default=8)
@@ -81,7 +81,9 @@ def autoround(
     )  # fmt: skip
     tuning = Tuning(
         learning, "signed_step", learn_scales=learn_ranges, learn_steps=False, update_bias=False,
-        random=Randomness(share=1.0 if quantized_input else 0.0), memory=memory, begin=begin, selective=selective_update,
+        random=Randomness(share=1.0 if quantized_input else 0.0),
+        selective=selective_update, memory=memory, begin=begin,
     )  # fmt: skip
     arrays, division = thinned(data.arrays, limit), Division(blocks, together=nblocks)
-    return learn_by_parts("autoround", model, float_model, arrays, division, tuning, seed=seed, ctx=ctx)
+    around = Surroundings(ctx.memo, ctx.seed, ctx.note, ctx.progress, ctx.device, seed)
+    return learn_by_parts("autoround", model, float_model, arrays, division, tuning, around)

@@ -95,7 +95,7 @@ def brecq(
     refuse_unread(locals())
     from qpipe.methods.learning.blockwise import Division, learn_by_parts
     from qpipe.methods.learning.stretch import Randomness
-    from qpipe.methods.learning.tune import Tuning
+    from qpipe.methods.learning.tune import Surroundings, Tuning
     from qpipe.numerics.learning.options import LearningOptions
 
     rates = {"weight": learning_rate, "scale": scale_rate, "bias": bias_rate, "act_scale": step_rate}
@@ -104,6 +104,9 @@ def brecq(
         reg_param=reg_param, beta_range=beta_range, warm_start=warm_start,
     )  # fmt: skip
     random = Randomness(share=1.0 - input_drop, drop=drop)
-    tuning = Tuning(learning, rounding, random=random, memory=memory, begin=begin, selective=selective_update, loss=loss)
+    tuning = Tuning(
+        learning, rounding, random=random, selective=selective_update, memory=memory, begin=begin, loss=loss
+    )
     arrays = thinned(data.arrays, limit)
-    return learn_by_parts("brecq", model, float_model, arrays, Division(blocks), tuning, seed=seed, ctx=ctx)
+    around = Surroundings(ctx.memo, ctx.seed, ctx.note, ctx.progress, ctx.device, seed)
+    return learn_by_parts("brecq", model, float_model, arrays, Division(blocks), tuning, around)

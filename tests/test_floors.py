@@ -78,7 +78,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "methods.learning": (
         (
-            *(*MODEL, "model.simulation", "numerics.rounding", "numerics.learning"),
+            *(*MODEL, "param", "model.simulation", "numerics.rounding", "numerics.learning"),
             *("methods.placement", "methods.rounding"),
         ),
         "parts carry begin stretch reference tune blockwise objective whole",
@@ -107,7 +107,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "language": (
         ("errors", "keys", "numerics", "param", "stage", "cache.shared"),
-        "catalog interpolation spec graph labels",
+        "catalog interpolation elsewhere spec graph labels",
     ),
     "plan": ((*ENGINE[:-1], "numerics"), "choice verdicts history keyring decision walk estimate"),
     "run": (

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import yaml
 
 from qpipe.keys.hashing import digest
+from qpipe.methods.placement.target import Target
 from qpipe.model import Model
 from qpipe.model.network.network import Network
 from qpipe.numerics.grid import quantize_dequantize
 from qpipe.numerics.scheme import Scheme, TensorScheme
+from qpipe.param import coerce
 from qpipe.stage import Context, Samples
+from qpipe.stages.calibrate import calibrate
 
 W3A8 = Scheme(
     TensorScheme(3, True, True, "per_channel", observer="mse"), TensorScheme(8, False, False, observer="minmax")
@@ -20,7 +27,9 @@ NET = """n (float[N,3,6,6] x) => (float[N,5] y) {
     t = Conv<pads=[1,1,1,1]>(x, w, b)  r = Relu(t)
     u = Conv<pads=[1,1,1,1]>(r, k, kb)  q = Relu(u)  p = Conv<pads=[1,1,1,1]>(q, m, mb)  s = Add(p, r)  a = Relu(s)
     g = GlobalAveragePool(a)  f = Flatten(g)  y = Gemm<transB=1>(f, v, c) }"""
-PARAMS = {"w": (8, 3, 3, 3), "b": (8,), "k": (8, 8, 3, 3), "kb": (8,), "m": (8, 8, 3, 3), "mb": (8,), "v": (5, 8), "c": (5,)}
+PARAMS = {
+    "w": (8, 3, 3, 3), "b": (8,), "k": (8, 8, 3, 3), "kb": (8,), "m": (8, 8, 3, 3), "mb": (8,), "v": (5, 8), "c": (5,),
+}  # fmt: skip
 QUICK: dict[str, Any] = {"iterations": 30, "batch_size": 16}
 
 
@@ -33,6 +42,39 @@ def correlated(seed: int, count: int) -> Samples:
     mix = np.random.default_rng(99).normal(size=(3, 2))
     x = np.einsum("cs,ns...->nc...", mix, sources) + 0.1 * rng.normal(size=(count, 3, 6, 6))
     return Samples({"x": x.astype(np.float32)})
+
+
+def built(text: str, params: dict[str, tuple[int, ...]], seed: int = 0) -> Model:
+    """The network of `text`, its parameters random numbers of these shapes."""
+    rng = np.random.default_rng(seed)
+    proto = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 21]> {text}')
+    for name, shape in params.items():
+        array = rng.normal(size=shape).astype(np.float32)
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    return Model.from_proto(proto)
+
+
+def placed() -> Target:
+    """The shipped target `onnxruntime`, with a grid behind every layer."""
+    table = yaml.safe_load((Path(__file__).parents[2] / "conf" / "target" / "onnxruntime.yaml").read_text())
+    found = coerce({**table, "float_outputs": []}, Target, "target")
+    assert isinstance(found, Target)
+    return found
+
+
+DATA, TEST = correlated(0, 64), correlated(1, 100)
+
+
+@functools.cache
+def net() -> Model:
+    """A stem, a residual block and a head."""
+    return built(NET, PARAMS)
+
+
+@functools.cache
+def calibrated() -> Network:
+    """The same with 3-bit weights and 8-bit activations, not rounded yet."""
+    return calibrate(net(), DATA, scheme=W3A8, target=placed())
 
 
 def name_of(model: Network) -> str:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from qpipe.model.network.network import Network
-    from qpipe.stage import Context
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -39,9 +38,7 @@ def learn_by_parts(
     arrays: Mapping[str, Array],
     division: Division,
     tuning: Tuning,
-    *,
-    seed: int,
-    ctx: Context,
+    around: Surroundings,
 ) -> Network:
     """The model with its parts learned, and `metadata[stage]` with the report of each; a model that came quantized, and
     whose float weights nobody gives, as it is.
@@ -50,7 +47,7 @@ def learn_by_parts(
     """
     parts, left_out = find_parts(model, division.blocks, ops=division.ops, together=division.together)
     if parts and model.facts.came_quantized and float_model is None:
-        ctx.note(f"The model came quantized, and its weights stay on their grids: {stage} leaves it as it is.")
+        around.note(f"The model came quantized, and its weights stay on their grids: {stage} leaves it as it is.")
         return model
     _refuse_nothing(stage, model, parts, left_out)
     _refuse_wide(stage, model, parts)
@@ -58,10 +55,9 @@ def learn_by_parts(
     if tuning.begin == "gram" and tuning.update_bias:
         model = with_biases(model)
         parts, _ = find_parts(model, division.blocks, ops=division.ops, together=division.together)
-    around = Surroundings(ctx.memo, ctx.seed, ctx.note, ctx.progress, ctx.device, seed)
     tuned, reports = tune(model, reference, arrays, parts, tuning, around)
     for name, reason in left_out.items():
-        ctx.note(f"'{name}' is not tuned: {reason}.")
+        around.note(f"'{name}' is not tuned: {reason}.")
     return tuned.with_metadata({stage: {"parts": reports, "not_tuned": left_out}})
 
 

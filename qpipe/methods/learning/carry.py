@@ -252,13 +252,26 @@ class Carry:
         device: str = "cpu",
         also: Sequence[str] = (),
     ) -> None:
-        """`also` are values that are needed at the end, such as outputs. Raises InputError for data that do not fit."""
-        store = Store(memory, device)
+        """`also` are values that are needed at the end. Raises InputError for data that do not fit."""
+        store = self._store = Store(memory, device)
         held, units = _taken(model, arrays, store)
         self.float = Track(reference, False, units, held, store)
         self.quantized = Track(model, True, units, held, store)
         self.units, self.device = units, device
         self._parts, self._also = list(parts), tuple(also)
+
+    def watch_outputs(self) -> list[str]:
+        """The outputs of the float model that are numbers of one shape for all units; they are held until the end."""
+        found = []
+        for spec in self.float.model.outputs:
+            try:
+                self.float.bring([spec.name] if spec.floating else [])
+            except InputError:  # as many boxes as there are
+                continue
+            if spec.floating and not self.float.held[spec.name].shared:
+                found.append(spec.name)
+        self._also = (*self._also, *found)
+        return found
 
     def before(self, part: Part) -> tuple[list[Held], list[Held], Held]:
         """x^, x, and y, the float model's output of `part`; the values of the parts that are over are let go."""
@@ -285,17 +298,19 @@ class Carry:
         ahead.bring([name], self._layout)
         return ahead.held[name], self.float.held[name]
 
-    def output_error(self, model: Network, outputs: Sequence[str], units: Array) -> float:
-        """The squared error of the values `outputs` of `model` over the mean square of the float model's, on these
-        units; what lies in front of where the tracks stand counts as it was."""
+    def output_error(self, part: Part, model: Network, outputs: Sequence[str], units: Array) -> float:
+        """The squared error of the model's `outputs` over their mean square, on these units: what the float model makes
+        of what `part` gives as it is in `model`. So only this part, and those before it, count."""
         self.float.bring(outputs)
         ahead = self.quantized.with_model(model, units)
-        ahead.bring(outputs, self._layout)
+        ahead.bring([part.output], self._layout)
+        rest = Track(self.float.model, False, len(units), ahead.held, self._store)
+        rest.bring(outputs, self._layout)
         errors = 0.0
         for name in outputs:
-            y, target = ahead.held[name], self.float.held[name].among(units)
-            difference = np.subtract(y.rows, target.rows, dtype=np.float64)
-            errors += float(np.square(difference).sum() / max(float(np.square(target.rows, dtype=np.float64).sum()), 1e-300))
+            y, target = rest.held[name].rows, self.float.held[name].among(units).rows
+            power = float(np.square(target, dtype=np.float64).sum())
+            errors += float(np.square(np.subtract(y, target, dtype=np.float64)).sum()) / max(power, 1e-300)
         return errors
 
     def sensitivity(self, name: str, outputs: Sequence[str], seed: int) -> Held:
@@ -336,7 +351,9 @@ def _sensitivity(track: Track, name: str, outputs: Sequence[str], seed: int, dev
 def _squared_gradient(module: torch.nn.Module, call: tuple[Any, ...], place: int, draw: torch.Generator) -> Tensor:
     value = call[place].detach().requires_grad_()
     found = module(*call[:place], value, *call[place + 1 :])
-    outputs = [o for o in (found if isinstance(found, tuple) else (found,)) if o.is_floating_point()]
+    outputs = [o for o in (found if isinstance(found, tuple) else (found,)) if o.requires_grad]
+    if not outputs:
+        raise InputError("fisher_diag: torch cannot differentiate what lies behind a part. Set loss: mse.")
     total = torch.zeros_like(value)
     for turn in range(PROJECTIONS):
         drawn = [torch.randn(o.shape, generator=draw).to(o.device) for o in outputs]

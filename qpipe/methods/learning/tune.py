@@ -94,11 +94,10 @@ def tune(
 
     Raises InputError for data that do not fit.
     """
-    outputs = [spec.name for spec in model.outputs]
-    also = outputs if tuning.selective or tuning.loss == "fisher_diag" else []
-    carry = Carry(
-        model, reference, arrays, parts, memory=tuning.memory, device=around.device, also=also
-    )
+    carry = Carry(model, reference, arrays, parts, memory=tuning.memory, device=around.device)
+    outputs = carry.watch_outputs() if tuning.selective or tuning.loss == "fisher_diag" else []
+    if tuning.selective and not outputs:
+        around.note("The model's outputs do not tell samples apart: what a part gives itself decides what is kept.")
     reports: dict[str, Any] = {}
     for number, part in enumerate(parts):
         problem = Problem(*carry.before(part))
@@ -107,15 +106,15 @@ def tune(
             problem = replace(problem, weights=carry.sensitivity(part.output, outputs, seed))
         if tuning.begin == "gram":
             model = begun(
-                model, reference, part, carry, update_bias=tuning.update_bias, memo=around.memo,
+                model, reference, part, carry, update_bias=tuning.update_bias, memo=around.memo, note=around.note,
                 seed=lambda name: around.seed_of(str(around.seed), name),
             )  # fmt: skip
         found = _remembered(model, reference, part, problem, tuning, around, (number, len(parts)))
         tuned, report = _with(model, part, found), dict(found["report"])
-        if tuning.selective and report["kept"] == "after":
+        if tuning.selective and outputs and report["kept"] == "after":
             before = _with(model, part, _start(model, part))
             judging = held_out(carry.units, tuning.learning.hold_out, around.seed)
-            tuned, report = _selected(carry, outputs, tuned, before, judging, report)
+            tuned, report = _selected(carry, part, outputs, tuned, before, judging, report)
         if report["kept"] == "before":
             around.note(f"'{part.name}' stays as it was: learning did not lower its error.")
         carry.after(part, None if tuning.parallel else tuned)
@@ -266,15 +265,16 @@ def _with(model: Network, part: Part, found: Mapping[str, Any]) -> Network:
 
 def _selected(
     carry: Carry,
+    part: Part,
     outputs: Sequence[str],
     tuned: Network,
     before: Network,
     judging: Tensor | None,
     report: dict[str, Any],
 ) -> tuple[Network, dict[str, Any]]:
-    """The tuned model where its outputs err less than those of the one before on the units that judge, else that one."""
+    """The tuned model where its outputs err less on the units that judge than those of the one before, else that."""
     units = np.arange(carry.units) if judging is None else judging.numpy()
-    errors = [carry.output_error(model, outputs, units) for model in (before, tuned)]
+    errors = [carry.output_error(part, model, outputs, units) for model in (before, tuned)]
     report |= {"model_error_before": errors[0], "model_error_after": errors[1]}
     if errors[1] < errors[0]:
         return tuned, report

@@ -11,16 +11,19 @@ Source: Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantizat
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.func import functional_call
+from torch.fx import GraphModule
+from torch.nn.functional import conv1d, conv2d, conv3d, linear
 
 from qpipe.methods.placement.calibration import content
 from qpipe.methods.rounding.walk import Rounded
@@ -37,7 +40,10 @@ if TYPE_CHECKING:
     from qpipe.model.network.network import Network
     from qpipe.model.structure.layers import Layer
 
-Array = npt.NDArray[Any]
+Apply = Callable[[Tensor, Tensor], Tensor]
+"""(weight, inputs of some samples) -> their outputs behind the activation."""
+Cut = Callable[[Tensor, int], Tensor]
+"""(a batch, the number of its first sample) -> what of it counts."""
 Memo = Callable[..., Any]
 HELD_OUT = 7
 """Every so-manieth sample only judges."""
@@ -96,7 +102,7 @@ class Problem:
     targets: Tensor
     axis: int
     channel_axis: int
-    forward: Callable[[Tensor, Tensor], Tensor]
+    forward: Apply
 
     def batches(self, ratio: float) -> Batches:
         """Samples by their indices; while learning, an element of `inputs` gives way to `given` by 1 - `ratio`."""
@@ -134,13 +140,12 @@ def round_by_gradient(
 ) -> Rounded:
     """The layer's weight, rounded; the report has the error over the outputs' energy, on the samples held out.
 
-    Only the outputs at `positions` places per sample count, drawn with `seed`; of a depthwise layer, and of one whose
-    activation differs from place to place, all do.
+    Only the outputs at `positions` places per sample count, drawn with `seed`; of a depthwise layer a window of about
+    as many, of one whose activation differs from place to place, all.
     """
     encoding = model.encodings[layer.weight]
     mixed = options.drop_ratio < 1.0
-    given = (model, layer, x_hat, x, mixed)
-    posed = _whole(*given) if _is_whole(model, layer) else _rows(*given, positions, seed)
+    posed = _posed(model, layer, x_hat, x, options.drop_ratio < 1.0, positions, seed)
 
     def run(*_: Any) -> dict[str, Any]:
         weight, samples = torch.tensor(model.param(layer.weight), device=x[0].device), len(posed.targets)
@@ -159,16 +164,43 @@ def round_by_gradient(
         return {"weight": learned.values["weight"].cpu().numpy(), "report": {**learned.report, "kept": kept}}
 
     part = content(block(model, [layer.input], [layer.activation_output]))
-    data = [each.cpu().numpy() for each in (posed.inputs, posed.targets, *([posed.given] if mixed else []))]
+    tensors = [posed.inputs, posed.targets, *([] if posed.given is posed.inputs else [posed.given])]
+    data = [each.cpu().numpy() for each in tensors]
     found = memo("gradient", run, part, data, encoding.to_json(), asdict(options), seed)
     return Rounded(found["weight"], None, replace(encoding, frozen=True), found["report"])
 
 
-def _is_whole(model: Network, layer: Layer) -> bool:
-    """Whether the layer runs as it is: a depthwise one is slower in rows; one that reads a constant for each place in
-    its activation has none."""
-    if layer.depthwise:
-        return True
+def _posed(
+    model: Network, layer: Layer, x_hat: Sequence[Tensor], x: Sequence[Tensor], mixed: bool, positions: int, seed: int
+) -> Problem:
+    """The layer as a product of matrices at some places; a depthwise one, slower so, as itself on a window."""
+    part = block(model, [layer.input], [layer.activation_output])
+    module = to_torch(part, quantized=False, device=str(x[0].device))
+    forward: Apply
+    cuts: tuple[Cut, Cut]
+    outputs = [_run(module, batch) for batch in x]
+    unfold, shape, device = unfold_of(layer, tuple(x[0].shape[2:])), tuple(x[0].shape), x[0].device
+    if _differs_by_place(model, layer) or (layer.depthwise and layer.op_type != "Conv"):
+        forward, cuts, axis = _whole(module, layer), (_uncut, _uncut), 0
+    elif layer.depthwise:
+        forward, cuts, axis = _convolution(model, layer, device), _windows(unfold, shape, positions, seed), 0
+    else:
+        forward, cuts, axis = _product(model, layer, unfold, device), _places(unfold, shape, positions, seed), 1
+    cut, after = cuts
+    inputs = torch.cat(_each(cut, x_hat), axis)
+    given = torch.cat(_each(cut, x), axis) if mixed else inputs
+    channel_axis = 1 if axis == 0 and layer.kernel_shape else -1
+    return Problem(inputs, given, torch.cat(_each(after, outputs)), axis, channel_axis, forward)
+
+
+def _each(cut: Cut, batches: Sequence[Tensor]) -> list[Tensor]:
+    """What `cut` takes of each batch, samples counted through."""
+    firsts = itertools.accumulate((len(batch) for batch in batches), initial=0)
+    return [cut(batch, first) for batch, first in zip(batches, firsts, strict=False)]
+
+
+def _differs_by_place(model: Network, layer: Layer) -> bool:
+    """Whether the activation reads a constant that is neither one number nor one a channel."""
     nodes = [node for node in model.graph if node.name in layer.activation]
     read = {str(value.name) for node in nodes for value in node.inputs if value is not None} & set(model.params)
     axis = -1 - len(layer.kernel_shape)
@@ -176,38 +208,79 @@ def _is_whole(model: Network, layer: Layer) -> bool:
     return any(len(s) < -axis or math.prod(s) != s[axis] or s[axis] != layer.channels for s in shapes)
 
 
-def _whole(model: Network, layer: Layer, x_hat: Sequence[Tensor], x: Sequence[Tensor], mixed: bool) -> Problem:
-    """The layer with all that it puts out."""
-    part = block(model, [layer.input], [layer.activation_output])
-    module = to_torch(part, quantized=False, device=str(x[0].device))
+def _uncut(batch: Tensor, first: int) -> Tensor:
+    return batch
+
+
+def _whole(module: GraphModule, layer: Layer) -> Apply:
+    """(weight, inputs) -> outputs, by the layer as it is."""
     name = module.meta["parameters"][layer.weight]
-    inputs, targets = torch.cat(list(x_hat)), torch.cat([_run(module, batch) for batch in x])
-    given = torch.cat(list(x)) if mixed else inputs
-
-    def forward(weight: Tensor, batch: Tensor) -> Tensor:
-        outputs: Tensor = functional_call(module, {name: weight}, (batch,))
-        return outputs
-
-    return Problem(inputs, given, targets, 0, 1 if layer.kernel_shape else -1, forward)
+    return lambda weight, batch: functional_call(module, {name: weight}, (batch,))
 
 
-def _rows(
-    model: Network, layer: Layer, x_hat: Sequence[Tensor], x: Sequence[Tensor], mixed: bool, positions: int, seed: int
-) -> Problem:
-    """The layer as a product of matrices, at some places of each sample."""
-    unfold, device = unfold_of(layer, tuple(x[0].shape[2:])), x[0].device
-    part = block(model, [layer.input], [layer.activation_output])
-    module = to_torch(part, quantized=False, device=str(device))
-    inputs, given, targets, taken = [], [], [], 0
-    count = math.prod(unfold.output_shape(tuple(x[0].shape)))
-    for quantized, plain in zip(x_hat, x, strict=True):
-        where = sample_positions(count, positions, taken, len(plain), seed)
-        inputs.append(_by_sample(unfold.rows(quantized, where), len(plain)))
-        given.append(_by_sample(unfold.rows(plain, where), len(plain)) if mixed else inputs[-1])
-        targets.append(_at(_run(module, plain), where, bool(layer.kernel_shape)))
-        taken += len(plain)
-    rows, product = torch.cat(inputs, 1), _product(model, layer, unfold, device)
-    return Problem(rows, torch.cat(given, 1) if mixed else rows, torch.cat(targets), 1, -1, product)
+def _places(unfold: Unfold, shape: tuple[int, ...], positions: int, seed: int) -> tuple[Cut, Cut]:
+    """How to take some places of each sample: the rows that lead to them, (groups, samples, places, K), and what is
+    there, (samples, places, channels)."""
+    count = math.prod(unfold.output_shape(shape))
+
+    def rows(x: Tensor, first: int) -> Tensor:
+        found = unfold.rows(x, sample_positions(count, positions, first, len(x), seed))
+        return found.reshape(found.shape[0], len(x), -1, found.shape[-1])
+
+    def outputs(y: Tensor, first: int) -> Tensor:
+        flat = y.reshape(len(y), -1, y.shape[-1]) if unfold.kind == "linear" else y.flatten(2).transpose(1, 2)
+        where = torch.tensor(sample_positions(count, positions, first, len(y), seed), device=y.device)
+        return flat.take_along_dim(where[:, :, None], 1)
+
+    return rows, outputs
+
+
+def _windows(unfold: Unfold, shape: tuple[int, ...], positions: int, seed: int) -> tuple[Cut, Cut]:
+    """How to take a window of about `positions` places of each sample: what it is computed from, and what is there."""
+    sizes, rank = unfold.output_shape(shape), len(unfold.kernel_shape)
+    window = tuple(min(size, math.ceil(positions ** (1 / rank) - 1e-9)) for size in sizes)
+    reach = tuple(
+        (window[i] - 1) * unfold.strides[i] + unfold.dilations[i] * (unfold.kernel_shape[i] - 1) + 1
+        for i in range(rank)
+    )
+    before = replace(unfold, kernel_shape=reach, dilations=(1,) * rank, groups=1)
+    after, starts = Unfold("conv", kernel_shape=window), math.prod(before.output_shape(shape))
+
+    def cut(by: Unfold, batch: Tensor, first: int) -> Tensor:
+        where = sample_positions(starts, 1, first, len(batch), seed)
+        return by.rows(batch, where).reshape(len(batch), batch.shape[1], *by.kernel_shape)
+
+    return partial(cut, before), partial(cut, after)
+
+
+def _convolution(model: Network, layer: Layer, device: torch.device) -> Apply:
+    """(weight, windows with their borders) -> outputs of a convolution behind its activation."""
+    convolve = {1: conv1d, 2: conv2d, 3: conv3d}[len(layer.kernel_shape)]
+    bias, tail = _bias(model, layer, device), _tail(model, layer, device)
+    settings: dict[str, Any] = {"stride": layer.strides, "dilation": layer.dilations, "groups": layer.groups}
+
+    def forward(weight: Tensor, windows: Tensor) -> Tensor:
+        return tail(convolve(windows, weight, bias, **settings))
+
+    return forward
+
+
+def _product(model: Network, layer: Layer, unfold: Unfold, device: torch.device) -> Apply:
+    """(weight, rows of some samples) -> outputs behind the activation, (samples, places, channels)."""
+    bias, tail, ones = _bias(model, layer, device), _tail(model, layer, device), (1,) * len(layer.kernel_shape)
+
+    def forward(weight: Tensor, rows: Tensor) -> Tensor:
+        groups, samples, places, k = rows.shape
+        matrix = unfold.weight_rows(weight)
+        if groups == 1:
+            y = linear(rows.reshape(-1, k), matrix[0], bias)
+        else:
+            by_group = torch.bmm(rows.reshape(groups, -1, k), matrix.transpose(1, 2))
+            y = by_group.transpose(0, 1).reshape(-1, len(bias)) + bias
+        shaped = y.reshape(-1, y.shape[-1], *ones) if ones else y.reshape(samples, places, -1)
+        return tail(shaped).reshape(samples, places, -1)
+
+    return forward
 
 
 def _run(module: torch.nn.Module, batch: Tensor) -> Tensor:
@@ -216,38 +289,14 @@ def _run(module: torch.nn.Module, batch: Tensor) -> Tensor:
     return outputs
 
 
-def _by_sample(rows: Tensor, samples: int) -> Tensor:
-    """(groups, samples * places, K) as (groups, samples, places, K)."""
-    return rows.reshape(rows.shape[0], samples, -1, rows.shape[-1])
+def _bias(model: Network, layer: Layer, device: torch.device) -> Tensor:
+    """The bias, (channels,): zeros where there is none."""
+    given = np.zeros(layer.channels, np.float32) if layer.bias is None else model.param(layer.bias).reshape(-1)
+    return torch.tensor(given, device=device)
 
 
-def _at(outputs: Tensor, where: Array, spatial: bool) -> Tensor:
-    """The outputs at some places of each sample, (samples, places, channels)."""
-    flat = outputs.flatten(2).transpose(1, 2) if spatial else outputs.reshape(len(outputs), -1, outputs.shape[-1])
-    return flat.take_along_dim(torch.tensor(where, device=flat.device)[:, :, None], 1)
-
-
-def _product(
-    model: Network, layer: Layer, unfold: Unfold, device: torch.device
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """(weight, rows of some samples) -> what the layer puts out behind its activation, (samples, places, channels)."""
-    given = np.zeros(1, np.float32) if layer.bias is None else model.param(layer.bias).reshape(-1)
-    bias = torch.tensor(given, device=device)
-    tail = None
-    if layer.activation:
-        tail = to_torch(block(model, [layer.output], [layer.activation_output]), quantized=False, device=str(device))
-    ones = (1,) * len(layer.kernel_shape)
-
-    def forward(weight: Tensor, rows: Tensor) -> Tensor:
-        groups, samples, places, k = rows.shape
-        matrix = unfold.weight_rows(weight)
-        if groups == 1:
-            y = torch.addmm(bias, rows.reshape(-1, k), matrix[0].T)
-        else:
-            y = torch.bmm(rows.reshape(groups, -1, k), matrix.transpose(1, 2))
-            y = y.transpose(0, 1).reshape(samples * places, -1) + bias
-        shaped = y.reshape(samples * places, -1, *ones) if ones else y.reshape(samples, places, -1)
-        after: Tensor = shaped if tail is None else tail(shaped)
-        return after.reshape(samples, places, -1)
-
-    return forward
+def _tail(model: Network, layer: Layer, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """The activation."""
+    if not layer.activation:
+        return lambda y: y
+    return to_torch(block(model, [layer.output], [layer.activation_output]), quantized=False, device=str(device))

@@ -173,10 +173,17 @@ class RectifiedSigmoid:
         fraction = (steps - self.base).clamp_(TINY, 1.0 - TINY)
         v = start_of(_agreeing(fraction, up))
         self.v = torch.where(up, v.clamp(min=0.0), v.clamp(max=-1e-6)).requires_grad_()
+        self._known: tuple[int, Tensor] | None = None
+
+    def _sigmoid(self) -> Tensor:
+        """sigmoid(V) as it is now: asked for by the value and by the penalty."""
+        if self._known is None or self._known[0] != self.v._version:
+            self._known = self.v._version, torch.sigmoid(self.v.detach())
+        return self._known[1]
 
     def value(self) -> Tensor:
         """w^ with roundings undecided."""
-        found: Tensor = _Sigmoid.apply(self.v, self.base, self.scale.step())  # type: ignore[no-untyped-call]  # torch's
+        found: Tensor = _Sigmoid.apply(self.v, self._sigmoid(), self.base, self.scale.step())  # type: ignore[no-untyped-call]  # torch's
         return found
 
     def _hard(self) -> Tensor:
@@ -196,10 +203,12 @@ class RectifiedSigmoid:
 
     def penalty(self, beta: float) -> Tensor:
         """sum(1 - |2 h(V) - 1|^beta)."""
-        return rounding_penalty(self.v, beta)
+        found: Tensor = _Penalty.apply(self.v, self._sigmoid(), beta)  # type: ignore[no-untyped-call]  # torch's
+        return found
 
     def bound(self) -> None:
-        """Nothing: both codes lie in the range."""
+        """Nothing to bring back: both codes lie in the range."""
+        self._known = None  # a fused step leaves the version as it was
 
     def changed(self) -> tuple[int, int]:
         """Codes that moved, of all."""
@@ -259,8 +268,7 @@ class FlexRound:
 
 def rectified_sigmoid(v: Tensor) -> Tensor:
     """h(V) = clip(1.2 sigmoid(V) - 0.1, 0, 1)."""
-    low, high = STRETCH
-    return torch.sigmoid(v).mul_(high - low).add_(low).clamp_(0.0, 1.0)
+    return _stretched(torch.sigmoid(v))
 
 
 def start_of(fraction: Tensor) -> Tensor:
@@ -271,7 +279,7 @@ def start_of(fraction: Tensor) -> Tensor:
 
 def rounding_penalty(v: Tensor, beta: float) -> Tensor:
     """sum(1 - |2 h(V) - 1|^beta): 0 where every h is 0 or 1."""
-    found: Tensor = _Penalty.apply(v, beta)  # type: ignore[no-untyped-call]  # torch's
+    found: Tensor = _Penalty.apply(v, torch.sigmoid(v.detach()), beta)  # type: ignore[no-untyped-call]  # torch's
     return found
 
 
@@ -306,41 +314,46 @@ class _Sigmoid(torch.autograd.Function):
     """(b + h(V)) s. A dozen passes over the weight through torch's own derivatives, here three."""
 
     @staticmethod
-    def forward(ctx: Any, v: Tensor, base: Tensor, step: Tensor) -> Tensor:
-        steps = rectified_sigmoid(v).add_(base)
-        ctx.save_for_backward(v, steps if ctx.needs_input_grad[2] else None, step)
+    def forward(ctx: Any, v: Tensor, sigmoid: Tensor, base: Tensor, step: Tensor) -> Tensor:
+        steps = _stretched(sigmoid).add_(base)
+        ctx.save_for_backward(v, sigmoid, steps if ctx.needs_input_grad[3] else None, step)
         return steps * step
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
-        v, steps, step = ctx.saved_tensors
-        slope = _through_sigmoid(grads[0] * step, v) if ctx.needs_input_grad[0] else None
-        return slope, None, None if steps is None else (grads[0] * steps).sum_to_size(step.shape)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, Tensor | None]:
+        v, sigmoid, steps, step = ctx.saved_tensors
+        slope = _through_sigmoid(grads[0] * step, v, sigmoid) if ctx.needs_input_grad[0] else None
+        return slope, None, None, None if steps is None else (grads[0] * steps).sum_to_size(step.shape)
 
 
 class _Penalty(torch.autograd.Function):
     """sum(1 - |t|^beta), t = 2 h(V) - 1, with one power for the value and the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, v: Tensor, beta: float) -> Tensor:
-        t = rectified_sigmoid(v).mul_(2.0).sub_(1.0)
+    def forward(ctx: Any, v: Tensor, sigmoid: Tensor, beta: float) -> Tensor:
+        t = _stretched(sigmoid).mul_(2.0).sub_(1.0)
         power = t.abs().pow_(beta - 1.0)
-        ctx.save_for_backward(v, torch.copysign(power, t))
+        ctx.save_for_backward(v, sigmoid, torch.copysign(power, t))
         ctx.beta = beta
         return t.numel() - torch.dot(power.flatten(), t.abs_().flatten())
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        v, power = ctx.saved_tensors
-        return _through_sigmoid(power * (-2.0 * ctx.beta * grads[0]), v), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        v, sigmoid, power = ctx.saved_tensors
+        return _through_sigmoid(power * (-2.0 * ctx.beta * grads[0]), v, sigmoid), None, None
 
 
-def _through_sigmoid(gradient: Tensor, v: Tensor) -> Tensor:
+def _stretched(sigmoid: Tensor) -> Tensor:
+    low, high = STRETCH
+    return (sigmoid * (high - low)).add_(low).clamp_(0.0, 1.0)
+
+
+def _through_sigmoid(gradient: Tensor, v: Tensor, sigmoid: Tensor) -> Tensor:
     """The gradient in V of what has `gradient` in h(V): 0 where h is clipped."""
     low, high = STRETCH
     end = math.log(high / -low)
     inside: Tensor = torch.ops.aten.hardtanh_backward(gradient, v, -end, end)
-    found: Tensor = torch.ops.aten.sigmoid_backward(inside, torch.sigmoid(v))
+    found: Tensor = torch.ops.aten.sigmoid_backward(inside, sigmoid)
     return found.mul_(high - low)
 
 
