@@ -25,9 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qpipe.numerics.grid import Encoding
+from qpipe.numerics.grid import Encoding, quantize_dequantize
+from qpipe.numerics.learning.optimize import learn
+from qpipe.numerics.learning.options import LearningOptions
+from qpipe.numerics.learning.roundings import start
 from qpipe.numerics.observers import weight_encoding
-from qpipe.numerics.rounding.gradient import GradientOptions, Rounding, optimize, samples_of
 from qpipe.numerics.rounding.gram import GramOptions, solve
 from qpipe.numerics.rounding.moments import LayerMoments
 from qpipe.numerics.rounding.rows import row_grid
@@ -116,19 +118,19 @@ def run_gradient(layer: Layer, iterations: int) -> tuple[Tensor, None]:
     """AdaRound with its published settings, behind a Relu."""
     with torch.no_grad():
         targets = F.relu(layer.forward(layer.weight, layer.inputs))
-    result = optimize(
-        {"w": Rounding(layer.weight, layer.encoding)},
-        lambda weights, x: F.relu(layer.forward(weights["w"], x)),
-        samples_of(layer.inputs, targets),
+    result = learn(
+        {"w": start("rectified_sigmoid", layer.weight, layer.weight, layer.encoding)},
+        lambda values, x, draw: F.relu(layer.forward(values["w"], x)),
+        lambda index, draw: (layer.inputs.index_select(0, index), targets.index_select(0, index)),
         len(layer.inputs),
-        options=GradientOptions(iterations=iterations),
+        options=LearningOptions(iterations=iterations, rates={"weight": 1e-3}, schedule="constant", check_every=250),
     )
-    return result.weights["w"], None
+    return result.values["w"], None
 
 
 def nearest(layer: Layer) -> tuple[Tensor, None]:
     """Nearest rounding."""
-    return Rounding(layer.weight, layer.encoding).nearest(), None
+    return torch.tensor(quantize_dequantize(layer.weight.numpy(), layer.encoding)), None
 
 
 Solver = Callable[[Layer], tuple[Tensor, Tensor | None]]

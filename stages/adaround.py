@@ -33,12 +33,16 @@ if TYPE_CHECKING:
     from qpipe.model.structure.layers import Layer
 
 READ_BY = {
-    "gram": ("beam", "scale_search", "bias_correction", "positions"),
+    "gram": ("beam", "scale_search", "bias_correction"),
     "gradient": (
         "iterations", "batch_size", "learning_rate", "reg_param", "beta_range", "warm_start", "early_stop",
+        "lr_adjust", "drop_ratio",
     ),
 }  # fmt: skip
 """The options that one solver alone reads."""
+
+POSITIONS = {"gram": 25, "gradient": 64}
+"""Places of a sample that count: for moments fewer do, as every sample counts in every step."""
 
 
 def refuse_unread(given: Mapping[str, Any]) -> None:
@@ -51,6 +55,10 @@ def refuse_unread(given: Mapping[str, Any]) -> None:
                 f"adaround: the solver '{solver}' does not read {', '.join(map(repr, changed))}. Leave it out, "
                 f"or set solver: {owner}."
             )
+    if not given["asymmetric"]:
+        for name in ("selective_update", "drop_ratio"):
+            if given[name] != parameters[name].default:
+                raise InputError(f"adaround: '{name}' needs asymmetric: true, got false. Leave one of them out.")
 
 
 def with_biases(model: Network) -> Network:
@@ -103,7 +111,7 @@ def adaround(
     beam: Annotated[int, Range(ge=1)] = 8,
     scale_search: bool = False,
     bias_correction: bool = True,
-    positions: Annotated[int, Range(ge=1)] = 25,
+    positions: Annotated[int, Range(ge=1)] | None = None,
     iterations: Annotated[int, Range(ge=1)] | None = None,
     batch_size: Annotated[int, Range(ge=1)] = 32,
     learning_rate: Annotated[float, Range(gt=0)] = 1e-3,
@@ -111,23 +119,29 @@ def adaround(
     beta_range: tuple[float, float] = (20.0, 2.0),
     warm_start: Annotated[float, Range(ge=0, lt=1)] = 0.2,
     early_stop: Annotated[int, Range(ge=0)] = 0,
+    lr_adjust: tuple[float, float] | None = None,
+    drop_ratio: Annotated[float, Range(ge=0, le=1)] = 1.0,
+    selective_update: bool = False,
     ctx: Context = NULL,
 ) -> Network:
     """The model with tuned weights, frozen on their grids; `metadata["adaround"]` reports each layer.
 
     `solver` gram solves on second moments of the inputs, gradient follows the paper; `seed` draws what is random.
-    Both solvers: `asymmetric` false tunes on the float model's inputs; `limit` takes that many samples,
-    evenly spread. gram: `beam` candidates per row; `scale_search` lets the scales move; `bias_correction` lets biases
-    take up the mean error; `positions` places per sample that count. gradient: `iterations` steps (null: 10000, 15000
-    below 8 bits) of `batch_size` rows with `learning_rate`; `reg_param` weighs the rounding term, whose exponent goes
-    through `beta_range` after a share of `warm_start` steps, as in the paper; `early_stop` ends
-    after so many checks without a gain (0: never). Errors: InputError for options that the solver does not
-    read, a model in which nothing can be tuned, and data that do not fit.
+    Both solvers: `asymmetric` false tunes on the float model's inputs; `limit` takes that many samples, evenly spread,
+    and `positions` places of each (null: 25 for gram, 64 for gradient); `selective_update` keeps a layer's result only
+    where the model's outputs err less with it. gram: `beam` candidates per row; `scale_search` lets the scales move;
+    `bias_correction` lets biases take up the mean error. gradient: `iterations` steps (null: 10000, 15000 below 8 bits)
+    of `batch_size` samples with `learning_rate`; `reg_param` weighs the rounding term, whose exponent goes through
+    `beta_range` after a share of `warm_start` steps, as in the paper; `early_stop` ends after so many checks without a
+    gain (0: never); `lr_adjust` (threshold, rate) takes that rate for layers whose loss with nearest rounding lies
+    above; `drop_ratio` is the share of input elements taken from x^ rather than x.
+    Errors: InputError for options that the solver does not read, a model in which nothing can be tuned, and data that
+    do not fit.
     """
     refuse_unread(locals())
-    from qpipe.methods.rounding.layerwise import round_by_gradient, round_by_gram
+    from qpipe.methods.rounding.by_gradient import GradientOptions, round_by_gradient
+    from qpipe.methods.rounding.by_gram import round_by_gram
     from qpipe.methods.rounding.walk import Walk, round_in_order, tunable_layers
-    from qpipe.numerics.rounding.gradient import GradientOptions
     from qpipe.numerics.rounding.gram import GramOptions
 
     source = with_biases(model) if solver == "gram" and bias_correction else model
@@ -140,20 +154,23 @@ def adaround(
     refuse_untunable(model, layers, reasons)
     gram = GramOptions(beam=beam, scale_search=scale_search, update_bias=bias_correction)
     gradient = GradientOptions(
-        iterations, batch_size, learning_rate, reg_param, beta_range, warm_start, early_stop
+        iterations, batch_size, learning_rate, reg_param, beta_range, warm_start, early_stop, lr_adjust, drop_ratio
     )
 
     def tune(index: int, layer: Layer, x_hat: list[Tensor], x: list[Tensor]) -> Rounded:
         problem, own = (source, layer, x_hat, x), ctx.seed(str(seed), layer.name)
+        places = positions or POSITIONS[solver]
         if solver == "gram":
-            return round_by_gram(*problem, options=gram, positions=positions, seed=own, memo=ctx.memo)
+            return round_by_gram(*problem, options=gram, positions=places, seed=own, memo=ctx.memo)
         return round_by_gradient(
-            *problem, options=gradient, seed=own, memo=ctx.memo,
+            *problem, options=gradient, positions=places, seed=own, memo=ctx.memo,
             progress=lambda done, total: ctx.progress(index * total + done, len(layers) * total, layer.name),
         )  # fmt: skip
 
     walk = Walk(source, thinned(data.arrays, limit), asymmetric=asymmetric, device=ctx.device)
-    tuned, reports = round_in_order(source, layers, walk, tune, note=ctx.note, progress=ctx.progress)
+    tuned, reports = round_in_order(
+        source, layers, walk, tune, note=ctx.note, progress=ctx.progress, selective=selective_update
+    )
     for name, reason in reasons.items():
         ctx.note(f"'{name}' is not tuned: {reason}.")
     return tuned.with_metadata({"adaround": {"solver": solver, "layers": reports, "not_tuned": reasons}})

@@ -28,7 +28,8 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
         ("errors",),
         "scheme grid fake_quantize ranges observers allocation search thinning metric_names metrics jackknife images",
     ),
-    "numerics.rounding": (("errors", "numerics"), "moments unfold rows codes gram gradient"),
+    "numerics.rounding": (("errors", "numerics"), "moments unfold rows codes gram"),
+    "numerics.learning": (("errors", "numerics"), "cells variables roundings losses options optimize"),
     "keys": (("errors", "mapped"), "hashing companions syntax code state loaded changes"),
     "artifacts": (("errors", "mapped", "writing", "keys", "numerics"), "kinds artifact"),
     "model.network": (
@@ -75,8 +76,15 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "methods.equalization": ((*MODEL, "model.simulation"), "links norm_links reach rescaling"),
     "methods.rounding": (
-        (*MODEL, "model.simulation", "numerics.rounding", "methods.placement"),
-        "walk layerwise",
+        (*MODEL, "model.simulation", "numerics.rounding", "numerics.learning", "methods.placement"),
+        "walk by_gram by_gradient",
+    ),
+    "methods.learning": (
+        (
+            *(*MODEL, "param", "model.simulation", "numerics.rounding", "numerics.learning"),
+            *("methods.placement", "methods.rounding"),
+        ),
+        "parts carry begin stretch reference tune blockwise objective whole",
     ),
     "methods.mixing": (
         (*MODEL, "model.simulation", "numerics.rounding", "methods.placement", "methods.rounding"),
@@ -85,10 +93,10 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
     "methods.comparison": ((*MODEL, "model.simulation"), "inputs compare check parity"),
     "stages": (
         (
-            *("errors", "param", "stage", "numerics", "numerics.rounding"),
+            *("errors", "param", "stage", "numerics", "numerics.rounding", "numerics.learning"),
             *("model.network", "model.structure", "model.runtime", "model.canon", "model.simulation"),
             *("model.files", "model.torch_export", "methods", "methods.placement", "methods.equalization"),
-            *("methods.rounding", "methods.mixing", "methods.comparison"),
+            *("methods.rounding", "methods.learning", "methods.mixing", "methods.comparison"),
         ),
         "",
     ),
@@ -102,7 +110,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "language": (
         ("errors", "keys", "numerics", "param", "stage", "cache.shared"),
-        "catalog interpolation spec graph labels",
+        "catalog interpolation elsewhere spec graph labels",
     ),
     "plan": ((*ENGINE[:-1], "numerics"), "choice verdicts history keyring decision walk estimate"),
     "run": (
@@ -240,7 +248,7 @@ def test_a_folder_holds_few_files(room: str) -> None:
 
 
 def test_numerics_knows_no_onnx() -> None:
-    for room in ("numerics", "numerics.rounding"):
+    for room in ("numerics", "numerics.rounding", "numerics.learning"):
         for file in files_of(room).values():
             names = {item.module.partition(".")[0] for item in analyse(file.read_bytes(), str(file)).imports}
             assert not names & {"onnx", "onnx_ir", "onnxruntime", "onnxscript"}, file

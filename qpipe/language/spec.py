@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qpipe.errors import ConfigError, InputError
 from qpipe.language.catalog import MISSING, RESERVED, catalog
+from qpipe.language.elsewhere import called_here
 from qpipe.language.interpolation import wrong_interpolation
 from qpipe.numerics.metric_names import least_score
 from qpipe.param import coerce, listed, nearest, of_its_type, parse_size
@@ -317,7 +318,7 @@ def _check_names(stage: Stage, body: Mapping[str, Any], address: str) -> None:
         if key in RESERVED or key in known:
             continue
         raise ConfigError(
-            f"{address}: '{stage.name}' has no param '{key}'.{nearest(key, known)} "
+            f"{address}: '{stage.name}' has no param '{key}'.{called_here(key, known) or nearest(key, known)} "
             f"Its ports: {listed(stage.ports)}. Its params: {listed(stage.params)}."
         )
 

@@ -313,6 +313,32 @@ def test_scales_move_only_when_asked_and_stay_powers_of_two(net, target):
             assert (np.frexp(moved.encodings["w"].scale)[0] == 0.5).all()
 
 
+def test_selective_update_keeps_a_layer_only_where_the_outputs_err_less(net, target):
+    """Layers tuned on far too few samples: kept or dropped as onnxruntime says of the model at that point."""
+    data = correlated(0, 8, 3, 6, 6)
+    calibrated = calibrate(net, data, scheme=W4A8, target=target)
+    ctx = Resuming()
+    options = {"solver": "gradient", "iterations": 60, "learning_rate": 0.3, "batch_size": 4}
+    tuned = adaround(calibrated, data, **options, selective_update=True, ctx=ctx)
+    check_on_grid(tuned)
+    now, reports = nearest(calibrated), tuned.metadata["adaround"]["layers"]
+    for layer in tuned.layers():
+        report, before = reports[layer.name], error(now, net, data)
+        weights = {layer.weight: tuned.param(layer.weight)}
+        if report["kept"] == "gradient":
+            now = now.with_params(weights)
+            assert error(now, net, data) < before
+            assert report["outputs_after"] < report["outputs_before"]
+        else:
+            np.testing.assert_array_equal(tuned.param(layer.weight), now.param(layer.weight))
+            note = f"'{layer.name}' keeps nearest rounding: tuning did not lower that of the model's outputs."
+            assert note in ctx.notes
+    assert {report["kept"] for report in reports.values()} == {"gradient", "nearest"}
+    assert error(tuned, net, data) < error(nearest(calibrated), net, data)
+    whole = adaround(calibrated, correlated(0, 160, 3, 6, 6), selective_update=True)
+    assert all(report["kept"] == "gram" for report in whole.metadata["adaround"]["layers"].values())
+
+
 GRADIENT = {"solver": "gradient", "iterations": 40}
 
 
@@ -321,7 +347,8 @@ GRADIENT = {"solver": "gradient", "iterations": 40}
     [
         (GRADIENT, [{"iterations": 41}, {"batch_size": 8}, {"learning_rate": 0.1}, {"reg_param": 1.0},
                     {"beta_range": (3.0, 1.0)}, {"warm_start": 0.9}, {"early_stop": 2}, {"seed": 1},
-                    {"asymmetric": False}, {"limit": 20}]),
+                    {"asymmetric": False}, {"limit": 20}, {"positions": 9}, {"lr_adjust": (0.0, 0.1)},
+                    {"drop_ratio": 0.5}]),
         ({}, [{"beam": 2}, {"scale_search": True}, {"bias_correction": False}, {"positions": 9}, {"seed": 1},
               {"asymmetric": False}, {"limit": 20}]),
     ],
@@ -345,6 +372,12 @@ def test_what_was_solved_with_other_settings_is_not_taken(net, target, options, 
     [
         ({"iterations": 1000, "reg_param": 0.1},
          "adaround: the solver 'gram' does not read 'iterations', 'reg_param'. Leave it out, or set solver: gradient."),
+        ({"lr_adjust": (0.1, 0.1), "drop_ratio": 0.5},
+         "adaround: the solver 'gram' does not read 'lr_adjust', 'drop_ratio'. Leave it out, or set solver: gradient."),
+        ({"selective_update": True, "asymmetric": False},
+         "adaround: 'selective_update' needs asymmetric: true, got false. Leave one of them out."),
+        ({"solver": "gradient", "drop_ratio": 0.5, "asymmetric": False},
+         "adaround: 'drop_ratio' needs asymmetric: true, got false. Leave one of them out."),
         ({"solver": "gradient", "beam": 16},
          "adaround: the solver 'gradient' does not read 'beam'. Leave it out, or set solver: gram."),
     ],

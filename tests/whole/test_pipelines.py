@@ -80,6 +80,28 @@ def test_a_forbidden_scheme_is_refused_before_anything_runs(plan: Qpipe) -> None
     assert "Use scheme=s8s8." in found.stderr
 
 
+def test_what_is_trained_on_comes_with_the_data(plan: Qpipe, tmp_path: Path) -> None:
+    """Of a factory the split `train`, of files the calibration where nobody says another; both may be thinned."""
+    import numpy as np
+
+    arrays = {"image": np.zeros((2, 3, 32, 32), np.float32), "labels": np.zeros(2, np.int64)}
+    for name in ("some", "more"):
+        np.savez(tmp_path / f"{name}.npz", **arrays)  # type: ignore[arg-type]  # numpy's stubs know no names
+    files = ["data=npz", "data.calibration=some.npz", "data.evaluation=some.npz"]
+    for words in (
+        ["stages.training.limit=500", "stages.qat.loss=cross_entropy"],
+        ["data=python", "data.factory=qpipe.demo.data:load", "data.trained_on=training"],
+        files,
+        [*files, "data.trained_on=more.npz"],
+    ):
+        found = plan("pipeline=qat", *words)
+        assert found.returncode == 0, found.stderr
+        assert re.search(r"run +training +load_data", found.stdout)
+    bad = plan("pipeline=qat", *files, "data.trained_on=none.npz")
+    assert bad.returncode == 2
+    assert "stages.training.path: no file or folder at 'none.npz'" in bad.stderr
+
+
 def test_node_filters_are_swept_from_the_command_line(plan: Qpipe) -> None:
     found = plan("-m", "pipeline=ptq", "target.nodes.exclude=[],[type:Add],[between:..a,'scope:b']")
     assert found.returncode == 0, found.stderr
@@ -113,7 +135,7 @@ def test_a_rounding_can_be_swapped_from_the_command_line(plan: Qpipe) -> None:
         (["model=onnx_file"], "model.path: missing. Set model.path="),
         (["model=onnx_file", "model.path=none.onnx"], "stages.source.path: no file or folder at 'none.onnx'"),
         (["data=python", "data.factory=nowhere:load"], "stages.calibration.factory: no module 'nowhere'"),
-        (["stage@stages.cle=clee"], "stage: there is no 'clee'. Did you mean 'cle'? There are: adaround, "),
+        (["stage@stages.cle=clee"], "stage: there is no 'clee'. Did you mean 'cle'? There are: adaquant, adaround, "),
         (["pipelin=ptq"], "config: there is no 'pipelin'. Did you mean 'pipeline'? There are: "),
         (["goal.max_dorp=1"], "goal: there is no 'max_dorp'. Did you mean 'max_drop'? There are: deployed, max_drop, "),
         (["target.nodes.exlude=[x]"], "target.nodes: there is no 'exlude'. Did you mean 'exclude'?"),

@@ -8,17 +8,20 @@ forward pass of each model, however many layers are tuned.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 import torch
 
+from qpipe.errors import InputError
 from qpipe.model.simulation.constants import taken_in
 from qpipe.model.simulation.module import to_torch
 from qpipe.model.simulation.samples import batches
 from qpipe.model.simulation.stream import Stream
 from qpipe.model.structure.layers import find_layers, refused_layers
+from qpipe.numerics.grid import quantize_dequantize
+from qpipe.numerics.learning.losses import squared_error
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,6 +83,7 @@ class Walk:
         data = [tuple(taken_in(array, "cpu") for array in batch) for batch in taken]
         self._float = Stream(to_torch(model, quantized=False, device=device), data)
         self._quantized = Stream(to_torch(model, device=device), data) if asymmetric else None
+        self._reference: list[Any] | None = None
 
     def inputs(self, layer: Layer) -> tuple[list[Tensor], list[Tensor]]:
         """What goes into `layer` in the quantized and in the float model, a tensor per batch each."""
@@ -89,6 +93,21 @@ class Walk:
             return x, x
         self._quantized.advance(layer.name)
         return self._quantized.value(layer.input), x
+
+    def output_error(self) -> float:
+        """The squared error of the quantized model's outputs, as it stands, over the float model's squares.
+
+        Runs what is left of both models, of the float one once. Errors: InputError where the float model walks alone.
+        """
+        if self._quantized is None:
+            raise InputError("There is no quantized model to judge by: set asymmetric, or leave selective_update out.")
+        if self._reference is None:
+            self._reference = self._float.fork().finish()
+        error = energy = 0.0
+        for found, wanted in zip(self._quantized.fork().finish(), self._reference, strict=True):
+            part, of = squared_error(found, wanted)
+            error, energy = error + float(part), energy + float(of)
+        return error / energy if energy > 0.0 else error
 
     def replace(self, layer: Layer, weight: Array, bias: Array | None, encoding: Encoding) -> None:
         """The quantized model goes on with this weight on this grid, and this bias unless it is None."""
@@ -110,15 +129,18 @@ def round_in_order(
     *,
     note: Callable[[str], None],
     progress: Callable[[int, int, str], None],
+    selective: bool = False,
 ) -> tuple[Network, dict[str, Any]]:
     """The model with the weights of `layers` rounded, frozen on their grids, and the report of each, by its name.
 
     `tune` gets a layer, its number, and what goes into it in the quantized and in the float model. Layers that keep
-    nearest rounding are noted.
+    nearest rounding are noted. `selective` keeps a tuned layer only where the model's outputs err less with it.
     """
     editor, reports = model.edit(), {}
     for index, layer in enumerate(layers):
         tuned = tune(index, layer, *walk.inputs(layer))
+        if selective:
+            tuned = _selected(model, layer, walk, tuned)
         walk.replace(layer, tuned.weight, tuned.bias, tuned.encoding)
         editor.set_param(layer.weight, tuned.weight)
         if tuned.bias is not None and layer.bias is not None:
@@ -126,6 +148,21 @@ def round_in_order(
         editor.encodings[layer.weight] = tuned.encoding
         reports[layer.name] = tuned.report
         if tuned.report["kept"] == "nearest":
-            note(f"'{layer.name}' keeps nearest rounding: tuning did not lower its error.")
+            whose = "that of the model's outputs" if "outputs_before" in tuned.report else "its error"
+            note(f"'{layer.name}' keeps nearest rounding: tuning did not lower {whose}.")
         progress(index + 1, len(layers), layer.name)
     return editor.model(), reports
+
+
+def _selected(model: Network, layer: Layer, walk: Walk, tuned: Rounded) -> Rounded:
+    """`tuned`, or nearest rounding where the model's outputs do not err less with it; the report has both errors."""
+    weight, encoding = model.param(layer.weight), model.encodings[layer.weight]
+    bias = None if layer.bias is None else model.param(layer.bias).reshape(-1)
+    before = walk.output_error()
+    walk.replace(layer, tuned.weight, tuned.bias, tuned.encoding)
+    after = walk.output_error()
+    report = {**tuned.report, "outputs_before": before, "outputs_after": after}
+    if after < before:
+        return replace(tuned, report=report)
+    nearest, report["kept"] = quantize_dequantize(weight, encoding), "nearest"
+    return Rounded(nearest, bias, replace(encoding, frozen=True), report)

@@ -86,6 +86,7 @@ def _combined(x: Tensor, dim: int, index: Tensor, weight: Tensor | None) -> Tens
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)  # whoever asks first, they may be kept for a gradient later
 def _taps(
     length: int,
     out: int,

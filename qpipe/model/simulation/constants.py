@@ -114,7 +114,8 @@ def keywords(attribute: ir.Attr) -> list[tuple[str, Any]]:
 @lru_cache(maxsize=4096)
 def host_constant(data: Any, dtype: torch.dtype) -> torch.Tensor:
     """A small constant of shape arithmetic, on the CPU; the same tensor each time, never written to."""
-    return torch.tensor(data, dtype=dtype)
+    with torch.inference_mode(False):  # whoever asks first, it may be kept for a gradient later
+        return torch.tensor(data, dtype=dtype)
 
 
 def to_device(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

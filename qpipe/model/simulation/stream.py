@@ -11,6 +11,7 @@ reads it, so that a replaced parameter counts from the next node on.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -43,6 +44,12 @@ class Stream:
         stop = self._position(before)
         while self._next < stop:
             self._step()
+
+    def fork(self) -> Stream:
+        """A walk of its own from here on, through the same module: what is replaced there counts for both."""
+        other = copy.copy(self)
+        other._values = dict(self._values)
+        return other
 
     def finish(self) -> list[Any]:
         """Runs the rest; the module's output for each batch: a tensor, or a tuple of them."""

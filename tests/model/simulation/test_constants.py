@@ -10,6 +10,7 @@ import torch
 
 from qpipe.model.simulation.constants import (
     array_of,
+    host_constant,
     host_values,
     keywords,
     literal,
@@ -68,3 +69,26 @@ def test_attributes_become_what_python_and_fx_take() -> None:
     assert keywords(graph[0].attributes["value"]) == [("value", 1.5), ("dtype", int(ir.DataType.FLOAT))]
     assert keywords(graph[1].attributes["mode"]) == [("mode", "edge")]
     assert literal([1, [2, [3]]]) == (1, (2, (3,)))
+
+
+def test_a_constant_made_without_gradients_serves_with_them() -> None:
+    host_constant.cache_clear()
+    with torch.inference_mode():
+        host_constant(0.5, torch.float32)
+    x = torch.ones(3, requires_grad=True)
+    (x * host_constant(0.5, torch.float32)).sum().backward()  # type: ignore[no-untyped-call]  # torch's
+    assert x.grad is not None
+    assert x.grad.tolist() == [0.5] * 3
+
+
+def test_places_of_a_resize_made_without_gradients_serve_with_them() -> None:
+    from qpipe.model.operators.resize import _taps, resize
+
+    _taps.cache_clear()
+    x = torch.ones(1, 1, 2, 2, requires_grad=True)
+    for mode in ("nearest", "linear"):
+        with torch.inference_mode():
+            resize(torch.ones(1, 1, 2, 2), None, (1.0, 1.0, 2.0, 2.0), mode=mode)
+        found = resize(x, None, (1.0, 1.0, 2.0, 2.0), mode=mode)
+        (grad,) = torch.autograd.grad(found.sum(), x)
+        assert float(grad.sum()) == pytest.approx(16.0)

@@ -10,11 +10,10 @@ import numpy as np
 import torch
 
 from qpipe.keys.hashing import digest
-from qpipe.methods.rounding.layerwise import Rounded, round_by_gradient, round_by_gram
+from qpipe.methods.rounding.by_gram import Rounded, round_by_gram
 from qpipe.model import Model
 from qpipe.model.structure.layers import find_layers
 from qpipe.numerics.grid import quantize_dequantize, same_grid
-from qpipe.numerics.rounding.gradient import GradientOptions
 from qpipe.numerics.rounding.gram import GramOptions
 from qpipe.numerics.scheme import Grid
 from tests.model.nets import normal, parsed
@@ -121,27 +120,3 @@ def test_a_solution_is_found_again_by_weight_grid_data_and_options() -> None:
     for count, (other, inputs, options) in enumerate(others, 2):
         by_gram(other, inputs, x, memo, **options)
         assert len(memo.kept) == count
-
-
-def test_targets_of_the_gradient_are_the_float_outputs_behind_the_activation() -> None:
-    net, memo = model(), Memo()
-    (layer,) = find_layers(net)
-    x_hat, x = batches(noise=0.1), batches()
-    options = GradientOptions(iterations=60, learning_rate=3e-2)
-    found = round_by_gradient(net, layer, x_hat, x, options=options, seed=0, memo=memo)
-    np.testing.assert_array_equal(quantize_dequantize(found.weight, found.encoding), found.weight)
-    assert found.encoding.frozen
-    assert found.bias is None
-
-    def relu(weight: np.ndarray, inputs: torch.Tensor) -> torch.Tensor:
-        b = torch.tensor(net.param("b"))
-        return torch.relu(torch.conv2d(inputs.double(), torch.tensor(weight).double(), b.double()))
-
-    wanted = relu(net.param("w"), torch.cat(x))
-    error = (relu(found.weight, torch.cat(x_hat)) - wanted).square().sum() / wanted.square().sum()
-    np.testing.assert_allclose(found.report["error_after"], float(error), rtol=1e-4)
-    round_by_gradient(net, layer, x_hat, x, options=options, seed=0, memo=memo)
-    assert len(memo.kept) == 1
-    round_by_gradient(net, layer, x_hat, x, options=options, seed=1, memo=memo)
-    round_by_gradient(net, layer, x_hat, batches(seed=3), options=options, seed=0, memo=memo)
-    assert len(memo.kept) == 3

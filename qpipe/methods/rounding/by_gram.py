@@ -1,7 +1,7 @@
-"""One layer's weight rounded by what goes into the layer: the layer as a problem of `qpipe.numerics`, solved.
+"""One layer's weight rounded in closed form: the layer as a problem of `qpipe.numerics.rounding`, solved.
 
-Both take x^, the layer's inputs in the quantized model, and x, those in the float model, a tensor per batch
-each, and ask `memo(name, function, *inputs)` for what may have been solved before.
+It takes x^, the layer's inputs in the quantized model, and x, those in the float model, a tensor per batch each, and
+asks `memo(name, function, *inputs)` for what may have been solved before; `by_gradient` does the same.
 """
 
 from __future__ import annotations
@@ -15,14 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
-from qpipe.methods.placement.calibration import content
 from qpipe.methods.rounding.walk import Rounded
-from qpipe.model.network.parts import block
-from qpipe.model.simulation.module import to_torch
 from qpipe.model.structure.geometry import unfold_of
-from qpipe.numerics.rounding.gradient import GradientOptions, Rounding, optimize, samples_of
 from qpipe.numerics.rounding.gram import GramOptions, solve
 from qpipe.numerics.rounding.moments import LayerMoments, to_arrays
 from qpipe.numerics.rounding.rows import row_encoding, row_grid
@@ -102,45 +97,3 @@ def _moments(
         sums.update(unfold.rows(quantized, where), beside, len(given))
         taken += len(given)
     return sums.fit, sums.held_out
-
-
-def round_by_gradient(
-    model: Network,
-    layer: Layer,
-    x_hat: Sequence[Tensor],
-    x: Sequence[Tensor],
-    *,
-    options: GradientOptions,
-    seed: int,
-    memo: Memo,
-    progress: Callable[[int, int], None] | None = None,
-) -> Rounded:
-    """AdaRound's own optimization; the target is the float output after the activation that follows."""
-    encoding, device = model.encodings[layer.weight], x[0].device
-    part = block(model, [layer.input], [layer.activation_output])
-    module = to_torch(part, quantized=False, device=str(device))
-    name = module.meta["parameters"][layer.weight]
-    with torch.no_grad():
-        targets = torch.cat([module(batch) for batch in x])
-    inputs = torch.cat(list(x_hat))
-
-    def forward(weights: dict[str, Tensor], batch: Tensor) -> Tensor:
-        outputs: Tensor = functional_call(module, {name: weights["weight"]}, (batch,))
-        return outputs
-
-    def run(*_: Any) -> dict[str, Any]:
-        result = optimize(
-            {"weight": Rounding(torch.tensor(model.param(layer.weight), device=device), encoding)},
-            forward,
-            samples_of(inputs, targets),
-            len(inputs),
-            options=options,
-            channel_axis=1 if layer.kernel_shape else -1,
-            seed=seed,
-            progress=progress,
-        )
-        return {"weight": result.weights["weight"].cpu().numpy(), "report": result.report}
-
-    data = [inputs.cpu().numpy(), targets.cpu().numpy()]
-    found = memo("gradient", run, content(part), data, encoding.to_json(), asdict(options), seed)
-    return Rounded(found["weight"], None, replace(encoding, frozen=True), found["report"])

@@ -1,0 +1,1 @@
+"""Weights, biases and step sizes learned by gradient: a part of the network at a time."""
