@@ -122,7 +122,8 @@ def test_every_option_acts() -> None:
     strong = {**OPTIONS, "reg_param": 1.0}
     plain = solved(net, x_hat, x, **strong)
     others: list[dict[str, Any]] = [
-        {"iterations": 59}, {"batch_size": 8}, {"learning_rate": 0.1}, {"reg_param": 0.0}, {"warm_start": 0.9}, {"beta_range": (3.0, 1.0)},
+        {"iterations": 59}, {"batch_size": 8}, {"learning_rate": 0.1}, {"reg_param": 0.0}, {"warm_start": 0.9},
+        {"beta_range": (3.0, 1.0)},
         {"lr_adjust": (0.0, 0.2)}, {"drop_ratio": 0.5}, {"drop_ratio": 0.0}, {"positions": 4}, {"seed": 1},
     ]  # fmt: skip
     for options in others:
