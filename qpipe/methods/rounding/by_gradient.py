@@ -143,7 +143,6 @@ def round_by_gradient(
     as many, of one whose activation differs from place to place, all.
     """
     encoding = model.encodings[layer.weight]
-    mixed = options.drop_ratio < 1.0
     posed = _posed(model, layer, x_hat, x, options.drop_ratio < 1.0, positions, seed)
 
     def run(*_: Any) -> dict[str, Any]:
