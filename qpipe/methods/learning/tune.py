@@ -119,7 +119,8 @@ def tune(
         model, reports[part.name] = tuned, {**report, "layers": [layer.name for layer in part.layers]}
         around.progress(number + 1, len(parts), part.name)
     if kept := [f"'{name}'" for name, report in reports.items() if report["kept"] == "before"]:
-        around.note(f"{len(kept)} of {len(parts)} stay as they began, since learning gained nothing: {', '.join(kept)}.")
+        names = ", ".join(kept)
+        around.note(f"{len(kept)} of {len(parts)} stay as they began, since learning gained nothing: {names}.")
     return model, reports
 
 
