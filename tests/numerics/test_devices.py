@@ -8,7 +8,11 @@ import torch
 
 from qpipe.numerics.fake_quantize import FakeQuantize
 from qpipe.numerics.grid import encoding_from_range, quantize_dequantize
-from qpipe.numerics.observers import HistogramObserver
+from qpipe.numerics.learning.optimize import learn
+from qpipe.numerics.learning.options import LearningOptions
+from qpipe.numerics.learning.roundings import ROUNDINGS, RoundingName, start
+from qpipe.numerics.learning.variables import Free
+from qpipe.numerics.observers import HistogramObserver, weight_encoding
 from qpipe.numerics.rounding.gram import GramOptions, solve
 from qpipe.numerics.rounding.moments import LayerMoments
 from qpipe.numerics.rounding.rows import RowGrid
@@ -55,3 +59,26 @@ def test_rows_moments_and_solver_run_on_cuda_and_repeat_their_bits() -> None:
     on_cuda, on_cpu = run("cuda"), run("cpu")
     assert torch.equal(on_cuda[0], run("cuda")[0])
     assert on_cuda[1] == pytest.approx(on_cpu[1], rel=0.05)
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_weights_are_learned_on_cuda_and_repeat_their_bits(rounding: RoundingName) -> None:
+    draw = torch.Generator().manual_seed(0)
+    w, b = torch.randn(12, 16, generator=draw), torch.randn(12, generator=draw)
+    x = torch.randn(200, 4, generator=draw) @ torch.randn(4, 16, generator=draw)
+    e = weight_encoding(w.numpy(), TensorScheme(3, True, True, "per_channel", observer="mse"))
+    rates = {"weight": 2e-2, "scale": 1e-3, "bias": 1e-3}
+
+    def run(device: str) -> tuple[torch.Tensor, float]:
+        given, target = x.to(device), torch.relu(x @ w.T + b).to(device)
+        found = learn(
+            {"w": start(rounding, w.to(device), w.to(device), e, learn_scale=True), "b": Free(b.to(device))},
+            lambda v, batch, draw: torch.relu(batch @ v["w"].T + v["b"]),
+            lambda index, draw: (given[index.to(device)], target[index.to(device)]),
+            200, options=LearningOptions(iterations=150, rates=rates, reg_param=1.0),
+        )  # fmt: skip
+        return found.values["w"].cpu(), found.report["error_after"]
+
+    on_cuda, on_cpu = run("cuda"), run("cpu")
+    assert torch.equal(on_cuda[0], run("cuda")[0])
+    assert on_cuda[1] == pytest.approx(on_cpu[1], rel=0.2)

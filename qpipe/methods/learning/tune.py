@@ -115,11 +115,11 @@ def tune(
             before = _with(model, part, _start(model, part))
             judging = held_out(carry.units, tuning.learning.hold_out, around.seed)
             tuned, report = _selected(carry, part, outputs, tuned, before, judging, report)
-        if report["kept"] == "before":
-            around.note(f"'{part.name}' stays as it was: learning did not lower its error.")
         carry.after(part, None if tuning.parallel else tuned)
         model, reports[part.name] = tuned, {**report, "layers": [layer.name for layer in part.layers]}
         around.progress(number + 1, len(parts), part.name)
+    if kept := [f"'{name}'" for name, report in reports.items() if report["kept"] == "before"]:
+        around.note(f"{len(kept)} of {len(parts)} stay as they began, since learning gained nothing: {', '.join(kept)}.")
     return model, reports
 
 
