@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 
 import numpy as np
-import onnx_ir as ir
 import torch
 
 from qpipe.methods.learning.whole import learnable, packed, unpacked
-from qpipe.model.network.network import Network
+from qpipe.model import Model
 from qpipe.numerics.grid import Encoding
 from tests.model.nets import normal, parsed
 
@@ -22,8 +21,8 @@ def test_what_a_target_prescribes_is_not_learned() -> None:
     text = """m (float[N,4,8,8] x, int64[N] i) => (float[N,6] y, float[N,5] e) {
         t = Conv<pads=[1,1,1,1]>(x, w, b)  r = Relu(t)  m = MaxPool<kernel_shape=[2,2]>(r)
         g = GlobalAveragePool(m)  f = Flatten(g)  s = Softmax(f)  y = MatMul(s, v)  e = Gather(table, i) }"""
-    graph = parsed(text, w=normal(6, 4, 3, 3), b=normal(6), v=normal(6, 6), table=normal(9, 5))
-    model = Network(ir.Model(graph, ir_version=10))
+    proto = parsed(text, w=normal(6, 4, 3, 3), b=normal(6), v=normal(6, 6), table=normal(9, 5))
+    model = Model.from_proto(proto)
     grids = {"x": 0.11, "r": 0.3, "m": 0.3, "s": 2.0**-8, "y": 0.7, "table": 0.013, "e": 0.013, "w": 0.1}
     found = learnable(model.with_encodings({name: grid(scale) for name, scale in grids.items()}))
     assert found.weights == ("w",)  # v has no grid
