@@ -110,7 +110,7 @@ def adaquant(
     tuning = Tuning(
         learning, "ste_weight", rates == "relative", learn_scales is not False, learn_steps is not False, update_bias,
         output_qdq=output_qdq, random=Randomness(share=drop_ratio), parallel=inputs == "parallel",
-        selective=selective_update, memory=memory, begin=begin,
+        selective=selective_update, memory=memory, begin=begin, begin_bias=update_bias,
     )  # fmt: skip
     arrays, division = thinned(data.arrays, limit), Division(blocks, ops)
     around = Surroundings(ctx.memo, ctx.seed, ctx.note, ctx.progress, ctx.device, seed)

@@ -5,8 +5,9 @@
 Blocks in order, each on what the blocks before make of the data, with activations quantized. h(V) goes from 0 to 1 and
 ends at either; g is 1 (mse), or says how much the model's outputs make of an error in y (fisher_diag, the diagonal of
 J^T J). With `drop` every quantizer of an activation lets elements through unrounded, at random, while the block learns
-(QDrop). It begins with codes solved in closed form. A block whose output on held-out samples errs no less afterwards
-stays as it was.
+(QDrop). The default, `rounding: ste_weight`, moves weights through the rounding instead of V: from codes that are
+solved already it gained more. It begins with codes solved in closed form. A block whose output on held-out samples
+errs no less afterwards stays as it was.
 
 Assumes: weights have encodings (`calibrate`); some hundred samples like those the model will see.
 Source: Li, Gong, Tan, Yang, Hu, Zhang, Yu, Wang, Gu, "BRECQ", arXiv 2102.05426; Wei, Gong, Li, Liu, Yu, "QDrop", arXiv
@@ -57,11 +58,11 @@ def brecq(
     begin: Literal["gram", "model"] = "gram",
     limit: Annotated[int, Range(ge=1)] | None = 1000,
     seed: int = 0,
-    rounding: Literal["rectified_sigmoid", "ste_weight", "flexround", "signed_step"] = "rectified_sigmoid",
-    loss: Literal["mse", "fisher_diag"] = "mse",
+    rounding: Literal["rectified_sigmoid", "ste_weight", "flexround", "signed_step"] = "ste_weight",
+    loss: Literal["mse", "fisher_diag"] = "fisher_diag",
     iterations: Annotated[int, Range(ge=0)] = 300,
     batch_size: Annotated[int, Range(ge=1)] = 32,
-    learning_rate: Annotated[float, Range(ge=0)] = 1e-2,
+    learning_rate: Annotated[float, Range(ge=0)] = 5e-3,
     bias_rate: Annotated[float, Range(ge=0)] = 1e-3,
     scale_rate: Annotated[float, Range(ge=0)] = 1e-3,
     step_rate: Annotated[float, Range(ge=0)] = 1e-3,

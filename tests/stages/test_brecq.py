@@ -24,7 +24,10 @@ from tests.stages.blockwise import (
     same_numbers,
 )
 
-BASE = {"begin": "model", "iterations": 20, "batch_size": 16, "hold_out": 0.0, "selective_update": False}
+BASE = {
+    "begin": "model", "iterations": 20, "batch_size": 16, "hold_out": 0.0, "selective_update": False, "loss": "mse",
+    "rounding": "rectified_sigmoid", "learning_rate": 1e-2,
+}  # fmt: skip
 RATES = {"rectified_sigmoid": 0.1, "ste_weight": 0.03, "flexround": 0.01, "signed_step": 0.03}
 
 
@@ -35,7 +38,8 @@ def base():
 
 @pytest.mark.parametrize("rounding", RATES)
 def test_every_rounding_errs_less_than_nearest(rounding):
-    tuned = brecq(calibrated(), DATA, **{**BASE, "iterations": 60}, rounding=rounding, learning_rate=RATES[rounding])
+    given = {**BASE, "iterations": 60, "rounding": rounding, "learning_rate": RATES[rounding]}
+    tuned = brecq(calibrated(), DATA, **given)
     assert_on_grid(tuned)
     assert any(report["kept"] == "after" for report in tuned.metadata["brecq"]["parts"].values())
     assert error(tuned, net(), TEST) < 0.95 * error(nearest(calibrated()), net(), TEST)

@@ -52,7 +52,7 @@ def learn_by_parts(
     _refuse_nothing(stage, model, parts, left_out)
     _refuse_wide(stage, model, parts)
     reference = reference_of(model, float_model, parts, stage)
-    if tuning.begin == "gram" and tuning.update_bias:
+    if tuning.begin == "gram" and tuning.begin_bias:
         model = with_biases(model)
         parts, _ = find_parts(model, division.blocks, ops=division.ops, together=division.together)
     tuned, reports = tune(model, reference, arrays, parts, tuning, around)

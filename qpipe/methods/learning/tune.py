@@ -51,7 +51,8 @@ class Tuning:
     added to, else both in their own units. `learn_scales` and `learn_steps` let the step sizes of weights and of
     activations move, unless they are powers of two; `activations` False leaves activations in float; `random` is what
     is mixed and dropped; `parallel` shows every part what the untuned model gives; `selective` keeps a part only where
-    the outputs of the whole model err less, too; `begin` says with which codes.
+    the outputs of the whole model err less, too; `begin` says with which codes, and
+    `begin_bias` whether biases take up the mean error of those.
     """
 
     learning: LearningOptions = field(default_factory=LearningOptions)
@@ -67,6 +68,7 @@ class Tuning:
     selective: bool = False
     memory: Memory = "auto"
     begin: Begin = "gram"
+    begin_bias: bool = True
     loss: LossName = "mse"
 
 
@@ -106,7 +108,7 @@ def tune(
             problem = replace(problem, weights=carry.sensitivity(part.output, outputs, seed))
         if tuning.begin == "gram":
             model = begun(
-                model, reference, part, carry, update_bias=tuning.update_bias, memo=around.memo, note=around.note,
+                model, reference, part, carry, update_bias=tuning.begin_bias, memo=around.memo, note=around.note,
                 seed=lambda name: around.seed_of(str(around.seed), name),
             )  # fmt: skip
         found = _remembered(model, reference, part, problem, tuning, around, (number, len(parts)))
@@ -119,7 +121,8 @@ def tune(
         model, reports[part.name] = tuned, {**report, "layers": [layer.name for layer in part.layers]}
         around.progress(number + 1, len(parts), part.name)
     if kept := [f"'{name}'" for name, report in reports.items() if report["kept"] == "before"]:
-        around.note(f"{len(kept)} of {len(parts)} stay as they began, since learning gained nothing: {', '.join(kept)}.")
+        names = ", ".join(kept)
+        around.note(f"{len(kept)} of {len(parts)} stay as they began, since learning gained nothing: {names}.")
     return model, reports
 
 
@@ -167,7 +170,7 @@ def _everything(model: Network, reference: Network, part: Part, stretch: Stretch
     return [meta, packed, weights, held, options, own]
 
 
-_ELSEWHERE = frozenset({"memory", "selective", "parallel", "begin"})
+_ELSEWHERE = frozenset({"memory", "selective", "parallel", "begin", "begin_bias"})
 """Options that act before a part is learned, or after."""
 
 

@@ -3,7 +3,7 @@
     min over V of mean |f(W^ x~) - f(W x)|^2 + reg_param * sum(1 - |2 h(V) - 1|^beta)
 
 x~ is x^, the layer's inputs in the quantized model, or element by element x^ with probability `drop_ratio` and x,
-those in the float model, otherwise. Adam at a constant rate. Every seventh sample is held out and judges the roundings
+those in the float model, otherwise. Adam at a constant rate. Every tenth sample is held out and judges the roundings
 as they would be for good: nearest rounding is kept where nothing was better.
 
 Source: Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", arXiv 2004.10568.
@@ -34,6 +34,7 @@ from qpipe.numerics.learning.losses import mse
 from qpipe.numerics.learning.optimize import Batches, learn
 from qpipe.numerics.learning.options import LearningOptions
 from qpipe.numerics.learning.roundings import start
+from qpipe.numerics.rounding.moments import HELD_OUT_EVERY
 from qpipe.numerics.rounding.unfold import Unfold, sample_positions
 
 if TYPE_CHECKING:
@@ -45,8 +46,6 @@ Apply = Callable[[Tensor, Tensor], Tensor]
 Cut = Callable[[Tensor, int], Tensor]
 """(a batch, the number of its first sample) -> what of it counts."""
 Memo = Callable[..., Any]
-HELD_OUT = 7
-"""Every so-manieth sample only judges."""
 CACHED_BYTES = 3 << 19
 """What a part of a batch may take as inputs or outputs, so that they stay in a core's cache: measured, on a CPU."""
 
@@ -144,7 +143,6 @@ def round_by_gradient(
     as many, of one whose activation differs from place to place, all.
     """
     encoding = model.encodings[layer.weight]
-    mixed = options.drop_ratio < 1.0
     posed = _posed(model, layer, x_hat, x, options.drop_ratio < 1.0, positions, seed)
 
     def run(*_: Any) -> dict[str, Any]:
@@ -156,7 +154,7 @@ def round_by_gradient(
             samples,
             options=options.learning(encoding.bitwidth, posed.at_once()),
             loss=mse(posed.channel_axis),
-            held_out=torch.arange(0, samples, HELD_OUT) if samples >= HELD_OUT else None,
+            held_out=_held_out(samples),
             seed=seed,
             progress=progress,
         )
@@ -168,6 +166,12 @@ def round_by_gradient(
     data = [each.cpu().numpy() for each in tensors]
     found = memo("gradient", run, part, data, encoding.to_json(), asdict(options), seed)
     return Rounded(found["weight"], None, replace(encoding, frozen=True), found["report"])
+
+
+def _held_out(samples: int) -> Tensor | None:
+    """The samples that only judge, those that `gram` holds out too; None where there are fewer than five."""
+    found = torch.arange(HELD_OUT_EVERY // 2 - 1, samples, HELD_OUT_EVERY)
+    return found if len(found) else None
 
 
 def _posed(

@@ -57,7 +57,7 @@ def test_iterations_depend_on_the_bitwidth_unless_given() -> None:
 
 
 def test_errors_are_those_behind_the_activation_on_the_samples_held_out() -> None:
-    """All nine places of each output: rows of them, and every seventh sample, by torch's own convolution."""
+    """All nine places of each output: rows of them, and every tenth sample, by torch's own convolution."""
     net, x_hat, x = model(), batches(noise=0.1), batches()
     found = solved(net, x_hat, x, iterations=200)
     np.testing.assert_array_equal(quantize_dequantize(found.weight, found.encoding), found.weight)
@@ -66,7 +66,7 @@ def test_errors_are_those_behind_the_activation_on_the_samples_held_out() -> Non
     wanted = relu(net, net.param("w"), torch.cat(x))
     nearest = quantize_dequantize(net.param("w"), net.encodings["w"])
     every = np.arange(len(wanted))
-    for names, chosen in (("error", every % 7 == 0), ("tuning", every % 7 != 0)):
+    for names, chosen in (("error", every % 10 == 4), ("tuning", every % 10 != 4)):
         for name, weight in (("before", nearest), ("after", found.weight)):
             wrong = relu(net, weight, torch.cat(x_hat)) - wanted
             error = wrong[chosen].square().sum() / wanted[chosen].square().sum()
@@ -119,16 +119,16 @@ def test_a_slope_for_every_place_leaves_the_layer_whole() -> None:
 
 def test_every_option_acts() -> None:
     net, x_hat, x = model(), batches(noise=0.3), batches()
-    plain = solved(net, x_hat, x)
+    strong = {**OPTIONS, "reg_param": 1.0}
+    plain = solved(net, x_hat, x, **strong)
     others: list[dict[str, Any]] = [
-        {"iterations": 59}, {"batch_size": 8}, {"learning_rate": 0.1}, {"reg_param": 3.0}, {"warm_start": 0.9},
+        {"iterations": 59}, {"batch_size": 8}, {"learning_rate": 0.1}, {"reg_param": 0.0}, {"warm_start": 0.9},
+        {"beta_range": (3.0, 1.0)},
         {"lr_adjust": (0.0, 0.2)}, {"drop_ratio": 0.5}, {"drop_ratio": 0.0}, {"positions": 4}, {"seed": 1},
     ]  # fmt: skip
     for options in others:
-        assert solved(net, x_hat, x, **options).report != plain.report, options
-    assert np.array_equal(solved(net, x_hat, x, lr_adjust=(1e9, 0.2)).weight, plain.weight)
-    narrow = solved(net, x_hat, x, reg_param=1.0, beta_range=(3.0, 1.0))
-    assert not np.array_equal(narrow.weight, solved(net, x_hat, x, reg_param=1.0).weight)
+        assert solved(net, x_hat, x, **{**strong, **options}).report != plain.report, options
+    assert solved(net, x_hat, x, **strong, lr_adjust=(1e9, 0.2)).report == plain.report
     long: dict[str, Any] = {"iterations": 3000, "learning_rate": 0.1}
     assert solved(net, x_hat, x, early_stop=2, **long).report["iterations"] < 3000
 
