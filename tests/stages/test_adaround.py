@@ -19,7 +19,7 @@ from qpipe.stages.nearest import nearest
 ACTIVATION = TensorScheme(8, False, False)
 W4 = Scheme(TensorScheme(4, True, True, "per_channel", observer="minmax", grid="max"), None)
 W4A8 = Scheme(W4.weight, ACTIVATION)
-FAST = {"solver": "gradient", "iterations": 400, "batch_size": 16, "learning_rate": 0.02}
+FAST = {"solver": "gradient", "iterations": 1000, "batch_size": 16, "learning_rate": 0.02}
 
 SMALL_NET = """n (float[N,3,6,6] x) => (float[N,5] y) {
     t = Conv<pads=[1,1,1,1]>(x, w, b)  r = Relu(t)
