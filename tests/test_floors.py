@@ -49,7 +49,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "model.qdq": (
         (*VALUE, "model.operators", "model.structure"),
-        "nodes bias weights block_form operator_form differences reader guards codes writer",
+        "nodes bias weights block_form operator_form codes reader guards writer",
     ),
     "model.runtime": ((*VALUE, "param", "model.qdq"), "options external_data session types kernels optimized"),
     "model.canon": (
@@ -62,7 +62,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
     "model.simulation": (MODEL, "constants samples opaque module stream run"),
     "model.files": (
         MODEL,
-        "soundness onnx_reader given protobuf encodings_reader encodings_writer state_dict onnx_writer",
+        "soundness onnx_reader given encodings_reader encodings_writer state_dict onnx_writer",
     ),
     "model.torch_export": (
         (*MODEL, "model.canon", "model.simulation"),
@@ -72,7 +72,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
     "methods": ((*MODEL, "model.simulation"), "preconditions running_cost"),
     "methods.placement": (
         (*MODEL, "model.simulation"),
-        "joined target filters survival float_parts placement calibration remarks",
+        "target filters survival float_parts placement calibration remarks",
     ),
     "methods.equalization": ((*MODEL, "model.simulation"), "links norm_links reach rescaling"),
     "methods.rounding": (

@@ -1,4 +1,4 @@
-"""Every mutant fits the source as it is, and names tests that there are; whether they notice it, `make mutants` says."""
+"""Every mutant fits the source, and names tests that there are; whether they notice it, `make mutants` says."""
 
 from __future__ import annotations
 

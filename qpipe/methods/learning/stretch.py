@@ -26,10 +26,9 @@ from torch import Tensor
 from torch.func import functional_call
 
 from qpipe.methods.learning.carry import TOGETHER, Held, feed
-from qpipe.methods.placement.joined import Joined
 from qpipe.model.network.parts import block
 from qpipe.model.simulation.module import BOUNDING, to_torch, watched
-from qpipe.model.structure.families import MOVING
+from qpipe.model.structure.families import MOVING, Joined
 from qpipe.numerics.fake_quantize import FakeQuantize
 from qpipe.numerics.grid import quantize_dequantize, same_grid
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from qpipe.methods.mixing.work import FLOAT_BITS, Array, Work, measure_work
-from qpipe.methods.placement.joined import Joined
+from qpipe.model.structure.families import Joined
 from qpipe.model.structure.operands import find_operands
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from qpipe.methods.placement.filters import Overridden
 from qpipe.methods.placement.float_parts import decided, ending, spectra, sums
-from qpipe.methods.placement.joined import Joined
 from qpipe.methods.placement.survival import Links, survivals
 from qpipe.model.network.invariants import constant_tensor
+from qpipe.model.structure.families import Joined
 from qpipe.model.structure.layers import find_layers, initializers_behind
 from qpipe.model.structure.opaque import read_values
 from qpipe.model.structure.operands import computed_factors, find_operands

@@ -25,7 +25,7 @@ import onnx_ir as ir
 
 from qpipe.model.network.invariants import constant
 from qpipe.model.network.naming import Names, names_of
-from qpipe.model.qdq.differences import read_sums
+from qpipe.model.qdq.codes import read_sums
 from qpipe.model.qdq.nodes import (
     BITWIDTH,
     bound_of_codes,

@@ -34,8 +34,7 @@ from qpipe.errors import InputError
 from qpipe.model.network.naming import IN_USE, fresh_name, names_of
 from qpipe.model.network.packing import graph_proto
 from qpipe.model.qdq.bias import QuantizedBias, bias_codes, bias_scale, effective_encodings, quantized_biases
-from qpipe.model.qdq.codes import take_on_codes
-from qpipe.model.qdq.differences import write_sums
+from qpipe.model.qdq.codes import take_on_codes, write_sums
 from qpipe.model.qdq.guards import guard_float_layers
 from qpipe.model.qdq.nodes import BITWIDTH, mirrored_codes
 from qpipe.model.structure.families import MOVING

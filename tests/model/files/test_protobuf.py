@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from qpipe.model.files.protobuf import _varint, write_whole
+from qpipe.model.files.onnx_writer import _varint, write_whole
 from qpipe.model.network.packing import graph_proto
 from tests.model.nets import normal, parsed
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from networkx.utils import UnionFind
 
-from qpipe.methods.placement.joined import Joined
+from qpipe.model.structure.families import Joined
 
 
 @pytest.mark.parametrize("seed", range(20))
