@@ -127,9 +127,8 @@ usage: qpipe cache COMMAND [OVERRIDE …]
 COMMANDS = tuple(_TEXT)
 
 _OVERVIEW = """\
-qpipe: post-training quantization as reproducible, cached pipelines
-usage: qpipe [COMMAND] [OVERRIDE …] [-m]          qpipe COMMAND --help says more
-  run             carry the pipeline out (the default)
+usage: qpipe [COMMAND] [OVERRIDE …] [-m]     post-training quantization, cached
+  run             carry the pipeline out (the default); COMMAND --help says more
   plan            say what would run, why, and what it costs; runs nothing
   rerun RUN       carry out again the config that a run recorded
   why NODE        say which part of a node's key changed, up to the roots
@@ -138,7 +137,7 @@ usage: qpipe [COMMAND] [OVERRIDE …] [-m]          qpipe COMMAND --help says mo
   graph [FILE]    print the pipeline, or draw it to FILE (.svg or .png)
   stages [NAME]   list the stages, or show one with its ports and params
   report [RUN]    show the record of a run again (without RUN, of the last)
-  runs [FOLDER]   all runs side by side
+  runs [FOLDER]   all runs and trials side by side
   cache           ls, du, gc, verify, rm, pin, unpin, export, import
 An OVERRIDE is ADDRESS=VALUE (stages.adaround.iterations=500) or GROUP=OPTION:
 {groups}

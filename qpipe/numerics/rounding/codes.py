@@ -24,6 +24,7 @@ from torch import Tensor
 from qpipe.numerics.rounding.rows import RowGrid
 
 _BLOCK = 32
+_LIFTS = (1e-5, 1e-4, 1e-3, 1e-2)
 # Of one of the search's two large arrays at a time: 128 MiB.
 _ELEMENTS = 1 << 25
 
@@ -35,8 +36,22 @@ def objective(target: Tensor, values: Tensor, h: Tensor) -> Tensor:
 
 
 def upper_factor(h: Tensor) -> Tensor:
-    """M, upper triangular with H = M M^T, float64, (groups, K, K). Raises LinAlgError unless H > 0."""
-    lower: Tensor = torch.linalg.cholesky(h.double().flip(1, 2))
+    """M, upper triangular with H = M M^T, float64, (groups, K, K).
+
+    Moments of few samples in float32 may have eigenvalues below 0 by their rounding: then H is that plus as small a
+    multiple of the mean of its diagonal as does, each ten times the one before. Raises LinAlgError for one that is not
+    finite, or so far from positive definite that the sum would be another problem.
+    """
+    turned = h.double().flip(1, 2)
+    level = turned.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    eye = torch.eye(h.shape[-1], dtype=torch.float64, device=h.device)
+    lower, failed = torch.linalg.cholesky_ex(turned)
+    lifts = torch.zeros_like(level)
+    for lift in _LIFTS:
+        if not failed.any():
+            break
+        lifts[failed > 0] = lift
+        lower, failed = torch.linalg.cholesky_ex(turned + lifts * level * eye, check_errors=lift == _LIFTS[-1])
     return lower.flip(1, 2)
 
 

@@ -152,3 +152,20 @@ def test_the_factor_is_upper_triangular_and_returns_h() -> None:
     m = upper_factor(h)
     torch.testing.assert_close(m @ m.transpose(1, 2), h.double(), rtol=1e-5, atol=1e-5)
     assert torch.equal(m, m.triu())
+
+
+def test_moments_that_rounding_made_indefinite_have_a_factor_too() -> None:
+    """By group: what is positive definite keeps its own bits, the other is lifted as little as does."""
+    x = torch.randn(4, 300, generator=torch.Generator().manual_seed(0))
+    exact = (x.T @ x / 4 + 1e-3 * torch.eye(300)).double()
+    broken = exact - 2e-3 * torch.eye(300)  # its smallest eigenvalues are -1e-3, where the mean of its diagonal is 1
+    factor = upper_factor(torch.stack([exact, broken]))
+    assert torch.equal(factor[:1], upper_factor(exact[None]))
+    made = factor @ factor.transpose(1, 2)
+    lifted = (made[1] - broken).diagonal()
+    assert torch.allclose(lifted, lifted.mean().expand(300), atol=1e-9)
+    assert 1e-3 < float(lifted.mean()) < 2e-2
+    with pytest.raises(torch.linalg.LinAlgError):
+        upper_factor(torch.full((1, 3, 3), torch.nan))
+    with pytest.raises(torch.linalg.LinAlgError):
+        upper_factor(-torch.eye(3)[None])
