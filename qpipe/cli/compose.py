@@ -169,8 +169,9 @@ class _Merged:
     ) -> None:
         self._parse, self._list, self._merge = parse, list_defaults, merge
         self._overrides: dict[str, Any] = {}
-        self._places: dict[tuple[int, str | None], Any] = {}
-        """By loader and config: a repository that only says what groups there are."""
+        self._places: dict[tuple[int, str | None], tuple[Any, Any]] = {}
+        """By loader and config: the loader, so that no other gets its number, and a repository that only says what
+        groups there are."""
         self._lists: dict[tuple[Any, ...], Any] = {}
         self._bases: dict[tuple[Any, ...], bytes] = {}
         self._fresh: Callable[[], Any] | None = None
@@ -186,9 +187,9 @@ class _Merged:
             return self._parse(loader, config_name, lines)  # type: ignore[no-any-return]
         place = (id(loader), config_name)
         if place not in self._places:
-            self._places[place] = self._parse(loader, config_name, [])[1]
+            self._places[place] = loader, self._parse(loader, config_name, [])[1]
         self._fresh = lambda: self._parse(loader, config_name, [])[1]
-        return found, self._places[place]
+        return found, self._places[place][1]
 
     def listed(
         self, repo: Any, config_name: str | None, overrides_list: list[Any], prepend_hydra: bool, skip_missing: bool

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_module
 
+from qpipe.cli.compose import quick_hydra
 from qpipe.cli.main import _register
 from qpipe.errors import ConfigError
 from qpipe.language.graph import build_graph
@@ -16,10 +18,16 @@ from qpipe.language.spec import PipelineSpec, read_spec
 from tests.nursery import Nursery
 
 
-def spec_of(*overrides: str) -> PipelineSpec:
+@pytest.fixture(scope="module", autouse=True)
+def composing() -> Iterator[None]:
+    """Hydra, which reads the files once for each pipeline."""
     _register()
-    with initialize_config_module("qpipe.conf", version_base="1.3"):
-        return read_spec(compose("config", overrides=list(overrides)))
+    with quick_hydra(), initialize_config_module("qpipe.conf", version_base="1.3"):
+        yield
+
+
+def spec_of(*overrides: str) -> PipelineSpec:
+    return read_spec(compose("config", overrides=list(overrides)))
 
 
 def labels_of(*overrides: str) -> dict[str, str]:

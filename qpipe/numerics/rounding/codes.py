@@ -52,7 +52,8 @@ def upper_factor(h: Tensor) -> Tensor:
             break
         lifts[failed > 0] = lift
         lower, failed = torch.linalg.cholesky_ex(turned + lifts * level * eye, check_errors=lift == _LIFTS[-1])
-    return lower.flip(1, 2)
+    factor: Tensor = lower.flip(1, 2)
+    return factor
 
 
 def search(target: Tensor, grid: RowGrid, factor: Tensor, order: Tensor, beam: int) -> Tensor:
