@@ -14,9 +14,11 @@ from qpipe.language.graph import build_graph
 from qpipe.numerics.metric_names import least_score
 from qpipe.report.facts import goal_sentence
 from tests.inprocess import carry_out, job
-from tests.language.test_labels import spec_of
+from tests.language.test_labels import composing, spec_of
 from tests.nursery import Nursery
 from tests.toy import Toy
+
+__all__ = ["composing"]  # a fixture that spec_of needs
 
 
 def test_a_drop_that_is_no_number_is_refused_and_null_is_no_goal() -> None:
