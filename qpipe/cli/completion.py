@@ -228,8 +228,10 @@ def nodes(overrides: list[str]) -> list[str]:
 def _composed(overrides: list[str]) -> Any:
     from hydra import compose, initialize_config_module
 
+    from qpipe.cli.compose import quick_hydra
+
     try:
-        with initialize_config_module("qpipe.conf", version_base="1.3"):
+        with quick_hydra(), initialize_config_module("qpipe.conf", version_base="1.3"):
             return compose("config", overrides=overrides)
     except Exception:  # an unfinished or wrong line has no nodes; the command itself will say what is wrong
         return None
