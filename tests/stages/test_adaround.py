@@ -84,7 +84,7 @@ LAYERS = [
 
 
 @pytest.mark.parametrize(("layer", "weight", "sample"), LAYERS)
-@pytest.mark.parametrize("solver", ["gram", "gradient"])
+@pytest.mark.parametrize("solver", ["gram", pytest.param("gradient", marks=pytest.mark.slow)])
 def test_every_kind_of_layer_errs_less_than_nearest(network, target, layer, weight, sample, solver):
     dims = ",".join(map(str, sample))
     out = ",".join("NOPQR"[i] for i in range(len(sample) + 1))
