@@ -62,6 +62,7 @@ class QpipeLauncher(Launcher):  # type: ignore[misc]  # hydra ships no types tha
             scores = sweep(trials(), len(job_overrides), Path(str(self.config.hydra.sweep.dir)).absolute())
         finally:
             Singleton.set_state(before)
+        returns += [JobReturn(overrides=list(each)) for each in job_overrides[len(returns) :]]  # behind a refused one
         for job, score in zip(returns, scores, strict=True):
             job.return_value, job.status = score, JobStatus.COMPLETED
         for job, config in zip(returns, kept, strict=False):
