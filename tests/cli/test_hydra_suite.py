@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 from hydra import version
 from hydra.test_utils.launcher_common_tests import BatchedSweeperTestSuite, LauncherTestSuite
@@ -14,14 +12,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
 @pytest.fixture(autouse=True)
-def registered(hydra_restore_singletons: None) -> Iterator[None]:
-    """Our plug-ins, in a Hydra of the version that its tests were written for."""
-    before = version.getbase()
+def registered(hydra_restore_singletons: None) -> None:
+    """Our plug-ins, in a Hydra of the version that its tests were written for; the version is a singleton, too."""
     version.setbase("1.1")
     _register()
-    yield
-    if before is not None:
-        version.setbase(f"{before.major}.{before.minor}")
 
 
 @pytest.mark.parametrize(("launcher_name", "overrides"), [("qpipe", [])])
