@@ -331,7 +331,8 @@ class _Marks:
             if value is None or tensor is None or not _is_float(value) or value.name in self.left.values:
                 continue
             own = tensor.size == 1 or len(value.uses()) == 1
-            if other is not None and other in self.data and own and np.isfinite(tensor.numpy()).all():
+            largest = 1.0 if node.op_type == "PRelu" else np.finfo(np.float32).max  # slopes beyond 1 have no kernel
+            if other is not None and other in self.data and own and bool((tensor.numpy() <= largest).all()):
                 self.constants[str(value.name)] = str(other.name)
 
     def _table(self, node: ir.Node) -> None:
@@ -352,14 +353,24 @@ class _Marks:
             self.joined.join(inputs[0], [*inputs[1:], *outputs])
 
     def _bound(self, node: ir.Node) -> None:
-        """The input goes onto the output's grid, where nobody else reads it and the bounds are constants."""
+        """The input goes onto the output's grid, where nobody else reads it and the bounds are constants. So does each
+        that is joined and has come from a kernel of its own, which then rounds it once and not twice."""
         from qpipe.model.structure.composite import data_inputs, only_consumer
 
         data = data_inputs(node, self.data)
-        constant = all(v is None or v is data[0] or v.is_initializer() for v in node.inputs)
-        if len(data) == 1 and constant and only_consumer(data[0]) is node:
-            self.cut[data[0]] = node.outputs[0]
-            self._share(node, data)
+        if node.op_type == "Concat":
+            chosen = [value for value in data if self._computed(value)]
+        else:
+            chosen = data if len(data) == 1 and all(v is data[0] or _is_constant(v) for v in node.inputs) else []
+        for value in chosen:
+            if only_consumer(value) is node:
+                self.cut[value] = node.outputs[0]
+                self.joined.join(value, [node.outputs[0]])
+
+    def _computed(self, value: ir.Value) -> bool:
+        """Whether a value is computed, not moved from one that others may read, and on no grid that its kernel wants."""
+        node = value.producer()
+        return node is not None and not (node.op_type in self.target.share or node.op_type == "Softmax" or _picks(node))
 
     def follows(self, groups: Iterable[tuple[str, ...]]) -> dict[str, str]:
         """What is cut off or passed over afterwards, and the last value of its group that it comes down to."""
@@ -488,6 +499,10 @@ def _narrow(model: Network, op_types: Iterable[str]) -> frozenset[ir.Node]:
     return frozenset(
         model.graph.node(layer.name) for layer in chosen if layer.weight_shape[:2] == (1, 1) and layer.groups == 1
     )
+
+
+def _is_constant(value: ir.Value | None) -> bool:
+    return value is None or value.is_initializer()
 
 
 def _within(positions: tuple[int, ...], node: ir.Node) -> list[int]:

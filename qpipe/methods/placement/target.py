@@ -131,7 +131,7 @@ class Target:
     - `bound`: operators that cut values off; one that alone reads its input puts it on the grid of its
       output, where what would be cut off saturates;
     - `on_codes`: operators that a file has on codes between roundings on one grid of 8 bits: Min and Max, and those of
-      `share` that move values; and Sub, as the sum of codes under a negative scale;
+      `share` that move values; Sub, as the sum of codes under a negative scale, and PRelu, as the larger of two products;
     - `constants`: operators (of two inputs) whose constant operand has a grid of its own, like that of an activation of
       8 bits;
     - `tables`: operators that look up values in a constant, whose table has such a grid, and they the same;
@@ -169,8 +169,8 @@ class Target:
     nodes: Nodes = Nodes()
 
     def __post_init__(self) -> None:
-        if strange := sorted(set(self.on_codes) - {"Min", "Max", "Sub", *self.share}):
-            raise ValueError(f"on_codes takes Min, Max, Sub and what stands in share, got {', '.join(strange)}.")
+        if strange := sorted(set(self.on_codes) - {"Min", "Max", "Sub", "PRelu", *self.share}):
+            raise ValueError(f"on_codes takes Min, Max, Sub, PRelu and what stands in share, got {', '.join(strange)}.")
         both = sorted(set(self.share) & set(self.quantize))
         if both:
             raise ValueError(f"{', '.join(both)} cannot stand in both quantize and share.")
