@@ -331,8 +331,8 @@ class _Marks:
             if value is None or tensor is None or not _is_float(value) or value.name in self.left.values:
                 continue
             own = tensor.size == 1 or len(value.uses()) == 1
-            largest = 1.0 if node.op_type == "PRelu" else np.finfo(np.float32).max  # slopes beyond 1 have no kernel
-            if other is not None and other in self.data and own and bool((tensor.numpy() <= largest).all()):
+            steep = node.op_type == "PRelu" and tensor.size > 1 and (tensor.numpy() > 1).any()  # there is no kernel
+            if other is not None and other in self.data and own and np.isfinite(tensor.numpy()).all() and not steep:
                 self.constants[str(value.name)] = str(other.name)
 
     def _table(self, node: ir.Node) -> None:
@@ -368,7 +368,7 @@ class _Marks:
                 self.joined.join(value, [node.outputs[0]])
 
     def _computed(self, value: ir.Value) -> bool:
-        """Whether a value is computed, not moved from one that others may read, and on no grid that its kernel wants."""
+        """Whether a value is computed, not moved from what others may read, and on no grid that its kernel wants."""
         node = value.producer()
         return node is not None and not (node.op_type in self.target.share or node.op_type == "Softmax" or _picks(node))
 

@@ -23,7 +23,15 @@ import onnx_ir as ir
 
 from qpipe.model.network.invariants import constant, constant_tensor
 from qpipe.model.network.naming import fresh_name
-from qpipe.model.qdq.nodes import dequantizes, floats_of, grid, has_constant_grid, has_grid, initializer, quantizes
+from qpipe.model.qdq.nodes import (
+    dequantizes,
+    floats_of,
+    grid,
+    has_constant_grid,
+    has_grid,
+    initializer,
+    quantizes,
+)
 from qpipe.numerics.grid import same_grid
 
 _8_BITS = {ir.DataType.INT8, ir.DataType.UINT8}
