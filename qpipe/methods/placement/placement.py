@@ -331,8 +331,7 @@ class _Marks:
             if value is None or tensor is None or not _is_float(value) or value.name in self.left.values:
                 continue
             own = tensor.size == 1 or len(value.uses()) == 1
-            steep = node.op_type == "PRelu" and tensor.size > 1 and (tensor.numpy() > 1).any()  # there is no kernel
-            if other is not None and other in self.data and own and np.isfinite(tensor.numpy()).all() and not steep:
+            if other is not None and other in self.data and own and np.isfinite(tensor.numpy()).all():
                 self.constants[str(value.name)] = str(other.name)
 
     def _table(self, node: ir.Node) -> None:

@@ -131,7 +131,7 @@ class Target:
     - `bound`: operators that cut values off, and Concat; one that alone reads its input puts it on the grid of its
       output, where what would be cut off saturates, and what is joined is rounded once;
     - `on_codes`: operators that a file has on codes between roundings on one grid of 8 bits: Min and Max, and those of
-      `share` that move values; Sub, as the sum of codes under a negative scale; PRelu, as the larger of two products;
+      `share` that move values; Sub, as the sum of codes under a negative scale; PRelu, as the sum of its two parts;
     - `constants`: operators (of two inputs) whose constant operand has a grid of its own, like that of an activation of
       8 bits;
     - `tables`: operators that look up values in a constant, whose table has such a grid, and they the same;

@@ -1,21 +1,20 @@
 """What onnxruntime (1.32) has no integer kernel for, as what it has one for: the same bits.
 
-    DQ(a, s, z) - DQ(b, t, y) -> Q(r, w)         DQ(a, s, z) + DQ(b, -t, y) -> Q(r, w)
-    DQ(a, s, z) -> PRelu(k) -> Q(r, w) -> DQ     Max(Q(1 DQ(a, s, z); r, w), Q(k DQ(a, s, z); r, w)) -> DQ
+    DQ(a, s, z) - DQ(b, t, y) -> Q       DQ(a, s, z) + DQ(b, -t, y) -> Q
+    DQ(a, s, z) -> PRelu(k) -> Q         DQ(Max(a, z), s, z) + DQ(Q(k DQ(Min(a, z), s, z))) -> Q
 
 **Differences.** There is a kernel for the sum of two activations on codes, and none for their difference, which runs in
 float between two conversions. Both are the same floats, bit for bit. Read back, the sum is the difference again; with a
 constant it is the sum with its negative.
 
-**PRelu.** x where it is positive, k x elsewhere, is max(x, k x) for slopes up to 1, and rounding keeps the order. The
-product with 1, exact, brings x onto the grid of what comes out; where it is on that already, its codes are taken as
-they are. With one slope for all it is a LeakyRelu, which has a kernel.
+**PRelu.** What is positive and k times what is not, each on codes, the product on the grid of what comes out: one of
+the two is 0, which is on both grids, so that their sum is the other, and rounded as that was. With one slope for all it
+is a LeakyRelu, which has a kernel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -49,16 +48,17 @@ def take_kernels(graph: ir.Graph, op_types: Collection[str], keep: Collection[st
         if node.op_type == "Sub" and all(_decoded(value) for value in node.inputs):
             _turn(graph, node, "Add", keep)
         elif node.op_type == "PRelu" and _decoded(node.inputs[0]):
-            _write_maximum(graph, node, readers[0])
+            _write_parts(graph, node, readers[0], keep)
 
 
 def read_kernels(graph: ir.Graph) -> set[str]:
     """Make again what `take_kernels` wrote otherwise, in place; the operators that there were."""
     found = set[str]()
     for node in list(graph):
-        if node.op_type == "Max" and not node.domain and _read_maximum(graph, node):
-            found.add("PRelu")
         if node.op_type != "Add" or node.domain or not _decoded(node.inputs[1]):
+            continue
+        if _read_parts(graph, node):
+            found.add("PRelu")
             continue
         source = node.inputs[1].producer()  # type: ignore[union-attr]
         scale = None if source is None else constant(source, 1)
@@ -91,123 +91,100 @@ def _turn(graph: ir.Graph, node: ir.Node, op_type: str, keep: Collection[str] = 
             output.name = str(name).removesuffix("__negative")
 
 
-def _write_maximum(graph: ir.Graph, node: ir.Node, last: ir.Node) -> None:
-    """A PRelu, where it can be, whose output `last` alone rounds."""
+def _write_parts(graph: ir.Graph, node: ir.Node, last: ir.Node, keep: Collection[str]) -> None:
+    """A PRelu whose output `last` alone rounds, where it can be, as the sum of its two parts."""
     x, slope = node.inputs
     slopes = None if slope is None else _floats(slope)
-    if x is None or slope is None or slopes is None:
+    first = None if x is None else x.producer()
+    if x is None or slope is None or slopes is None or first is None:
         return
     if slopes.size == 1:
         node.op_type = "LeakyRelu"
         node.attributes["alpha"] = ir.AttrFloat32("alpha", float(slopes.reshape(-1)[0]))
         node.resize_inputs(1)
-        if not slope.uses() and not slope.is_graph_output():
-            graph.remove(slope.producer(), safe=True)  # type: ignore[arg-type]
+        _remove_unread(graph, slope.producer())
         return
-    first = x.producer()
-    if slopes.max() > 1 or first is None:
-        return
-    result, title = last.outputs[0], str(node.name)
-    sides = [_product(graph, node, slope, last, f"{title}__negative")]
-    if same_grid(grid(first), grid(last)):
-        sides.insert(0, first.inputs[0])
-    else:
-        sides.insert(0, _product(graph, node, _one(graph, last), last, f"{title}__positive"))
-    name, result.name = result.name, None
-    output = ir.Value(name=name, type=result.type, shape=result.shape)
-    made = ir.node("Max", sides, outputs=[output], name=title)
-    made.metadata_props.update(node.metadata_props)
-    graph.insert_before(last, made)
-    result.replace_all_uses_with(output)
-    graph.remove([last, node], safe=True)
+    codes, title = first.inputs[0], str(node.name)
+    assert codes is not None
+    parts = []
+    for op_type, side in (("Max", _POSITIVE), ("Min", "__negative")):
+        (part,) = _put(graph, node, op_type, [codes, first.inputs[2]], codes, f"{x.name}{side}__quantized")
+        parts += _put(graph, node, "DequantizeLinear", [part, *first.inputs[1:]], x, f"{x.name}{side}")
+    (product,) = _put(graph, node, "Mul", [parts[1], slope], node.outputs[0], f"{title}__product__float")
+    grid_behind, name = last.inputs[1:], f"{title}__product"
+    (rounded,) = _put(graph, node, "QuantizeLinear", [product, *grid_behind], last.outputs[0], f"{name}__quantized")
+    parts[1:] = _put(graph, node, "DequantizeLinear", [rounded, *grid_behind], product, name)
+    node.op_type = "Add"
+    for index, value in enumerate(parts):
+        node.replace_input_with(index, value)
+    if x.name not in keep:
+        _remove_unread(graph, first)
 
 
-def _product(graph: ir.Graph, node: ir.Node, factor: ir.Value, last: ir.Node, title: str) -> ir.Value:
-    """The codes of what `node` reads times `factor`, on the grid of `last`."""
-    like, codes = node.outputs[0], last.outputs[0]
-    floats = ir.Value(name=fresh_name(graph, title), type=like.type, shape=like.shape)
-    rounded = ir.Value(name=fresh_name(graph, f"{title}__quantized"), type=codes.type, shape=codes.shape)
-    graph.insert_before(
-        last,
-        [
-            ir.node("Mul", [node.inputs[0], factor], outputs=[floats], name=floats.name),
-            ir.node("QuantizeLinear", [floats, *last.inputs[1:]], outputs=[rounded], name=f"{title}__quantize"),
-        ],
-    )
-    return rounded
+_POSITIVE = "__positive"
 
 
-def _one(graph: ir.Graph, last: ir.Node) -> ir.Value:
-    """1, as a code of the type that `last` gives: one for the graph."""
-    known: dict[Any, ir.Value] = graph.meta.setdefault(_ONES, {})
-    point = last.inputs[2]
-    assert point is not None
-    assert point.dtype is not None
-    if point.dtype not in known:
-        kind = point.dtype.numpy()
-        given = [("one__quantized", kind.type(1)), ("one__scale", np.float32(1)), ("one__zero_point", kind.type(0))]
-        inputs = [initializer(fresh_name(graph, name), np.asarray(number)) for name, number in given]
-        for value in inputs:
-            graph.register_initializer(value)
-        output = ir.Value(name=fresh_name(graph, "one"), type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([]))
-        made = ir.node("DequantizeLinear", inputs, outputs=[output], name=fresh_name(graph, "one__dequantize"))
-        graph.insert_before(graph[0], made)
-        known[point.dtype] = output
-    return known[point.dtype]
+def _put(
+    graph: ir.Graph, before: ir.Node, op_type: str, inputs: list[ir.Value | None], like: ir.Value, name: str
+) -> list[ir.Value]:
+    """The output of a new node, of the type and shape of `like`, under a free name."""
+    output = ir.Value(name=fresh_name(graph, name), type=like.type, shape=like.shape)
+    graph.insert_before(before, ir.node(op_type, inputs, outputs=[output], name=output.name))
+    return [output]
 
 
-_ONES = "qpipe.ones"
-
-
-def _read_maximum(graph: ir.Graph, node: ir.Node) -> bool:
-    """A PRelu again, of the larger of two products; whether it was one."""
-    products = [_read_product(value) for value in node.inputs]
-    if len(products) != 2 or products[1] is None:
+def _read_parts(graph: ir.Graph, node: ir.Node) -> bool:
+    """A PRelu again, of the sum of its parts; whether it was one."""
+    positive, product = (_chain(value, *op_types) for value, op_types in zip(node.inputs, _PARTS, strict=True))
+    if positive is None or product is None:
         return False
-    x, slope, last = products[1]
-    first, codes = x.producer(), node.inputs[0]
-    if products[0] is not None:
-        same = products[0][0] is x and _is_one(products[0][1]) and same_grid(grid(products[0][2]), grid(last))
-    else:
-        same = first is not None and codes is first.inputs[0] and same_grid(grid(first), grid(last))
-    if not same:
+    (decoded, above), (rounded, rounding, scaled, below, bound) = positive, product
+    codes, slope = above.inputs[0], scaled.inputs[1]
+    whole = bound.inputs[0] is codes and _splits(above, decoded) and _splits(bound, below)
+    same = same_grid(grid(decoded), grid(below)) and same_grid(grid(rounded), grid(rounding))
+    if codes is None or slope is None or constant_tensor(slope) is None or not (whole and same):
         return False
-    output = node.outputs[0]
-    floats = ir.Value(type=x.type, shape=output.shape)
-    made = ir.node("PRelu", [x, slope], outputs=[floats], name=node.name)
-    made.metadata_props.update(node.metadata_props)
-    rounding = ir.node("QuantizeLinear", [floats, *last.inputs[1:]], name=f"{node.name}__quantize")
-    rounding.outputs[0].type, rounding.outputs[0].shape = output.type, output.shape
-    name, output.name = output.name, None
-    rounding.outputs[0].name = name
-    base = str(name).removesuffix("__quantized")
-    floats.name = fresh_name(graph, f"{base}__float")
-    graph.insert_before(node, [made, rounding])
-    output.replace_all_uses_with(rounding.outputs[0])
-    graph.remove(node, safe=True)
-    for _, _, rounds in filter(None, products):
-        product = rounds.inputs[0]
-        if not rounds.outputs[0].uses() and product is not None and len(product.uses()) == 1:
-            graph.remove([rounds, product.producer()], safe=True)  # type: ignore[list-item]
+    known = [reader for reader in codes.consumers() if dequantizes(reader) and same_grid(grid(reader), grid(decoded))]
+    if known:
+        (x,) = known[0].outputs
+    else:
+        name = str(decoded.outputs[0].name).removesuffix(_POSITIVE)
+        (x,) = _put(graph, node, "DequantizeLinear", [codes, *decoded.inputs[1:]], decoded.outputs[0], name)
+    node.op_type = "PRelu"
+    for index, value in enumerate((x, slope)):
+        node.replace_input_with(index, value)
+    for part in (*product, *positive):
+        _remove_unread(graph, part)
     return True
 
 
-def _read_product(codes: ir.Value | None) -> tuple[ir.Value, ir.Value, ir.Node] | None:
-    """What is multiplied, by what constant, and what rounds it, where `codes` are made so."""
-    last = None if codes is None else codes.producer()
-    product = None if last is None or not quantizes(last) or not has_grid(last) else last.inputs[0]
-    node = None if product is None else product.producer()
-    if last is None or node is None or node.op_type != "Mul" or node.domain:
-        return None
-    x, factor = node.inputs
-    if x is None or factor is None or not _decoded(x) or constant_tensor(factor) is None:
-        return None
-    return x, factor, last
+_PARTS = (("DequantizeLinear", "Max"), ("DequantizeLinear", "QuantizeLinear", "Mul", "DequantizeLinear", "Min"))
+"""What a PRelu's parts come from, backwards by first inputs."""
 
 
-def _is_one(value: ir.Value) -> bool:
-    tensor = constant_tensor(value)
-    return tensor is not None and tensor.size == 1 and float(tensor.numpy().reshape(-1)[0]) == 1.0
+def _chain(value: ir.Value | None, *op_types: str) -> list[ir.Node] | None:
+    """The nodes that `value` comes from, each by the first input of the one behind, where they are `op_types`."""
+    found = list[ir.Node]()
+    for op_type in op_types:
+        node = None if value is None else value.producer()
+        if node is None or node.op_type != op_type or node.domain:
+            return None
+        if op_type.endswith("Linear") and not _is_8_bit(node):
+            return None
+        found.append(node)
+        value = node.inputs[0]
+    return found
+
+
+def _splits(bound: ir.Node, decoded: ir.Node) -> bool:
+    """Whether a Max or Min compares codes with that of 0."""
+    codes = constant(bound, 1)
+    return codes is not None and codes.size == 1 and int(codes.reshape(-1)[0]) == int(grid(decoded).zero_point)
+
+
+def _remove_unread(graph: ir.Graph, node: ir.Node | None) -> None:
+    if node is not None and not any(value.uses() or value.is_graph_output() for value in node.outputs):
+        graph.remove(node, safe=True)
 
 
 def _floats(value: ir.Value) -> npt.NDArray[np.float32] | None:
