@@ -127,9 +127,9 @@ _POSITIVE = "__positive"
 def _put(
     graph: ir.Graph, before: ir.Node, op_type: str, inputs: list[ir.Value | None], like: ir.Value, name: str
 ) -> list[ir.Value]:
-    """The output of a new node, of the type and shape of `like`, under a free name."""
+    """The output of a new node, of the type and shape of `like`, under a free name; the node has none."""
     output = ir.Value(name=fresh_name(graph, name), type=like.type, shape=like.shape)
-    graph.insert_before(before, ir.node(op_type, inputs, outputs=[output], name=output.name))
+    graph.insert_before(before, ir.node(op_type, inputs, outputs=[output]))
     return [output]
 
 
