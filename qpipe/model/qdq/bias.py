@@ -5,9 +5,6 @@
 A channel whose weights are all zero has the smallest scale there is, and its bias would not fit into 32 bits:
 it would vanish in the simulation and in the integer kernel alike. `effective_encodings` raises the scales of
 such channels as far as the bias needs. Where the weights are zero that changes nothing else.
-
-A bias that is an Add behind a MatMul stays float: no integer kernel takes it (onnxruntime 1.32 adds floats), and codes
-would be twice as large and a node to undo them.
 """
 
 from __future__ import annotations
@@ -48,8 +45,8 @@ def quantized_biases(model: Network) -> dict[tuple[str, int], QuantizedBias]:
     """The biases that get an int32 grid, by (node name, input position).
 
     Those of layers whose input and weight have encodings, the weight's per tensor or per output channel. None
-    where the bias has a grid of its own or is added by another node; none at all where the model's facts say that
-    biases are float.
+    where the bias, or the product that it is added to, has a grid of its own; none at all where the model's
+    facts say that biases are float.
     """
     if model.facts.biases == "float":
         return {}
@@ -58,12 +55,15 @@ def quantized_biases(model: Network) -> dict[tuple[str, int], QuantizedBias]:
         weight = model.encodings.get(layer.weight)
         if layer.bias is None or weight is None or layer.input not in model.encodings:
             continue
-        if layer.bias in model.encodings or layer.add is not None:
-            continue
+        if layer.bias in model.encodings or (layer.add and _product(model, layer.name) in model.encodings):
+            continue  # an Add of its own, as other tools quantize it
         repeats = _repeats(layer, weight)
         if repeats is None:
             continue
-        found[layer.name, 2] = QuantizedBias(layer.bias, layer.name, 2, layer.input, layer.weight, repeats)
+        node = layer.add or layer.name
+        position = 2 if layer.add is None else _position(model, layer.add, layer.bias)
+        bias = QuantizedBias(layer.bias, node, position, layer.input, layer.weight, repeats)
+        found[node, position] = bias
     return found
 
 
@@ -107,3 +107,12 @@ def _repeats(layer: Layer, weight: Encoding) -> int | None:
     # A depthwise transposed convolution has its output channels along axis 0 too.
     depthwise = layer.op_type == "ConvTranspose" and layer.weight_shape[1] == 1
     return 1 if weight.axis == 0 and depthwise and layer.weight_shape[0] == layer.groups else None
+
+
+def _product(model: Network, node: str) -> str:
+    return str(model.graph.node(node).outputs[0].name)
+
+
+def _position(model: Network, node: str, value: str) -> int:
+    names = [None if v is None else v.name for v in model.graph.node(node).inputs]
+    return names.index(value)
