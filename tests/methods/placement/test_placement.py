@@ -288,6 +288,25 @@ def test_a_table_and_what_is_looked_up_in_it_have_one_grid_where_8_bits_hold_it(
     assert set(found.constants) == {"table"}, "a head's weight has the grid of a weight"
 
 
+def test_a_table_of_positions_that_is_added_in_float_is_stored_on_a_grid_where_8_bits_hold_it() -> None:
+    text = """n (float[N,600,8] x) => (float[N,600,9] y) {
+        c = MatMul(x, u)  e = Add(c, table)  a = Add(e, loud)  r = Add(few, a)
+        l = LayerNormalization<axis=-1>(r, weight, shift)  y = MatMul(l, w) }"""
+    loud = normal(1, 600, 8)
+    loud[0, 3] *= 40
+    given = {"table": normal(600, 8), "loud": loud, "few": normal(8), "u": normal(8, 8), "w": normal(8, 9)}
+    proto = parsed(text, **given, weight=CONSTANTS["weight"], shift=CONSTANTS["shift"])
+    model, x = Model.from_proto(proto), {"x": normal(4, 600, 8)}
+    assert set(place(model, SHIPPED, scheme()).constants) == {"table"}
+    assert not place(model, SHIPPED, scheme(activation=16)).constants
+    found = calibrate(model, Samples(x), scheme=scheme(), target=SHIPPED)
+    plain = calibrate(model, Samples(x), scheme=scheme(), target=replace(SHIPPED, tables=()))
+    assert {"e", "a", "r"}.isdisjoint(found.encodings)
+    assert len(found.to_qdq().SerializeToString()) < len(plain.to_qdq().SerializeToString()) - 3 * 4800 + 500
+    assert deployed_db(found, proto, x) > deployed_db(plain, proto, x) - 0.5 > 30
+    assert Model.from_proto(found.to_qdq()).encodings.keys() == found.encodings.keys()
+
+
 def test_a_gate_that_comes_from_a_layer_is_no_function_written_out() -> None:
     placement = placed(
         """n (float[N,4,5,5] x) => (float[N,4,5,5] y) {
