@@ -134,7 +134,8 @@ class Target:
       `share` that move values; Sub, as the sum of codes under a negative scale; PRelu, as the sum of its two parts;
     - `constants`: operators (of two inputs) whose constant operand has a grid of its own, like that of an activation of
       8 bits;
-    - `tables`: operators that look up values in a constant, whose table has such a grid, and they the same;
+    - `tables`: operators that look up values in a constant, whose table has such a grid, and they the same; with any,
+      a table that is added in float (`float_sums`) is stored in 16 bits;
     - `softmax`: the grid of a Softmax's output: `fixed` at scale 2^-bitwidth with zero point qmin; `covering`, finer by
       powers of two as far as it holds what was seen; or `free`;
     - `composite`: operators that mark the inside of a function written out (Gelu, RMS norm, …), which runs in
