@@ -106,9 +106,9 @@ def place(model: Network, target: Target, scheme: Scheme) -> Placement:
         if data in grids and grids[data].bitwidth == 8 and name not in weights.weights
     }
     for name, data in marks.stored.items():
-        asked = schemes.activation((data,))
-        if asked is not None and asked.bitwidth == 8:
-            constants[name] = replace(asked, bitwidth=16, granularity="per_tensor", observer="minmax")
+        beside = schemes.activation((data,))
+        if beside is not None and beside.bitwidth == 8:
+            constants[name] = replace(beside, bitwidth=16, granularity="per_tensor", observer="minmax")
     fixed = marks.fixed(grids, groups) | marks.looked_up(constants, groups)
     in_order = {name: grids[name] for name in marks.names if name in grids and name not in fixed}
     follows = {name: last for name, last in marks.follows(groups).items() if name not in fixed}
@@ -357,7 +357,7 @@ class _Marks:
         with 8 a ViT lost 0.7 dB."""
         for value, other in (node.inputs, node.inputs[::-1]):
             if other in self.data and self._is_table(value) and len(value.uses()) == 1 and not self.left.has(node):
-                self.stored[str(value.name)] = str(other.name)  # type: ignore[union-attr]
+                self.stored[str(value.name)] = str(other.name)
 
     def _is_table(self, value: ir.Value | None) -> TypeGuard[ir.Value]:
         """Whether a constant is large, and 8 bits leave it near enough to what it is."""
