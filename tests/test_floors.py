@@ -66,7 +66,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "model.torch_export": (
         (*MODEL, "model.canon", "model.simulation"),
-        "errors names translations decomposition exporter fidelity",
+        "errors names translations decomposition shortcuts exporter fidelity",
     ),
     "model": ((*MODEL, "model.canon", "model.simulation", "model.files", "model.torch_export"), "model"),
     "methods": ((*MODEL, "model.simulation"), "preconditions running_cost"),

@@ -31,6 +31,7 @@ from qpipe.model.network.network import Network
 from qpipe.model.torch_export.decomposition import decomposing_in_place
 from qpipe.model.torch_export.errors import explain, lacking_operator, refuse_unfit_module, unwrapped
 from qpipe.model.torch_export.names import rename
+from qpipe.model.torch_export.shortcuts import shortcuts
 from qpipe.model.torch_export.translations import TRANSLATIONS
 
 BATCH = "batch"
@@ -189,7 +190,7 @@ def _export(
 ) -> torch.onnx.ONNXProgram:
     # The fused kernels lay their result out otherwise than the form that the exporter takes attention
     # apart into, and a view that was traced over the one does not fit the other.
-    with _quiet(), _uncollected(), sdpa_kernel(SDPBackend.MATH), decomposing_in_place():
+    with _quiet(), _uncollected(), sdpa_kernel(SDPBackend.MATH), decomposing_in_place(), shortcuts():
         program = torch.onnx.export(
             module,
             args if kwargs else (*args, {}),  # it takes a dict at the end for named arguments
