@@ -1,7 +1,7 @@
 """What torch's exporter does for every export and needs for few: left out, and what is exported is the same.
 
-    signatures      of all 500 functions that write operators, out of their sources; one is worked out when it is needed,
-                    as the exporter does by itself where it finds none
+    signatures      of all 500 functions that write operators, out of their sources: one is worked out when it is
+                    needed, as the exporter does by itself where it finds none
     type promotion  runs the whole program once more to know what each node gives, which the program says already
 
 A sixth of the time that an export takes. All that is replaced is private: where a name is missing, takes other
