@@ -16,9 +16,11 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from qpipe.param import uncollected
 
 _HELD = 1 << 28  # bytes
 _KEPT_BLOCK = 1 << 25  # bytes; the most that every glibc takes
@@ -204,6 +206,24 @@ def load_late(names: tuple[str, ...] = LATE) -> None:
 
     importlib's LazyLoader is no way: before Python 3.12 it loads as soon as a module is imported by name."""
     sys.meta_path.insert(0, _Late(names))
+
+
+AHEAD = {"torch": "torch", "onnx-ir": "onnx_ir", "onnxruntime": "onnxruntime"}
+"""Distributions whose import takes longer than many an action does, and what is imported of them."""
+
+
+def load_ahead(libraries: Iterable[str]) -> None:
+    """Import those of `AHEAD` among the distributions `libraries` that are not loaded yet, and never look for garbage
+    in what is loaded then: of an action itself, what it computes is measured, and nothing else."""
+    missing = [name for each, name in AHEAD.items() if each in libraries and name not in sys.modules]
+    if not missing:
+        return
+    gc.collect()  # of the little that there is
+    with uncollected():
+        for name in missing:
+            with contextlib.suppress(Exception):  # the action that needs it says why it cannot be imported
+                importlib.import_module(name)
+        gc.freeze()
 
 
 class _Late(importlib.abc.MetaPathFinder):

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 from qpipe.cache.store import Store
 from qpipe.plan.verdicts import Request
 from qpipe.run.isolation import Isolation
-from qpipe.run.machine import keep_freed_memory, load_late, set_threads
+from qpipe.run.machine import keep_freed_memory, load_ahead, load_late, set_threads
 from qpipe.run.performing import failure, perform
 
 Event = dict[str, Any]
@@ -245,6 +245,7 @@ def serve(store: Store, threads: int, fd: int) -> None:
     with store.using():  # whatever its actions put or find stays at least until this process ends
         while True:
             request = requests.get()
+            load_ahead(request.get("ingredients", {}).get("libraries", ()))
             try:
                 event = {"event": "done", **perform(request, store, emit, threads, isolation)}
             except Exception as error:  # the node's failure, whatever it is; the worker lives on
