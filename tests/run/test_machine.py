@@ -148,3 +148,19 @@ except ImportError as error:
     print(error.name)
 """
     assert told(program) == ["nothing_of_the_kind", "nothing_of_the_kind", "nowhere"]
+
+
+AHEAD = """
+import gc, sys
+from qpipe.run import machine
+machine.AHEAD = {"one": "decimal", "two": "nowhere_at_all", "three": "fractions"}
+machine.load_ahead(("one", "two", "numpy"))
+print("decimal" in sys.modules, "fractions" in sys.modules, gc.isenabled(), gc.get_freeze_count() > 1000)
+before = gc.get_freeze_count()
+machine.load_ahead(("one",))
+print(gc.get_freeze_count() == before)
+"""
+
+
+def test_what_an_action_computes_with_is_loaded_before_it_and_never_looked_through() -> None:
+    assert told(AHEAD) == ["True", "False", "True", "True", "True"]
