@@ -18,6 +18,7 @@ Source: own; sqnr is known as tf_enhanced in AIMET, whose AutoQuant tries scheme
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -248,6 +249,7 @@ def quantscheme_select(
     )  # fmt: skip
     score = scored(model, evaluation or calibration, metric, batch_size, limit, ctx)
 
+    @functools.cache
     def placed(side: str, candidate: TensorScheme) -> Placement:
         return place(model, target, with_candidate(scheme, side, candidate))
 

@@ -1,4 +1,4 @@
-"""The machine under an action: time and memory spent, threads, and what no key holds but may decide the last bits."""
+"""The machine under an action: time, memory, threads, libraries, and what no key holds but may decide the last bits."""
 
 from __future__ import annotations
 
