@@ -66,8 +66,8 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
         "soundness onnx_reader given encodings_reader encodings_writer state_dict onnx_writer",
     ),
     "model.torch_export": (
-        (*MODEL, "model.canon", "model.simulation"),
-        "errors names translations decomposition exporter fidelity",
+        (*MODEL, "param", "model.canon", "model.simulation"),
+        "errors names translations decomposition shortcuts exporter fidelity",
     ),
     "model": ((*MODEL, "model.canon", "model.simulation", "model.files", "model.torch_export"), "model"),
     "methods": ((*MODEL, "model.simulation"), "preconditions running_cost"),
