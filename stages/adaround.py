@@ -61,19 +61,6 @@ def refuse_unread(given: Mapping[str, Any]) -> None:
                 raise InputError(f"adaround: '{name}' needs asymmetric: true, got false. Leave one of them out.")
 
 
-def with_biases(model: Network) -> Network:
-    """The model with a bias of its own for each layer to be tuned; a MatMul without one stays without."""
-    from qpipe.methods.rounding.walk import tunable_layers
-    from qpipe.model.structure.channels import bias_vector, own_bias, set_bias
-
-    editor = model.edit()
-    for layer in tunable_layers(model)[0]:
-        if layer.bias is not None or layer.op_type != "MatMul":
-            own = own_bias(editor, layer)
-            set_bias(editor, own, bias_vector(editor, own))
-    return editor.model()
-
-
 def refuse_untunable(model: Network, layers: tuple[Layer, ...], reasons: Mapping[str, str]) -> None:
     """Errors: InputError where there is no layer to tune, with the way out."""
     if layers:
@@ -141,10 +128,11 @@ def adaround(
     refuse_unread(locals())
     from qpipe.methods.rounding.by_gradient import GradientOptions, round_by_gradient
     from qpipe.methods.rounding.by_gram import round_by_gram
-    from qpipe.methods.rounding.walk import Walk, round_in_order, tunable_layers
+    from qpipe.methods.rounding.walk import Walk, round_in_order, tunable_layers, with_biases
     from qpipe.numerics.rounding.gram import GramOptions
 
-    source = with_biases(model) if solver == "gram" and bias_correction else model
+    gains_biases = solver == "gram" and bias_correction
+    source = with_biases(model, tunable_layers(model)[0]) if gains_biases else model
     layers, reasons = tunable_layers(source)
     if not layers and model.facts.came_quantized:
         ctx.note(

@@ -67,13 +67,16 @@ def polish(
     whose float weights are gone, outputs without a gradient, and data that do not fit.
     """
     from qpipe.methods.learning.objective import Objective, variances_of
-    from qpipe.methods.learning.whole import Whole, float_of, refuse_unlearnable, targets_of, trained
+    from qpipe.methods.learning.reference import reference_of
+    from qpipe.methods.learning.whole import Whole, learnable, refuse_unlearnable, targets_of, trained
     from qpipe.numerics.learning.options import LearningOptions
 
     if model.facts.came_quantized:
         ctx.note("The model came quantized, and its weights stay on their grids: polish leaves it as it is.")
         return model
-    reference, arrays = float_of(model, float_model, "polish"), thinned(data.arrays, limit)
+    weights, values = learnable(model).weights, [spec.name for spec in model.outputs]
+    reference = reference_of(model, float_model, weights, values, "polish")
+    arrays = thinned(data.arrays, limit)
     targets = targets_of(reference, arrays, outputs, ctx.device)
     whole = Whole(model, arrays, targets, device=ctx.device)
     refuse_unlearnable(whole, "polish")

@@ -106,13 +106,16 @@ def qat(
     weights are gone, labels that are missing, outputs without a gradient; StageError for a loss that fails.
     """
     from qpipe.methods.learning.objective import Objective, variances_of
-    from qpipe.methods.learning.whole import Whole, float_of, refuse_unlearnable, targets_of, trained
+    from qpipe.methods.learning.reference import reference_of
+    from qpipe.methods.learning.whole import Whole, learnable, refuse_unlearnable, targets_of, trained
     from qpipe.numerics.learning.options import LearningOptions
 
     if model.facts.came_quantized:
         ctx.note("The model came quantized, and its weights stay on their grids: qat leaves it as it is.")
         return model
-    reference, arrays, task = float_of(model, float_model, "qat"), thinned(data.arrays, limit), task_of(loss, data)
+    weights, values = learnable(model).weights, [spec.name for spec in model.outputs]
+    reference = reference_of(model, float_model, weights, values, "qat")
+    arrays, task = thinned(data.arrays, limit), task_of(loss, data)
     labels = None if task is None or data.labels is None else thin(data.labels, limit)
     targets = targets_of(reference, arrays, outputs, ctx.device)
     whole = Whole(model, arrays, targets, labels, device=ctx.device)

@@ -13,8 +13,10 @@ from qpipe.numerics.scheme import Scheme, TensorScheme
 from qpipe.stage import Context, Samples
 from qpipe.stages.adaround import adaround
 from qpipe.stages.calibrate import calibrate
+from qpipe.stages.cle import cle
 from qpipe.stages.nearest import nearest
 from qpipe.stages.polish import polish
+from qpipe.stages.qat import qat
 
 W2A8 = Scheme(TensorScheme(2, True, True, "per_channel", observer="mse"), TensorScheme(8, False, False))
 NET = """n (float[N,3,8,8] x) => (float[N,5] y) {
@@ -102,8 +104,8 @@ def test_without_an_iteration_the_model_is_what_it_was(tuned, calibrated, from_f
     assert all(same_grid(found.encodings[name], encoding) for name, encoding in wanted.encodings.items())
 
 
-def test_a_model_that_cannot_gain_stays_and_says_so(tuned, notes):
-    bad = polish(tuned, samples(0, 60), tuned, iterations=10, rate_weights=0.0, rate_scales=3.0, ctx=notes)
+def test_a_model_that_cannot_gain_stays_and_says_so(tuned, calibrated, notes):
+    bad = polish(tuned, samples(0, 60), calibrated, iterations=10, rate_weights=0.0, rate_scales=3.0, ctx=notes)
     assert bad.metadata["polish"]["kept"] == "before"
     assert any("do not gain" in sentence for sentence in notes.notes)
     for name in tuned.params:
@@ -186,15 +188,26 @@ def test_killed_and_gone_on_it_ends_with_the_same_bits(tuned, calibrated):
 
 
 def test_tuned_weights_need_the_model_that_they_were_tuned_from(tuned, net, network):
-    with pytest.raises(InputError, match=r"polish\.float_model: the weights were tuned already \('k'\)"):
+    with pytest.raises(InputError, match=r"polish\.float_model: 'w' was tuned before, so its float values are gone"):
         polish(tuned, samples(0, 40))
+    with pytest.raises(InputError, match="was tuned there too"):
+        polish(tuned, samples(0, 40), tuned)
     other = network(NET, {**PARAMS, "k": (8, 8, 3, 3)})
     smaller = network("n (float[N,3,8,8] x) => (float[N,3,8,8] y) { y = Relu(x) }", {})
-    with pytest.raises(InputError, match="it has no weight 'w'"):
+    with pytest.raises(InputError, match=r"polish\.float_model: 'w' is not there"):
         polish(tuned, samples(0, 40), smaller)
     assert polish(tuned, samples(0, 40), other, iterations=0)
     with pytest.raises(InputError, match="no grid that could be learned"):
         polish(net, samples(0, 40))
+
+
+def test_a_float_model_from_before_cle_is_refused(net, calibrated, target):
+    """Its outputs are the same, its weights have the same names and shapes, and lie near enough."""
+    equalized = calibrate(cle(net), samples(0, 40), scheme=W2A8, target=target)
+    for stage in (polish, qat):
+        with pytest.raises(InputError, match=r"float_model: it did not go through the same 'cle'"):
+            stage(nearest(equalized), samples(0, 40), calibrated)
+    assert polish(nearest(equalized), samples(0, 40), equalized, iterations=0)
 
 
 def test_scales_that_are_powers_of_two_stay(net, target):

@@ -123,7 +123,7 @@ def test_what_cannot_be_is_said_in_one_line(start, net):
     data = labelled(net, samples(0, 40))
     with pytest.raises(InputError, match=r"qat\.loss: 'cross_entropy' needs labels, and the data have none"):
         qat(start, samples(0, 40), net, loss="cross_entropy")
-    with pytest.raises(InputError, match=r"qat\.float_model: the weights were tuned already"):
+    with pytest.raises(InputError, match=r"qat\.float_model: 'w' was tuned before"):
         qat(start, data)
     with pytest.raises(StageError, match="broken failed: KeyError"):
         qat(start, data, net, loss=f"{__name__}:broken")

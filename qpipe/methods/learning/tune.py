@@ -108,7 +108,7 @@ def tune(
             problem = replace(problem, weights=carry.sensitivity(part.output, outputs, seed))
         if tuning.begin == "gram":
             model = begun(
-                model, reference, part, carry, update_bias=tuning.begin_bias, memo=around.memo, note=around.note,
+                model, reference, part, carry, update_bias=tuning.begin_bias, memo=around.memo,
                 seed=lambda name: around.seed_of(str(around.seed), name),
             )  # fmt: skip
         found = _remembered(model, reference, part, problem, tuning, around, (number, len(parts)))

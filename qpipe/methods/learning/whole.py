@@ -199,26 +199,6 @@ def targets_of(
     return {name: array for name, array in counting(found, tuple(only)).items() if array.dtype.kind == "f"}
 
 
-def float_of(model: Network, float_model: Network | None, stage: str) -> Network:
-    """The model whose float outputs are to be matched. Errors: InputError where `float_model` is needed and is not
-    there, or is of another network."""
-    tuned = sorted(name for name, e in model.encodings.items() if e.frozen and name in model.params)
-    if float_model is None:
-        if tuned:
-            raise InputError(
-                f"{stage}.float_model: the weights were tuned already ('{tuned[0]}'), so that their float values are "
-                "gone. Wire float_model to the model that the tuning started from."
-            )
-        return model
-    for name in learnable(model).weights:
-        if name not in float_model.params or float_model.param(name).shape != model.param(name).shape:
-            raise InputError(
-                f"{stage}.float_model: it has no weight '{name}' of shape {list(model.param(name).shape)}. Wire it to "
-                "the model that the tuning started from, behind bnf and cle."
-            )
-    return float_model
-
-
 def refuse_unlearnable(whole: Whole, stage: str) -> None:
     """Errors: InputError where nothing is there to be learned, or the outputs have no gradient."""
     found = whole.learnable
