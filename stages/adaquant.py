@@ -18,8 +18,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from qpipe.errors import InputError
-from qpipe.numerics.thinning import thinned
-from qpipe.stage import NULL, Context, Range, Samples, stage
+from qpipe.numerics.metric_names import Metric
+from qpipe.numerics.thinning import thin, thinned
+from qpipe.stage import NULL, Context, Factory, Range, Samples, stage
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,7 +34,7 @@ def refuse_idle(given: Mapping[str, Any]) -> None:
         raise InputError(
             "adaquant.inputs: with drop_ratio 0 a part sees the float model's values alone, got parallel. Leave it out."
         )
-    for learned, rate in (("learn_scales", "scale_rate"), ("learn_steps", "step_rate"), ("update_bias", "bias_rate")):
+    for learned, rate in (("learn_scales", "lr_scales"), ("learn_steps", "lr_steps"), ("update_bias", "lr_biases")):
         if given[learned] is True and given[rate] == 0:
             raise InputError(f"adaquant.{rate}: {learned} is true, got 0. Set {learned}: false, or a rate above 0.")
 
@@ -56,11 +57,11 @@ def adaquant(
     seed: int = 0,
     iterations: Annotated[int, Range(ge=0)] = 300,
     batch_size: Annotated[int, Range(ge=1)] = 32,
-    learning_rate: Annotated[float, Range(ge=0)] = 5e-3,
+    lr: Annotated[float, Range(ge=0)] = 5e-3,
     rates: Literal["relative", "absolute"] = "relative",
-    bias_rate: Annotated[float, Range(ge=0)] = 1e-3,
-    scale_rate: Annotated[float, Range(ge=0)] = 1e-3,
-    step_rate: Annotated[float, Range(ge=0)] = 1e-3,
+    lr_biases: Annotated[float, Range(ge=0)] = 1e-3,
+    lr_scales: Annotated[float, Range(ge=0)] = 1e-3,
+    lr_steps: Annotated[float, Range(ge=0)] = 1e-3,
     schedule: Literal["cosine", "linear", "constant"] = "cosine",
     lr_adjust: tuple[float, float] | None = None,
     early_stop: Annotated[int, Range(ge=0)] = 0,
@@ -69,7 +70,7 @@ def adaquant(
     update_bias: bool = True,
     output_qdq: bool = False,
     drop_ratio: Annotated[float, Range(ge=0, le=1)] = 1.0,
-    selective_update: bool = True,
+    selective_update: bool | Metric | Factory = True,
     inputs: Literal["sequential", "parallel"] = "sequential",
     hold_out: Annotated[float, Range(ge=0, lt=1)] = 0.15,
     memory: Literal["auto", "ram", "disk"] = "auto",
@@ -81,20 +82,23 @@ def adaquant(
     what is tuned together: auto the blocks of the network, per_layer each layer, or the names of some; `ops` tunes
     these operators alone; `begin` gram solves the codes of a part when its turn has come, model takes those that are
     there; `limit` takes that many samples, evenly spread; `seed` draws what is random. `iterations` steps of
-    `batch_size` samples; `learning_rate` of weights, `bias_rate` of biases, `scale_rate` of the logarithms of weight
-    scales, `step_rate` of those of activations; `rates` relative counts weights in steps of their grids and biases in
+    `batch_size` samples; `lr` of weights, `lr_biases` of biases, `lr_scales` of the logarithms of weight
+    scales, `lr_steps` of those of activations; `rates` relative counts weights in steps of their grids and biases in
     the size of what they are added to, absolute in their own units; `schedule` takes the rates to 0; `lr_adjust`
     [threshold, rate] is another rate of weights where the error before lies above the threshold; `early_stop` ends
     after so many looks without a gain (0: never). `learn_scales` and `learn_steps` let the scales of weights and of
     activations move (null: unless they are powers of two); `update_bias` lets biases move; `output_qdq` counts the
     rounding of the output too; `drop_ratio` is the share of inputs that come from the quantized model, the others from
-    the float one; `selective_update` keeps a part only where the whole model's outputs err less; `inputs` parallel
+    the float one; `selective_update` keeps a part only where the whole model's outputs err less, or score higher by the
+    metric that it names (top1, …, module:function; labels from the data); `inputs` parallel
     shows each part what the untuned model gives. `hold_out` is the share of samples that only judge; `memory` says
     where what goes into the parts is kept. Errors: InputError for options that could not act, a model in which nothing
-    can be tuned, a float model of other values, and data that do not fit.
+    can be tuned, a float model of other values, labels that are missing, and data that do not fit; StageError for a metric
+    that fails.
     """
     refuse_idle(locals())
     from qpipe.methods.learning.blockwise import Division, activations, learn_by_parts, refuse_powers_of_two
+    from qpipe.methods.learning.selection import scored_by
     from qpipe.methods.learning.stretch import Randomness
     from qpipe.methods.learning.tune import Surroundings, Tuning
     from qpipe.numerics.learning.options import LearningOptions
@@ -104,13 +108,15 @@ def adaquant(
     if learn_steps:
         refuse_powers_of_two("adaquant", "learn_steps", model, activations(model))
     learning = LearningOptions(
-        iterations, batch_size, {"weight": learning_rate, "scale": scale_rate, "bias": bias_rate, "act_scale":
-        step_rate}, schedule=schedule, lr_adjust=lr_adjust, early_stop=early_stop, hold_out=hold_out,
+        iterations, batch_size, {"weight": lr, "scale": lr_scales, "bias": lr_biases, "act_scale":
+        lr_steps}, schedule=schedule, lr_adjust=lr_adjust, early_stop=early_stop, hold_out=hold_out,
     )  # fmt: skip
+    labels, metric = None if data.labels is None else thin(data.labels, limit), selective_update
+    score = None if isinstance(metric, bool) else scored_by(metric, labels, "adaquant.selective_update")
     tuning = Tuning(
         learning, "ste_weight", rates == "relative", learn_scales is not False, learn_steps is not False, update_bias,
         output_qdq=output_qdq, random=Randomness(share=drop_ratio), parallel=inputs == "parallel",
-        selective=selective_update, memory=memory, begin=begin, begin_bias=update_bias,
+        selective=bool(selective_update), score=score, memory=memory, begin=begin, begin_bias=update_bias,
     )  # fmt: skip
     arrays, division = thinned(data.arrays, limit), Division(blocks, ops)
     around = Surroundings(ctx.memo, ctx.seed, ctx.note, ctx.progress, ctx.device, seed)

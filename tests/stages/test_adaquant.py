@@ -39,7 +39,7 @@ from tests.stages.blockwise import (
 )
 
 BASE = {
-    "begin": "model", "iterations": 12, "batch_size": 16, "hold_out": 0.0, "learning_rate": 0.05,
+    "begin": "model", "iterations": 12, "batch_size": 16, "hold_out": 0.0, "lr": 0.05,
     "selective_update": False,
 }  # fmt: skip
 """From nearest codes, where everything gains."""
@@ -85,7 +85,7 @@ def test_the_same_bits_twice_from_files_and_after_a_kill():
 
 OPTIONS = {
     "blocks": "per_layer", "ops": ["Gemm"], "begin": "gram", "limit": 40, "seed": 1, "iterations": 13, "batch_size": 8,
-    "learning_rate": 0.02, "rates": "absolute", "bias_rate": 1e-2, "scale_rate": 1e-2, "step_rate": 0.5,
+    "lr": 0.02, "rates": "absolute", "lr_biases": 1e-2, "lr_scales": 1e-2, "lr_steps": 0.5,
     "schedule": "constant", "lr_adjust": (0.0, 0.2), "learn_scales": False, "learn_steps": False, "update_bias": False,
     "output_qdq": True, "drop_ratio": 0.5, "inputs": "parallel", "hold_out": 0.3,
 }  # fmt: skip
@@ -97,7 +97,7 @@ def test_an_option_acts(option):
 
 
 def test_the_options_that_act_now_and_then():
-    given = {**BASE, "learning_rate": 3.0, "schedule": "constant", "hold_out": 0.3, "iterations": 40}  # it runs away
+    given = {**BASE, "lr": 3.0, "schedule": "constant", "hold_out": 0.3, "iterations": 40}  # it runs away
     ran, stopped = (
         [report["iterations"] for report in found.metadata["adaquant"]["parts"].values()]
         for found in (adaquant(calibrated(), DATA, **given, early_stop=looks) for looks in (0, 1))
@@ -128,7 +128,7 @@ def test_a_weight_beyond_its_range_comes_back():
     model = calibrated().with_encodings({**calibrated().encodings, "v": narrow})
     at_the_end = np.abs(quantize_dequantize(model.param("v"), narrow)) >= 3 * narrow.scale[:, None] * (1 - 1e-6)
     tuned = adaquant(
-        model, DATA, reference, begin="model", iterations=60, learning_rate=0.1, learn_scales=False, hold_out=0.0
+        model, DATA, reference, begin="model", iterations=60, lr=0.1, learn_scales=False, hold_out=0.0
     )
     steps = np.abs(tuned.param("v")) / narrow.scale[:, None]
     assert at_the_end.mean() > 0.5
@@ -151,8 +151,8 @@ def test_what_cannot_be_is_refused_in_one_line():
         adaquant(net(), DATA)
     with pytest.raises(InputError, match="drop_ratio 0"):
         adaquant(calibrated(), DATA, drop_ratio=0.0, inputs="parallel")
-    with pytest.raises(InputError, match=r"adaquant.scale_rate: learn_scales is true, got 0"):
-        adaquant(calibrated(), DATA, learn_scales=True, scale_rate=0.0)
+    with pytest.raises(InputError, match=r"adaquant.lr_scales: learn_scales is true, got 0"):
+        adaquant(calibrated(), DATA, learn_scales=True, lr_scales=0.0)
 
 
 def test_powers_of_two_stay_and_asking_for_more_is_refused():

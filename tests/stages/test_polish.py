@@ -54,7 +54,7 @@ def tuned(calibrated):
     return adaround(calibrated, samples(0, 200))
 
 
-FAST = {"iterations": 60, "rate_weights": 1e-3, "rate_scales": 3e-3, "rate_biases": 1e-2}
+FAST = {"iterations": 60, "lr": 1e-3, "lr_scales": 3e-3, "lr_biases": 1e-2}
 
 
 def test_outputs_come_nearer_to_float_on_other_samples(tuned, calibrated):
@@ -105,7 +105,7 @@ def test_without_an_iteration_the_model_is_what_it_was(tuned, calibrated, from_f
 
 
 def test_a_model_that_cannot_gain_stays_and_says_so(tuned, calibrated, notes):
-    bad = polish(tuned, samples(0, 60), calibrated, iterations=10, rate_weights=0.0, rate_scales=3.0, ctx=notes)
+    bad = polish(tuned, samples(0, 60), calibrated, iterations=10, lr=0.0, lr_scales=3.0, ctx=notes)
     assert bad.metadata["polish"]["kept"] == "before"
     assert any("do not gain" in sentence for sentence in notes.notes)
     for name in tuned.params:
@@ -115,8 +115,8 @@ def test_a_model_that_cannot_gain_stays_and_says_so(tuned, calibrated, notes):
 @pytest.mark.parametrize(
     "options",
     [
-        {"loss": "kl"}, {"loss": "kl", "temperature": 3.0}, {"batch_size": 8}, {"rate_weights": 0.0},
-        {"rate_scales": 0.0}, {"rate_steps": 0.0}, {"rate_biases": 0.0}, {"hold_out": 0.4}, {"iterations": 9},
+        {"loss": "kl"}, {"loss": "kl", "temperature": 3.0}, {"batch_size": 8}, {"lr": 0.0},
+        {"lr_scales": 0.0}, {"lr_steps": 0.0}, {"lr_biases": 0.0}, {"hold_out": 0.4}, {"iterations": 9},
         {"limit": 100}, {"seed": 1}, {"early_stop": 1},
     ],
 )  # fmt: skip
@@ -125,22 +125,22 @@ def test_every_option_acts(net, target, options):
     data = samples(0, 120)
     scheme = replace(W2A8, weight=replace(W2A8.weight, bitwidth=4))
     start = nearest(calibrate(net, data, scheme=scheme, target=target))
-    fast = {"iterations": 12, "batch_size": 16, "rate_weights": 3e-2, "rate_scales": 1e-2, "rate_steps": 1e-2}
+    fast = {"iterations": 12, "batch_size": 16, "lr": 3e-2, "lr_scales": 1e-2, "lr_steps": 1e-2}
     plain, other = (polish(start, data, net, **{**fast, **each}) for each in ({}, options))
     reports = [each.metadata["polish"] for each in (plain, other)]
     assert reports[0]["kept"] == "after"
     if "early_stop" in options:
-        other = polish(start, data, net, **{**fast, "rate_weights": 10.0, **options})
+        other = polish(start, data, net, **{**fast, "lr": 10.0, **options})
         assert other.metadata["polish"]["iterations"] < 12
         return
     assert any(not np.array_equal(plain.param(name), other.param(name)) for name in plain.params)
-    if "rate_weights" in options:
+    if "lr" in options:
         assert reports[1]["changed"] == 0.0 < reports[0]["changed"]
-    if "rate_biases" in options:
+    if "lr_biases" in options:
         assert all(np.array_equal(other.param(name), start.param(name)) for name in ("b", "kb", "c"))
-    if "rate_steps" in options:
+    if "lr_steps" in options:
         assert all(same_grid(other.encodings[name], start.encodings[name]) for name in ("x", "r", "q", "s"))
-    if "rate_scales" in options:
+    if "lr_scales" in options:
         assert all(same_grid(other.encodings[name], start.encodings[name]) for name in ("w", "k", "v"))
 
 

@@ -15,7 +15,7 @@ from qpipe.stages.qat import qat, refuse_idle
 from tests.stages.test_polish import NET, PARAMS, Kept, error, samples
 
 W3A8 = Scheme(TensorScheme(3, True, True, "per_channel", observer="mse"), TensorScheme(8, False, False))
-FAST = {"epochs": 3.0, "batch_size": 16, "hold_out": 0.2, "looks": 4, "rate_weights": 3e-2, "rate_biases": 1e-2}
+FAST = {"epochs": 3.0, "batch_size": 16, "hold_out": 0.2, "looks": 4, "lr": 3e-2, "lr_biases": 1e-2}
 
 
 def hinge(outputs, labels):
