@@ -82,19 +82,18 @@ def adaquant(
     what is tuned together: auto the blocks of the network, per_layer each layer, or the names of some; `ops` tunes
     these operators alone; `begin` gram solves the codes of a part when its turn has come, model takes those that are
     there; `limit` takes that many samples, evenly spread; `seed` draws what is random. `iterations` steps of
-    `batch_size` samples; `lr` of weights, `lr_biases` of biases, `lr_scales` of the logarithms of weight
-    scales, `lr_steps` of those of activations; `rates` relative counts weights in steps of their grids and biases in
-    the size of what they are added to, absolute in their own units; `schedule` takes the rates to 0; `lr_adjust`
-    [threshold, rate] is another rate of weights where the error before lies above the threshold; `early_stop` ends
-    after so many looks without a gain (0: never). `learn_scales` and `learn_steps` let the scales of weights and of
-    activations move (null: unless they are powers of two); `update_bias` lets biases move; `output_qdq` counts the
-    rounding of the output too; `drop_ratio` is the share of inputs that come from the quantized model, the others from
-    the float one; `selective_update` keeps a part only where the whole model's outputs err less, or score higher by the
-    metric that it names (top1, …, module:function; labels from the data); `inputs` parallel
-    shows each part what the untuned model gives. `hold_out` is the share of samples that only judge; `memory` says
-    where what goes into the parts is kept. Errors: InputError for options that could not act, a model in which nothing
-    can be tuned, a float model of other values, labels that are missing, and data that do not fit; StageError for a metric
-    that fails.
+    `batch_size` samples; `lr` of weights, `lr_biases` of biases, `lr_scales` of the logarithms of weight scales,
+    `lr_steps` of those of activations; `rates` relative counts weights in steps of their grids and biases in the size
+    of what they are added to, absolute in their own units; `schedule` takes the rates to 0; `lr_adjust` [threshold,
+    rate] is another rate of weights where the error before lies above the threshold; `early_stop` ends after so many
+    looks without a gain (0: never). `learn_scales` and `learn_steps` let the scales of weights and of activations move
+    (null: unless they are powers of two); `update_bias` lets biases move; `output_qdq` counts the rounding of the
+    output too; `drop_ratio` is the share of inputs that come from the quantized model, the others from the float one;
+    `selective_update` keeps a part only where the whole model's outputs err less, or score higher by the metric that it
+    names (top1, …, module:function; labels from the data); `inputs` parallel shows each part what the untuned model
+    gives. `hold_out` is the share of samples that only judge; `memory` says where what goes into the parts is kept.
+    Errors: InputError for options that could not act, a model in which nothing can be tuned, a float model of other
+    values, labels that are missing, and data that do not fit; StageError for a metric that fails.
     """
     refuse_idle(locals())
     from qpipe.methods.learning.blockwise import Division, activations, learn_by_parts, refuse_powers_of_two

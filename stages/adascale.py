@@ -52,13 +52,13 @@ def adascale(
     """The model with weights stretched, rounded and frozen; `metadata["adascale"]` reports each block.
 
     `float_model` is the model that was tuned before into this one, the same before its weights moved. `blocks`: auto
-    the blocks of the network, per_layer each layer, or the names of some; `begin` gram solves the codes of a block
-    when its turn has come, model takes those that are there; `limit` takes that many samples, evenly spread; `seed`
-    draws what is random. `iterations` steps of `batch_size` samples; `lr_ranges` is the rate of the ranges, `lr_factors`
-    of the factors; `drop_ratio` the share of inputs that come from the quantized model; `activations` false learns
-    with activations in float. `selective_update` keeps a block only where the whole model's outputs err less;
-    `hold_out` is the share of samples that only judge; `memory` says where what goes into the blocks is kept. Errors:
-    InputError for a model in which nothing can be tuned, a float model of other values, and data that do not fit.
+    the blocks of the network, per_layer each layer, or the names of some; `begin` gram solves the codes of a block when
+    its turn has come, model takes those that are there; `limit` takes that many samples, evenly spread; `seed` draws
+    what is random. `iterations` steps of `batch_size` samples; `lr_ranges` is the rate of the ranges, `lr_factors` of
+    the factors; `drop_ratio` the share of inputs that come from the quantized model; `activations` false learns with
+    activations in float. `selective_update` keeps a block only where the whole model's outputs err less; `hold_out` is
+    the share of samples that only judge; `memory` says where what goes into the blocks is kept. Errors: InputError for
+    a model in which nothing can be tuned, a float model of other values, and data that do not fit.
     """
     from qpipe.methods.learning.blockwise import Division, learn_by_parts
     from qpipe.methods.learning.stretch import Randomness

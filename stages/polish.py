@@ -62,17 +62,24 @@ def polish(
 
     `float_model` gives the outputs to be matched and the weights' float values; it may be left out where no weight was
     tuned. `iterations` steps of `batch_size` samples follow `loss`: mse of the outputs, or kl of their softmax at
-    `temperature`; `features` weighs the errors of blocks' outputs beside it. A rate of 0 leaves a kind as it is: `lr` in steps of a weight's grid, `lr_scales` and
-    `lr_steps` of the logarithms of weights' scales and of activations' step sizes, `lr_biases` and `lr_norms` in
-    their own units. A share of `hold_out` judges ten times, by the squared error, and the best is kept that is worse, by
-    more than the noise, at none of several outputs; `early_stop`
-    ends after so many looks without a gain (0: never). `limit` takes that many samples, evenly spread; `outputs` names
-    those that count (none: all of floats); `seed` draws the batches. Errors: InputError for a model without grids, one
-    whose float weights are gone, outputs without a gradient, and data that do not fit.
+    `temperature`; `features` weighs the errors of blocks' outputs beside it. A rate of 0 leaves a kind as it is: `lr`
+    in steps of a weight's grid, `lr_scales` and `lr_steps` of the logarithms of weights' scales and of activations'
+    step sizes, `lr_biases` and `lr_norms` in their own units. A share of `hold_out` judges ten times, by the squared
+    error, and the best is kept that is worse, by more than the noise, at none of several outputs; `early_stop` ends
+    after so many looks without a gain (0: never). `limit` takes that many samples, evenly spread; `outputs` names those
+    that count (none: all of floats); `seed` draws the batches. Errors: InputError for a model without grids, one whose
+    float weights are gone, outputs without a gradient, and data that do not fit.
     """
     from qpipe.methods.learning.objective import Objective, variances_of
     from qpipe.methods.learning.reference import reference_of
-    from qpipe.methods.learning.whole import Whole, content_of, learnable, refuse_unlearnable, targets_of, trained
+    from qpipe.methods.learning.whole import (
+        Whole,
+        content_of,
+        learnable,
+        refuse_unlearnable,
+        targets_of,
+        trained,
+    )
     from qpipe.numerics.learning.options import LearningOptions
 
     if model.facts.came_quantized:

@@ -3,10 +3,11 @@
     min share * distillation + (1 - share) * task      over weights, their scales, step sizes, biases, normalizations
 
 The forward pass is the quantized network's; gradients go straight through the roundings, and step sizes have theirs
-(LSQ), or both ends of a range (`range_learning`). Distillation draws the outputs to the float model's, and needs no labels; `cross_entropy`, or a function of your
-own, draws them to the labels. Statistics of batch normalizations stay as they are. It begins at what the model is:
-after adaround there is less to learn than after calibrate. After each look the state is kept, so that what was killed
-goes on there, and the best that samples held out have seen is what comes out.
+(LSQ), or both ends of a range (`range_learning`). Distillation draws the outputs to the float model's, and needs no
+labels; `cross_entropy`, or a function of your own, draws them to the labels. Statistics of batch normalizations stay as
+they are. It begins at what the model is: after adaround there is less to learn than after calibrate. After each look
+the state is kept, so that what was killed goes on there, and the best that samples held out have seen is what comes
+out.
 
 Assumes: data as the network was trained on, thousands of samples; on a few hundred 'polish' does better.
 Source: Jacob et al., arXiv 1712.05877; Esser et al., "Learned Step Size Quantization", arXiv 1902.08153; Hinton et al.,
@@ -99,14 +100,14 @@ def qat(
     `float_model` gives the outputs that are distilled, and the weights' float values; it may be left out where no
     weight was tuned. `epochs` is how often the data are gone through, in batches of `batch_size` samples drawn at
     random. `loss` is distillation, cross_entropy of the labels, or module:function of (outputs, labels), torch tensors,
-    outputs by name where there are several; beside a task, distillation has this `share`. `distillation` is mse of
-    the outputs, or kl of their softmax at `temperature`. A rate of 0 leaves a kind as it is: `lr` in steps of
-    a weight's grid, `lr_scales` and `lr_steps` of the logarithms of weights' scales and of activations' step sizes,
-    `lr_biases` and `lr_norms` in their own units; all fall along a cosine. `range_learning` learns both ends of
-    activations' ranges, each a share of it, where zero points may move, instead of step sizes alone. A share of `hold_out` judges at so many
-    `looks`, by the loss (distillation alone: the squared error), and the best is kept; `early_stop` ends after so many
-    looks without a gain (0: never). `limit` takes that many samples, evenly spread; `outputs` names those that count
-    (none: all of floats); `seed` draws the batches. Errors: InputError for a model without grids, one whose float
+    outputs by name where there are several; beside a task, distillation has this `share`. `distillation` is mse of the
+    outputs, or kl of their softmax at `temperature`. A rate of 0 leaves a kind as it is: `lr` in steps of a weight's
+    grid, `lr_scales` and `lr_steps` of the logarithms of weights' scales and of activations' step sizes, `lr_biases`
+    and `lr_norms` in their own units; all fall along a cosine. `range_learning` learns both ends of activations'
+    ranges, each a share of it, where zero points may move, instead of step sizes alone. A share of `hold_out` judges at
+    so many `looks`, by the loss (distillation alone: the squared error), and the best is kept; `early_stop` ends after
+    so many looks without a gain (0: never). `limit` takes that many samples, evenly spread; `outputs` names those that
+    count (none: all of floats); `seed` draws the batches. Errors: InputError for a model without grids, one whose float
     weights are gone, labels that are missing, outputs without a gradient; StageError for a loss that fails.
     """
     from qpipe.methods.learning.objective import Objective, variances_of
@@ -126,8 +127,8 @@ def qat(
     refuse_unlearnable(whole, "qat")
     if range_learning and not whole.ranged:
         raise InputError(
-            "qat.range_learning: no activation's zero point may move, since their grids are symmetric or prescribed, got "
-            "true. Leave it out."
+            "qat.range_learning: no activation's zero point may move, since their grids are symmetric or prescribed, "
+            "got true. Leave it out."
         )
     rates = {"weight": lr, "scale": lr_scales, "act_scale": lr_steps}
     rates |= {"bias": lr_biases, "norm": lr_norms}

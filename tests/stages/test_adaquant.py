@@ -110,6 +110,37 @@ def test_the_options_that_act_now_and_then():
         assert report["kept"] == ("after" if better else "before")
 
 
+def positive(outputs, labels):
+    """A metric of a user's: the share of samples whose first output is above that of the label."""
+    return float((outputs[:, 0] > labels).mean())
+
+
+@pytest.mark.parametrize("metric", ["top1", "sqnr_db", f"{__name__}:positive"])
+def test_a_score_may_decide_what_is_kept(metric):
+    """Each part as the score of the whole model says, where it says the same of both as the error says."""
+    labels = np.asarray(net().session(quantized=False).run(None, DATA.arrays)[0]).argmax(1)
+    given = {**BASE, "iterations": 30, "lr": 0.2, "selective_update": metric}  # too fast: some parts get worse
+    tuned = adaquant(calibrated(), Samples(DATA.arrays, labels), **given)
+    reports = [r for r in tuned.metadata["adaquant"]["parts"].values() if "model_score_before" in r]
+    assert reports
+    for report in reports:
+        ends = ("before", "after")
+        before, after = ([report[f"model_{what}_{end}"] for what in ("score", "error")] for end in ends)
+        better = after[0] > before[0] or (after[0] == before[0] and after[1] < before[1])
+        assert report["kept"] == ("after" if better else "before")
+    final = tuned.metadata["adaquant"]["parts"]
+    if metric == "top1":  # the last part's score is that of the whole model in onnxruntime
+        last = list(final.values())[-1]
+        y = np.asarray(Model.of(tuned).session(mode="reference").run(None, DATA.arrays)[0])
+        said = last["model_score_after" if last["kept"] == "after" else "model_score_before"]
+        assert said == pytest.approx((y.argmax(1) == labels).mean(), abs=0.04)
+
+
+def test_a_score_that_needs_labels_is_refused_without():
+    with pytest.raises(InputError, match=r"adaquant.selective_update: 'top1' needs labels, and the data have none"):
+        adaquant(calibrated(), DATA, selective_update="top1")
+
+
 def test_update_bias_off_leaves_biases_and_a_named_block_leaves_the_rest():
     tuned = adaquant(calibrated(), DATA, **BASE, update_bias=False)
     assert all(tuned.param(name).tobytes() == calibrated().param(name).tobytes() for name in ("b", "kb", "mb", "c"))

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 from qpipe.errors import InputError
+from qpipe.model.simulation.run import run
 from qpipe.numerics.grid import quantize_dequantize, same_grid
+from qpipe.numerics.metrics import sqnr_db
+from qpipe.numerics.observers import weight_encoding
 from qpipe.numerics.scheme import Scheme, TensorScheme
 from qpipe.stage import Context, Samples
 from qpipe.stages.adaround import adaround
@@ -85,7 +88,6 @@ def test_what_is_simulated_while_learning_is_what_the_network_gives(tuned, calib
     import torch
 
     from qpipe.methods.learning.whole import Whole
-    from qpipe.model.simulation.run import run
 
     data = samples(1, 20)
     whole = Whole(tuned, data.arrays, {"y": np.zeros((20, 5), np.float32)})
@@ -117,7 +119,7 @@ def test_a_model_that_cannot_gain_stays_and_says_so(tuned, calibrated, notes):
     [
         {"loss": "kl"}, {"loss": "kl", "temperature": 3.0}, {"batch_size": 8}, {"lr": 0.0},
         {"lr_scales": 0.0}, {"lr_steps": 0.0}, {"lr_biases": 0.0}, {"hold_out": 0.4}, {"iterations": 9},
-        {"limit": 100}, {"seed": 1}, {"early_stop": 1},
+        {"limit": 100}, {"seed": 1}, {"early_stop": 1}, {"features": 1.0},
     ],
 )  # fmt: skip
 def test_every_option_acts(net, target, options):
@@ -151,6 +153,37 @@ def test_outputs_that_count_are_named(network, target):
     both, one = (polish(start, samples(0, 100), model, **FAST, outputs=names) for names in ((), ("f",)))
     assert not np.array_equal(both.param("w"), one.param("w"))
     np.testing.assert_array_equal(one.param("c"), start.param("c"))  # nothing of f depends on it
+
+
+def test_of_two_outputs_none_is_given_away(network, target):
+    """One whose own weight is coarse, one whose is fine: shifting what both read gains more than it costs."""
+    text = """n (float[N,6] x) => (float[N,4] y, float[N,4] z) {
+        m = MatMul(x, w)  h = Add(m, b)  r = Relu(h)  y = MatMul(r, v)  z = MatMul(r, u) }"""
+    model = network(text, {"w": (6, 8), "b": np.full(8, 1.0, np.float32), "v": (8, 4), "u": (8, 4)})
+    data = Samples({"x": np.random.default_rng(3).normal(size=(300, 6)).astype(np.float32)})
+    fine = calibrate(model, data, scheme=replace(W2A8, weight=replace(W2A8.weight, bitwidth=8)), target=target)
+    start = nearest(fine.with_encodings({**fine.encodings, "v": weight_encoding(model.param("v"), W2A8.weight, 1)}))
+    fast = {"iterations": 60, "lr": 0.0, "lr_scales": 0.0, "lr_steps": 0.0, "lr_biases": 5e-3}
+    alone, both = (polish(start, data, model, **fast, outputs=names) for names in (("y",), ()))
+    wanted = run(model, data.arrays, quantized=False)
+
+    def db(found):
+        outputs = run(found, data.arrays)
+        return np.array([sqnr_db(outputs[name], wanted[name]) for name in "yz"])
+
+    gained, lost = db(alone) - db(start)
+    assert (gained > 0.5, lost < -6.0) == (True, True)
+    assert (db(both) > db(start) - 0.1).all()
+    report = both.metadata["polish"]
+    assert sum(report["outputs_before"].values()) == pytest.approx(report["error_before"])
+
+
+def test_a_model_without_blocks_inside_has_no_features(network, target):
+    model = network("n (float[N,6] x) => (float[N,4] y) { y = MatMul(x, w) }", {"w": (6, 4)})
+    data = Samples({"x": np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)})
+    start = nearest(calibrate(model, data, scheme=W2A8, target=target))
+    with pytest.raises(InputError, match=r"polish\.features: no block ends inside the model"):
+        polish(start, data, model, features=1.0)
 
 
 class Kept(Context):
@@ -201,13 +234,15 @@ def test_tuned_weights_need_the_model_that_they_were_tuned_from(tuned, net, netw
         polish(net, samples(0, 40))
 
 
-def test_a_float_model_from_before_cle_is_refused(net, calibrated, target):
+def test_a_float_model_from_before_cle_is_refused(network, target):
     """Its outputs are the same, its weights have the same names and shapes, and lie near enough."""
-    equalized = calibrate(cle(net), samples(0, 40), scheme=W2A8, target=target)
+    text = "n (float[N,3,8,8] x) => (float[N,4,4,4] y) { t = Conv(x, w, b)  r = Relu(t)  y = Conv(r, k) }"
+    model, data = network(text, {"w": (8, 3, 3, 3), "b": (8,), "k": (4, 8, 3, 3)}), samples(0, 40)
+    plain, equalized = (calibrate(each, data, scheme=W2A8, target=target) for each in (model, cle(model)))
     for stage in (polish, qat):
         with pytest.raises(InputError, match=r"float_model: it did not go through the same 'cle'"):
-            stage(nearest(equalized), samples(0, 40), calibrated)
-    assert polish(nearest(equalized), samples(0, 40), equalized, iterations=0)
+            stage(nearest(equalized), data, plain)
+    assert polish(nearest(equalized), data, equalized, iterations=0)
 
 
 def test_scales_that_are_powers_of_two_stay(net, target):

@@ -301,8 +301,8 @@ class Carry:
         return ahead.held[name], self.float.held[name]
 
     def outputs(self, part: Part, model: Network, names: Sequence[str], units: Array) -> dict[str, Array]:
-        """The outputs `names` of these units, (units, *shape of one) each: what the float model makes of what `part` gives
-        as it is in `model`. So only this part, and those before it, count."""
+        """The outputs `names` of these units, (units, *shape of one) each: what the float model makes of what `part`
+        gives as it is in `model`. So only this part, and those before it, count."""
         ahead = self.quantized.with_model(model, units)
         ahead.bring([part.output], self._layout)
         rest = Track(self.float.model, False, len(units), ahead.held, self._store)
@@ -320,8 +320,8 @@ class Carry:
         return np.asarray(places[places < self._count])
 
     def by_sample(self, outputs: Mapping[str, Array], units: Array) -> dict[str, Array]:
-        """Outputs by unit as outputs by sample, (samples, ...) each. Raises InputError for one that does not tell samples
-        apart."""
+        """Outputs by unit as outputs by sample, (samples, ...) each. Raises InputError for one that does not tell
+        samples apart."""
         names = [spec.name for spec in self.float.model.outputs]
         counts = np.minimum(self._fed, self._count - np.asarray(units) * self._fed)
         found = {}

@@ -7,8 +7,8 @@
     cross_entropy  of the labels, those below 0 left out
     a function     of (outputs, labels), a tensor of one number
 
-z are the outputs of blocks, the mean over them. Without a task the result is judged by the squared error of each output,
-of which none may lose.
+z are the outputs of blocks, the mean over them. Without a task the result is judged by the squared error of each
+output, of which none may lose.
 
 Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", arXiv 1503.02531.
 """
@@ -35,8 +35,8 @@ Task = Callable[[Any, Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """What a batch is compared with: the float model's outputs (n, ...), the labels where there are any, and the outputs
-    of blocks, flattened, where these count."""
+    """What a batch is compared with: the float model's outputs (n, ...), the labels where there are any, and the
+    outputs of blocks, flattened, where these count."""
 
     outputs: Sequence[Tensor]
     labels: Tensor | None = None
@@ -45,8 +45,8 @@ class Targets:
 
 @dataclass(frozen=True, eq=False)
 class Objective:
-    """`variances` are those of the outputs `names` (see `variances_of`); `task` None: distillation alone. `features` weighs
-    the errors of blocks, of which `block_variances` has one for each."""
+    """`variances` are those of the outputs `names` (see `variances_of`); `task` None: distillation alone. `features`
+    weighs the errors of blocks, of which `block_variances` has one for each."""
 
     names: tuple[str, ...]
     variances: tuple[float, ...]

@@ -27,12 +27,12 @@ Score = Callable[[Outputs, Outputs, Array], float]
 
 
 def scored_by(metric: str, labels: Array | None, address: str) -> Score:
-    """The score by a metric of `qpipe.numerics.metrics` or a function, module:function, of the user's. Errors: InputError
-    where it needs labels that are not there; StageError, when it is called, where the function fails."""
+    """The score by a metric of `qpipe.numerics.metrics` or a function, module:function, of the user's. Errors:
+    InputError where it needs labels that are not there; StageError, when it is called, where the function fails."""
     if metric in LABELLED and labels is None:
         raise InputError(
-            f"{address}: '{metric}' needs labels, and the data have none. Give them as 'labels', or take a metric without: "
-            "sqnr_db, cosine, mse."
+            f"{address}: '{metric}' needs labels, and the data have none. Give them as 'labels', or take a metric "
+            "without: sqnr_db, cosine, mse."
         )
     if metric in get_args(Metric):
         return lambda found, wanted, of: score_outputs(metric, found, None if labels is None else labels[of], wanted)

@@ -1,8 +1,8 @@
 """A whole quantized network as a function of what is learned, and the network that has what came of it.
 
     weights         on their grids (straight through the rounding), the scales of the grids with them
-    step sizes      of activations; those that share a grid since numbers only move between them go together. Or both ends
-                    of their ranges (`ranges`), where zero points may move
+    step sizes      of activations; those that share a grid since numbers only move between them go together. Or both
+                    ends of their ranges (`ranges`), where zero points may move
     biases, norms   in float; the model's own rule rounds biases when all is done
 
 Grids that a target prescribes stay: scales that are powers of two, those of looked-up tables, and zero points that are
@@ -94,8 +94,8 @@ def grid_of(encoding: Encoding) -> tuple[Any, ...]:
 class Whole:
     """`model` over the samples of `arrays`; `targets` are what its `outputs` have to be, by name, (n, ...) each.
 
-    `like` is the float model whose blocks' outputs are to be met as well, None for none; `ranges` learns both ends of the
-    ranges of activations whose zero points are free."""
+    `like` is the float model whose blocks' outputs are to be met as well, None for none; `ranges` learns both ends of
+    the ranges of activations whose zero points are free."""
 
     def __init__(
         self,
@@ -169,8 +169,8 @@ class Whole:
     def __call__(
         self, values: Mapping[str, Tensor], index: Tensor, draw: torch.Generator | None = None
     ) -> list[Tensor]:
-        """The outputs for these samples, with these values by name, (n, ...) each; while learning (`draw`) those of blocks
-        behind them, flattened."""
+        """The outputs for these samples, with these values by name, (n, ...) each; while learning (`draw`) those of
+        blocks behind them, flattened."""
         given = self._given(values)
         parts: list[list[Tensor]] = []
         seen: list[Sequence[Tensor]] = []
@@ -308,7 +308,8 @@ def trained(
     weights = {name: float_model.param(name) for name in whole.learnable.weights}
     targets = dict(zip(whole.names, (t.cpu().numpy() for t in whole.targets), strict=True))
     labels = None if whole.labels is None else whole.labels.cpu().numpy()
-    problem = [content_of(whole.model), weights, whole.arrays, targets, labels, asdict(options), list(said), sorted(whole.ranged), seed]
+    said = [*said, sorted(whole.ranged)]
+    problem = [content_of(whole.model), weights, whole.arrays, targets, labels, asdict(options), said, seed]
     state = packed(learning.state())
     while not learning.over:
         until = learning.done + options.every
@@ -321,6 +322,9 @@ def trained(
         learning.load(unpacked(state))
     learned = learning.learned()
     report = learned.report
+    for key in ("outputs_before", "outputs_after"):
+        if key in report:
+            report[key] = dict(zip(whole.names, report[key], strict=True))
     if report["tuning_after"] > report["tuning_before"]:  # few held-out samples gain by chance; those learned on, too?
         values = {name: v.final() for name, v in whole.start(float_model).items()}
         encodings = {name: encoding for name, (_, encoding) in values.items() if encoding is not None}

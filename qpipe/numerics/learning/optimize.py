@@ -2,8 +2,8 @@
 
 Each step draws a batch, and goes along the gradient of the loss (Adam, or the gradient's sign alone). Now and then the
 result as it would be for good is judged on the held-out samples. The best that was seen is what comes out, and where
-none was better than the start, the start does. Better is what errs less in all and, where the judge tells outputs apart,
-loses by more than the noise at none of them.
+none was better than the start, the start does. Better is what errs less in all and, where the judge tells outputs
+apart, loses by more than the noise at none of them.
 """
 
 from __future__ import annotations

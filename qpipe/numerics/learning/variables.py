@@ -8,8 +8,8 @@ learning rate. Weights on a grid are variables too: `qpipe.numerics.learning.rou
               rounded, straight through; p = q = 0 at the start
     free      b = b0 + unit p, p = 0 at the start
 
-Source: the factor of the step's gradient: Esser et al., "Learned Step Size Quantization", arXiv 1902.08153; the gradient
-of a zero point: Bhalgat et al., "LSQ+", arXiv 2004.09576; both ends of a range: AIMET's range learning.
+Source: the factor of the step's gradient: Esser et al., "Learned Step Size Quantization", arXiv 1902.08153; the
+gradient of a zero point: Bhalgat et al., "LSQ+", arXiv 2004.09576; both ends of a range: AIMET's range learning.
 """
 
 from __future__ import annotations
