@@ -160,10 +160,10 @@ def test_of_two_outputs_none_is_given_away(network, target):
     text = """n (float[N,6] x) => (float[N,4] y, float[N,4] z) {
         m = MatMul(x, w)  h = Add(m, b)  r = Relu(h)  y = MatMul(r, v)  z = MatMul(r, u) }"""
     model = network(text, {"w": (6, 8), "b": np.full(8, 1.0, np.float32), "v": (8, 4), "u": (8, 4)})
-    data = Samples({"x": np.random.default_rng(3).normal(size=(300, 6)).astype(np.float32)})
+    data = Samples({"x": np.random.default_rng(3).normal(size=(120, 6)).astype(np.float32)})
     fine = calibrate(model, data, scheme=replace(W2A8, weight=replace(W2A8.weight, bitwidth=8)), target=target)
     start = nearest(fine.with_encodings({**fine.encodings, "v": weight_encoding(model.param("v"), W2A8.weight, 1)}))
-    fast = {"iterations": 60, "lr": 0.0, "lr_scales": 0.0, "lr_steps": 0.0, "lr_biases": 5e-3}
+    fast = {"iterations": 20, "lr": 0.0, "lr_scales": 0.0, "lr_steps": 0.0, "lr_biases": 1e-2}
     alone, both = (polish(start, data, model, **fast, outputs=names) for names in (("y",), ()))
     wanted = run(model, data.arrays, quantized=False)
 

@@ -121,7 +121,7 @@ def test_with_range_learning_zero_points_move_and_0_stays_exact(start, net, targ
         return e if name in start.params else replace(e, scale=e.scale * 2, zero_point=(e.zero_point + 40) // 2)
 
     off = start.with_encodings({name: wide(name, e) for name, e in start.encodings.items()})
-    data, fast = samples(0, 160), {**FAST, "lr_steps": 1e-2}
+    data, fast = samples(0, 80), {**FAST, "lr_steps": 2e-2}
     lsq, both = (qat(off, data, net, **fast, range_learning=on) for on in (False, True))
     assert both.metadata["qat"]["kept"] == "after"
     moved = [name for name in ("x", "q", "s") if both.encodings[name].zero_point != off.encodings[name].zero_point]
