@@ -15,16 +15,18 @@ arXiv 2006.10518; the options are those of AMD Quark's fast finetuning.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from qpipe.errors import InputError
 from qpipe.numerics.metric_names import Metric
 from qpipe.numerics.thinning import thin, thinned
+from qpipe.param import load_factory
 from qpipe.stage import NULL, Context, Factory, Range, Samples, stage
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from qpipe.methods.learning.selection import Score
     from qpipe.model.network.network import Network
 
 
@@ -37,6 +39,23 @@ def refuse_idle(given: Mapping[str, Any]) -> None:
     for learned, rate in (("learn_scales", "lr_scales"), ("learn_steps", "lr_steps"), ("update_bias", "lr_biases")):
         if given[learned] is True and given[rate] == 0:
             raise InputError(f"adaquant.{rate}: {learned} is true, got 0. Set {learned}: false, or a rate above 0.")
+
+
+def scored_by(metric: str, data: Samples, limit: int | None) -> Score:
+    """The score by a metric, or by a function of the user's. Errors: InputError where it needs labels that are not
+    there; StageError, when it is called, where the function fails."""
+    from qpipe.numerics.metrics import LABELLED, score_by_function, score_outputs
+
+    labels = None if data.labels is None else thin(data.labels, limit)
+    if metric in LABELLED and labels is None:
+        raise InputError(
+            f"adaquant.selective_update: '{metric}' needs labels, and the data have none. Give them as 'labels', or "
+            "take a metric without: sqnr_db, cosine, mse."
+        )
+    if metric in get_args(Metric):
+        return lambda found, wanted, of: score_outputs(metric, found, None if labels is None else labels[of], wanted)
+    function = load_factory(metric)
+    return lambda found, _, of: score_by_function(function, metric, found, None if labels is None else labels[of])
 
 
 @stage(
@@ -97,7 +116,6 @@ def adaquant(
     """
     refuse_idle(locals())
     from qpipe.methods.learning.blockwise import Division, activations, learn_by_parts, refuse_powers_of_two
-    from qpipe.methods.learning.selection import scored_by
     from qpipe.methods.learning.stretch import Randomness
     from qpipe.methods.learning.tune import Surroundings, Tuning
     from qpipe.numerics.learning.options import LearningOptions
@@ -110,8 +128,8 @@ def adaquant(
         iterations, batch_size, {"weight": lr, "scale": lr_scales, "bias": lr_biases, "act_scale":
         lr_steps}, schedule=schedule, lr_adjust=lr_adjust, early_stop=early_stop, hold_out=hold_out,
     )  # fmt: skip
-    labels, metric = None if data.labels is None else thin(data.labels, limit), selective_update
-    score = None if isinstance(metric, bool) else scored_by(metric, labels, "adaquant.selective_update")
+    metric = selective_update
+    score = None if isinstance(metric, bool) else scored_by(metric, data, limit)
     tuning = Tuning(
         learning, "ste_weight", rates == "relative", learn_scales is not False, learn_steps is not False, update_bias,
         output_qdq=output_qdq, random=Randomness(share=drop_ratio), parallel=inputs == "parallel",

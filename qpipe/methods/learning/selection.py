@@ -8,36 +8,18 @@ noise; by score, where that is higher, and where both score the same, by error.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from qpipe.errors import InputError
 from qpipe.numerics.learning.losses import loses
-from qpipe.numerics.metric_names import Metric
-from qpipe.numerics.metrics import LABELLED, score_by_function, score_outputs
-from qpipe.param import load_factory
 
 Array = npt.NDArray[Any]
 Outputs = Mapping[str, Array]
 Score = Callable[[Outputs, Outputs, Array], float]
 """(a model's outputs, those of the float model, which samples they are of) -> higher is better."""
-
-
-def scored_by(metric: str, labels: Array | None, address: str) -> Score:
-    """The score by a metric of `qpipe.numerics.metrics` or a function, module:function, of the user's. Errors:
-    InputError where it needs labels that are not there; StageError, when it is called, where the function fails."""
-    if metric in LABELLED and labels is None:
-        raise InputError(
-            f"{address}: '{metric}' needs labels, and the data have none. Give them as 'labels', or take a metric "
-            "without: sqnr_db, cosine, mse."
-        )
-    if metric in get_args(Metric):
-        return lambda found, wanted, of: score_outputs(metric, found, None if labels is None else labels[of], wanted)
-    function = load_factory(metric)
-    return lambda found, _, of: score_by_function(function, metric, found, None if labels is None else labels[of])
 
 
 def relative_errors(found: Outputs, wanted: Outputs) -> torch.Tensor:
