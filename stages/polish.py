@@ -74,6 +74,7 @@ def polish(
     from qpipe.methods.learning.reference import reference_of
     from qpipe.methods.learning.whole import (
         Whole,
+        block_outputs,
         content_of,
         learnable,
         refuse_unlearnable,
@@ -85,8 +86,8 @@ def polish(
     if model.facts.came_quantized:
         ctx.note("The model came quantized, and its weights stay on their grids: polish leaves it as it is.")
         return model
-    weights, values = learnable(model).weights, [spec.name for spec in model.outputs]
-    reference = reference_of(model, float_model, weights, values, "polish")
+    values = [spec.name for spec in model.outputs] + (list(block_outputs(model)) if features else [])
+    reference = reference_of(model, float_model, learnable(model).weights, values, "polish")
     arrays = thinned(data.arrays, limit)
     targets = targets_of(reference, arrays, outputs, ctx.device)
     whole = Whole(model, arrays, targets, like=reference if features else None, device=ctx.device)

@@ -96,6 +96,27 @@ def test_what_is_simulated_while_learning_is_what_the_network_gives(tuned, calib
     np.testing.assert_array_equal(found, run(tuned.with_facts(biases="float"), data.arrays)["y"])
 
 
+def test_features_are_what_the_blocks_of_both_give(tuned, calibrated):
+    """Beside the graph cut at the end of each block, run by itself."""
+    import torch
+
+    from qpipe.methods.learning.whole import Whole
+    from qpipe.model.network.parts import block
+
+    data, index, draw = samples(1, 20), torch.arange(20), torch.Generator()
+    whole = Whole(tuned, data.arrays, {"y": np.zeros((20, 5), np.float32)}, like=calibrated)
+    values = {name: variable.hard() for name, variable in whole.start(calibrated).items()}
+    (_, targets), (_, *found) = whole.batch(index, draw), whole(values, index, draw)
+    assert len(whole(values, index)) == 1
+    assert len(found) == len(targets.blocks) == len(whole.blocks) > 0
+    for name, of_float, ours in zip(whole.blocks, targets.blocks, found, strict=True):
+        wanted = run(block(calibrated, ["x"], [name]), data.arrays, quantized=False)[name]
+        np.testing.assert_array_equal(of_float, wanted.ravel())
+        assert not np.array_equal(ours, of_float)
+        rounded = run(block(tuned.with_facts(biases="float"), ["x"], [name]), data.arrays)[name]
+        np.testing.assert_array_equal(ours, rounded.ravel())
+
+
 @pytest.mark.parametrize("from_float", [True, False])
 def test_without_an_iteration_the_model_is_what_it_was(tuned, calibrated, from_float):
     start = calibrated if from_float else tuned

@@ -151,8 +151,9 @@ class Whole:
         for index in torch.split(torch.arange(min(self.samples, OF_BLOCKS)), SEEN):
             found = [value.double() for value in self._of_float(index)]
             sums += [[value.numel(), float(value.sum()), float(value.square().sum())] for value in found]
-        count, mean, square = sums[:, 0], sums[:, 1] / sums[:, 0], sums[:, 2] / sums[:, 0]
-        return tuple(float(v) if v > 0.0 else 1.0 for v in (square - np.square(mean)) * (count > 0))
+        means, squares = sums[:, 1] / sums[:, 0], sums[:, 2] / sums[:, 0]
+        moves = squares - np.square(means) > 1e-12 * squares  # less is rounding
+        return tuple(np.where(moves, squares - np.square(means), 1.0).tolist())
 
     def _of_float(self, index: Tensor) -> list[Tensor]:
         """What the float model's blocks give, flattened."""
