@@ -85,7 +85,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
             *(*MODEL, "param", "model.simulation", "numerics.rounding", "numerics.learning"),
             *("methods.placement", "methods.rounding"),
         ),
-        "parts carry begin stretch reference tune blockwise objective whole",
+        "parts carry begin stretch reference selection tune blockwise objective whole",
     ),
     "methods.mixing": (
         (*MODEL, "model.simulation", "numerics.rounding", "methods.placement", "methods.rounding"),
