@@ -88,7 +88,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "methods.mixing": (
         (*MODEL, "model.simulation", "numerics.rounding", "methods.placement", "methods.rounding"),
-        "work choices fingerprint judge mix sensitivity",
+        "products work choices fingerprint judge mix sensitivity",
     ),
     "methods.comparison": ((*MODEL, "model.simulation"), "inputs compare check parity"),
     "stages": (

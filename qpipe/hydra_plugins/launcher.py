@@ -74,8 +74,8 @@ class QpipeLauncher(Launcher):  # type: ignore[misc]  # hydra ships no types tha
         task: Callable[[Iterator[Trial], Path], Sequence[float]],
         known: Sequence[Sequence[str]] = (),
     ) -> list[JobReturn]:
-        """Give the jobs, composed as they are asked for, to `task`: what each gave back. Those that are `known` beforehand
-        give something back even where they are not asked for."""
+        """Give the jobs, composed as they are asked for, to `task`: what each gave back. Those that are `known`
+        beforehand give something back even where they are not asked for."""
         gc.enable()  # the command line switched it off for one config; of a thousand, each leaves megabytes of cycles
         before = Singleton.get_state()
         returns: list[JobReturn] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-FIGURES = ("score", "drop", "size", "cost", "bit_operations", "latency")
+FIGURES = ("score", "drop", "size", "cost", "bitops", "latency")
 """The score of the goal, and what it lies below float; bytes, cost by the graph, bit operations and measured latency,
 as shares of float's. Of the score more is better, of all others less."""
 PRICES = FIGURES[2:]

@@ -97,7 +97,7 @@ def _figures(walk: Walk, goal: Mapping[str, Any], measured: Measured) -> dict[st
         "drop": None if score is None or reference is None else reference - score,
         "size": cost.get("size", shipped.get("size")),
         "cost": cost.get("cost"),
-        "bit_operations": cost.get("bit_operations"),
+        "bitops": cost.get("bitops"),
         "latency": shipped.get("latency"),
     }
 

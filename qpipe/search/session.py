@@ -82,7 +82,8 @@ class Session:
         return status != "failed" and self._is_best(figures)
 
     def close(self) -> None:
-        """Write the files of the sweep."""
+        """Write the files of the sweep; others may go on with the study."""
+        self._study.close()
         if self._swept.trials:
             self._swept.write()
 

@@ -72,6 +72,8 @@ class _Stream:
         self._statuses: set[int] = set()
         self._met: set[bool | None] = set()
         self._missed = 0
+        self._width = 1
+        self._pool: Pool
         budget_s = first.spec.run.budget_s
         self._deadline = None if budget_s is None else time.monotonic() + budget_s
         self._damaged: Counter[str] = Counter()
@@ -81,11 +83,11 @@ class _Stream:
         folder = self._first.swept.folder if self._first.swept else self._first.folder
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / "workers.log"
-        pool = open_pool(self._store, options, log)
+        pool = self._pool = open_pool(self._store, options, log)
         self._checkout.ask()
         stopped = ""
         try:
-            while not self._round(pool):
+            while not self._round():
                 pass
         except _OutOfTime:
             stopped = "budget_spent"
@@ -101,11 +103,12 @@ class _Stream:
         self._end(stopped)
         return self._status(stopped)
 
-    def _round(self, pool: Pool) -> bool:
+    def _round(self) -> bool:
         """Carry out what comes; False where the cache was damaged, and what is under way is to be planned anew."""
         walks = list(self._open)
         try:
-            if not execute(walks, self._store, self._first.spec.run, pool, self._view, self._deadline, self._more):
+            options, pool = self._first.spec.run, self._pool
+            if not execute(walks, self._store, options, pool, self._view, self._deadline, self._more):
                 raise _OutOfTime
         except DamagedError as error:
             self._heal(error, list(self._open))
@@ -126,9 +129,11 @@ class _Stream:
         self._keyring = Keyring(self._store)
 
     def _more(self) -> list[Walk]:
-        """Say what is over; the next trial that has anything to run. Those that have not are over at once."""
+        """Say what is over; the next trial that has anything to run. Those that have not are over at once. No more are
+        under way than there are workers: what begins late knows more."""
         self._conclude()
-        while (job := self._next()) is not None:
+        self._width = max(self._width, self._pool.idle)
+        while len(self._open) < self._width and (job := self._next()) is not None:
             walk = self._planned(job)
             if walk is None:
                 continue

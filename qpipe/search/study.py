@@ -26,6 +26,7 @@ from qpipe.report.figures import FIGURES, Figures, beyond
 from qpipe.search.space import Choice, Space
 
 if TYPE_CHECKING:
+    from filelock import BaseFileLock
     from optuna import Study as OptunaStudy
     from optuna.samplers import BaseSampler
     from optuna.storages import JournalStorage
@@ -98,6 +99,8 @@ class Study:
         """In memory alone where there is no folder. Errors: ConfigError where optuna is missing, and where the folder
         holds a search in another space."""
         self.space, self.options = space, options
+        refuse_missing()
+        self._lock = None if folder is None else _locked(folder)
         self._study = _open(space, options, folder)
         self._count = space.count
         self._open: dict[int, Trial] = {}
@@ -152,6 +155,11 @@ class Study:
         self._known[name] = self._study.get_trials(deepcopy=False)[trial.number]
         if figures is not None:
             self._refuse_unknown(figures)
+
+    def close(self) -> None:
+        """Let others go on with it."""
+        if self._lock is not None:
+            self._lock.release()
 
     def done(self) -> list[Told]:
         """The trials that were carried out, in the order of their numbers."""
@@ -265,7 +273,7 @@ class Study:
 _WAY_OUT = {
     "score": "Set goal.scores to a node that scores.",
     "drop": "Set goal.scores and goal.reference to nodes that score.",
-    **dict.fromkeys(("size", "cost", "bit_operations"), "Add a node of the stage 'cost', and to targets, if any are."),
+    **dict.fromkeys(("size", "cost", "bitops"), "Add a node of the stage 'cost', and to targets, if any are."),
     "latency": "Export the model, and leave run.measure=true.",
 }
 
@@ -312,7 +320,6 @@ def refuse_missing() -> None:
 
 
 def _open(space: Space, options: SearchOptions, folder: Path | None) -> OptunaStudy:
-    refuse_missing()
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -332,26 +339,27 @@ def _open(space: Space, options: SearchOptions, folder: Path | None) -> OptunaSt
     return study
 
 
-def _storage(path: Path) -> JournalStorage:
-    """The file, by one process at a time: what another one left when it was killed is tidied up."""
+def _locked(folder: Path) -> BaseFileLock:
+    """The folder is this process's alone, until it ends. Errors: ConfigError where it is another one's."""
     from filelock import FileLock, Timeout
-    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalStorage
 
-    lock = FileLock(path.with_suffix(".lock"))
+    lock = FileLock(folder / STUDY[1])
     try:
         lock.acquire(blocking=False)
     except Timeout as error:
         raise ConfigError(
-            f"hydra.sweep.dir: another search is under way in '{path.parent}'. Wait for it, or choose another folder."
+            f"hydra.sweep.dir: another search is under way in '{folder}'. Wait for it, or choose another folder."
         ) from error
-    _HELD.append(lock)
+    return lock
+
+
+def _storage(path: Path) -> JournalStorage:
+    """The file; what a process left that was killed is tidied up."""
+    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalStorage
+
     Path(f"{path}.lock").unlink(missing_ok=True)  # optuna's own
     if path.exists():
         whole = path.read_bytes()
         if not whole.endswith(b"\n"):  # killed in the middle of a line
             path.write_bytes(whole[: whole.rfind(b"\n") + 1])
     return JournalStorage(JournalFileBackend(str(path), JournalFileOpenLock(str(path))))
-
-
-_HELD: list[Any] = []
-"""Locks of this process, which end with it."""

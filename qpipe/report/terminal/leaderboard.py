@@ -84,8 +84,8 @@ def figures_line(record: Mapping[str, Any]) -> str:
 
 
 def _name(folder: str, best: int | None, found: Sequence[Trial]) -> str:
-    place = folder if best is None else str(found[best].record.get("run_dir") or f"{folder}/{found[best].number}")
-    return text.clean(place)
+    trial = found[best or 0]
+    return text.clean(trial.record.get("run_dir") or f"{folder}/{trial.number}")
 
 
 def _figures(trial: Trial) -> Mapping[str, Any]:
