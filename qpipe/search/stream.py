@@ -6,11 +6,14 @@ at once.
 from __future__ import annotations
 
 import dataclasses
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import current_thread, main_thread
+from types import FrameType
 from typing import Any
 
 from qpipe.cache.store import Store
@@ -131,16 +134,19 @@ class _Stream:
     def _more(self) -> list[Walk]:
         """Say what is over; the next trial that has anything to run. Those that have not are over at once. No more are
         under way than there are workers: what begins late knows more."""
-        self._conclude()
-        self._width = max(self._width, self._pool.idle)
-        while len(self._open) < self._width and (job := self._next()) is not None:
-            walk = self._planned(job)
-            if walk is None:
-                continue
-            self._open[walk] = job
-            if walk.running:
-                return [walk]
+        with undisturbed():
             self._conclude()
+            self._width = max(self._width, self._pool.idle)
+        while len(self._open) < self._width:
+            with undisturbed():
+                if (job := self._next()) is None:
+                    break
+                if (walk := self._planned(job)) is None:
+                    continue
+                self._open[walk] = job
+                if walk.running:
+                    return [walk]
+                self._conclude()
         return []
 
     def _next(self) -> Job | None:
@@ -215,6 +221,28 @@ class _Stream:
 
 
 _KEPT = "What was finished is in the cache, and the search goes on from there: qpipe --resume FOLDER."
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """An interrupt waits until what lies within is done, a second one does not: what composes a config, or writes the
+    study, is not left in the middle of it."""
+    came: list[int] = []
+
+    def wait(number: int, frame: FrameType | None) -> None:
+        if came:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM) if current_thread() is main_thread() else ()
+    before = {number: signal.signal(number, wait) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
 
 
 class _OutOfTime(Exception):

@@ -272,8 +272,8 @@ class Study:
 
 _WAY_OUT = {
     "score": "Set goal.scores to a node that scores.",
-    "drop": "Set goal.scores and goal.reference to nodes that score.",
-    **dict.fromkeys(("size", "cost", "bitops"), "Add a node of the stage 'cost', and to targets, if any are."),
+    "drop": "Set goal.scores and goal.reference to nodes that score, and add them to targets, if any are set.",
+    **dict.fromkeys(("size", "cost", "bitops"), "Add a node of the stage 'cost', and to targets, if any are set."),
     "latency": "Export the model, and leave run.measure=true.",
 }
 

@@ -64,7 +64,7 @@ def leaderboard(
     if len(found) > MANY:
         lines.append(f"{len(found) - MANY} more trials are in sweep.csv")
     if len(unbeaten) > 1:
-        both = f"{one or 'score'} and {price[0].replace('_', ' ')}"
+        both = f"{one or 'score'} and {price[0]}"
         lines.append(f"{on_front} {len(unbeaten)} trials that no other one beats in {both} at once")
     lines += _importance(found, one, width)
     failed = [trial for trial in found if _failure(trial.record)]
@@ -79,13 +79,17 @@ def figures_line(record: Mapping[str, Any]) -> str:
     metric = str((record.get("goal") or {}).get("metric") or "score")
     score, figures = reached(record), record.get("figures") or {}
     known = [(name, facts.real(figures.get(name))) for name in PRICES]
-    shown = [f"{name.replace('_', ' ')} {text.cost(value)}" for name, value in known if value is not None]
+    shown = [f"{name} {_share(value)}" for name, value in known if value is not None]
     return ", ".join([str(record.get("status")) if score is None else f"{metric} {text.score(score, metric)}", *shown])
 
 
 def _name(folder: str, best: int | None, found: Sequence[Trial]) -> str:
     trial = found[best or 0]
     return text.clean(trial.record.get("run_dir") or f"{folder}/{trial.number}")
+
+
+def _share(value: float | None) -> str:
+    return f"{value:.3g}" if value is not None and 0 < value < 0.1 else text.cost(value)
 
 
 def _figures(trial: Trial) -> Mapping[str, Any]:
@@ -141,7 +145,7 @@ def _row(trial: Trial, columns: Sequence[str], mark: str, metric: str, price: Se
         *(clip(given.get(key, ""), WIDEST) for key in columns),
         str(trial.record.get("status")) if score is None else shown,
         text.change(drop, name),
-        *(text.cost(facts.real(_figures(trial).get(each))) for each in price),
+        *(_share(facts.real(_figures(trial).get(each))) for each in price),
         verdict,
         str(totals.get("ran", "")),
         str(totals.get("hit", "")),
