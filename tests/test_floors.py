@@ -52,7 +52,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
         (*VALUE, "model.operators", "model.structure"),
         "nodes bias weights block_form operator_form codes kernel_forms reader guards writer",
     ),
-    "model.runtime": ((*VALUE, "param", "model.qdq"), "options external_data session types kernels optimized"),
+    "model.runtime": ((*VALUE, "param", "model.qdq"), "options session types kernels optimized"),
     "model.canon": (
         MODEL,
         (

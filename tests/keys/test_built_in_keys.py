@@ -14,7 +14,7 @@ from qpipe.keys.code import CodeIndex
 from qpipe.language.catalog import catalog
 
 ROOT = Path(__file__).parents[2]
-LARGEST = {"load_data": 3, "nearest": 12, "bnf": 14, "export": 25, "hbf": 30, "calibrate": 50, "cle": 50, "polish": 65}
+LARGEST = {"load_data": 3, "nearest": 12, "bnf": 14, "export": 24, "hbf": 30, "calibrate": 50, "cle": 50, "polish": 65}
 """Modules of qpipe in a key: what is rewritten often, such as messages, files and the exporter, is in few."""
 
 PROGRAM = """
