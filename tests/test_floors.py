@@ -117,6 +117,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
         (*ENGINE, "numerics"),
         "machine checkout context isolation performing workers executor deployment record swept stores sweep",
     ),
+    "run.cluster": ((*ENGINE, "run"), "survey site pool dask ray child opening"),
     "deployed": (
         (
             *("errors", "artifacts", "cache", "model.network", "model.files", "model.runtime", "model.simulation"),
@@ -132,7 +133,10 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
     "demo": (("errors",), "data net train"),
     "hydra_plugins": ((), "returns launcher sweeper"),
     "cli": (
-        (*ENGINE, "run", "explain", "report", "report.terminal", "report.drawing", "report.page", "hydra_plugins"),
+        (
+            *(*ENGINE, "run", "run.cluster", "explain", "report", "report.terminal", "report.drawing", "report.page"),
+            "hydra_plugins",
+        ),
         (
             "requirements compose manual words config_files mistakes rerun run_commands explain_commands "
             "cache_commands completion main"

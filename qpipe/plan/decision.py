@@ -55,6 +55,7 @@ def decide(
         node.stage.always or bool(stale),
         expected,
         keyring.stamps(node),
+        resources=node.resources,
     )
 
 

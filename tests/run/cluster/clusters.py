@@ -1,0 +1,80 @@
+"""A Dask cluster of processes on loopback: a scheduler, and workers that can be killed."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+_PATIENCE_S = 60.0
+
+
+class DaskCluster:
+    """Its scheduler at `address`; processes are started in `folder` with `environment`."""
+
+    def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
+        self.folder, self.environment = folder, dict(environment)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.address = f"tcp://127.0.0.1:{self.port}"
+        self.workers: list[subprocess.Popen[bytes]] = []
+        self.scheduler = self.start_scheduler()
+
+    def start_scheduler(self) -> subprocess.Popen[bytes]:
+        words = ["scheduler", "--host", "127.0.0.1", "--port", str(self.port), "--no-dashboard", "--no-show"]
+        self.scheduler = self._start(*words)
+        return self.scheduler
+
+    def start_worker(self, *options: str, **environment: str) -> subprocess.Popen[bytes]:
+        words = ["worker", self.address, "--nthreads", "1", "--no-dashboard", "--no-nanny", *options]
+        self.workers.append(self._start(*words, **environment))
+        return self.workers[-1]
+
+    def wait(self, count: int) -> None:
+        """Until so many workers are there."""
+        from distributed import Client
+
+        with Client(self.address, set_as_default=False, timeout=_PATIENCE_S) as client:
+            client.wait_for_workers(count, timeout=_PATIENCE_S)
+
+    def _start(self, *words: str, **environment: str) -> subprocess.Popen[bytes]:
+        with open(self.folder / "dask.log", "ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "distributed.cli.dask_" + words[0], *words[1:]],
+                cwd=self.folder,
+                env=self.environment | environment,
+                stdout=log,
+                stderr=log,
+            )
+
+    def end(self) -> None:
+        for process in [*self.workers, self.scheduler]:
+            process.kill()
+            process.wait()
+
+
+@contextlib.contextmanager
+def dask_cluster(folder: Path, environment: Mapping[str, str], workers: int) -> Iterator[DaskCluster]:
+    folder.mkdir()
+    cluster = DaskCluster(folder, environment)
+    try:
+        for _ in range(workers):
+            cluster.start_worker()
+        if workers:
+            cluster.wait(workers)
+        yield cluster
+    finally:
+        cluster.end()
+
+
+def until(what: object, seconds: float = _PATIENCE_S) -> None:
+    """Wait until `what()` is true."""
+    end = time.monotonic() + seconds
+    while not what():  # type: ignore[operator]
+        assert time.monotonic() < end, "it does not happen"
+        time.sleep(0.02)

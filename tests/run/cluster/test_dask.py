@@ -1,0 +1,60 @@
+"""Runs on a Dask cluster of real processes: the same results, each action once, and what happens when a part dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.nursery import Nursery
+from tests.run.cluster.clusters import DaskCluster, dask_cluster, until
+from tests.toy import Toy
+
+pytest.importorskip("distributed")
+
+GRID = {
+    "a": {"uses": "toy_number", "value": 1},
+    "b": {"uses": "toy_add", "scores": "a", "amount": 1},
+    "c": {"uses": "toy_add", "scores": "b", "amount": 10},
+    "d": {"uses": "toy_add", "scores": "c", "amount": 100},
+    "e": {"uses": "toy_add", "scores": "b", "amount": "${stages.d.amount}"},
+    "f": {"uses": "toy_number", "value": 1},
+}
+WORDS = ("-m", "stages.b.amount=1,2", "stages.c.amount=10,20,30", "stages.d.amount=100,200,300,400")
+LONG = {"a": {"uses": "toy_number"}, "b": {"uses": "toy_add", "scores": "a", "seconds": 3}}
+
+
+@pytest.fixture
+def cluster(toy: Toy, tmp_path: Path) -> Iterator[DaskCluster]:
+    """Of two workers, which have the plug-in."""
+    with dask_cluster(tmp_path / "dask", toy.environment, workers=2) as cluster:
+        yield cluster
+
+
+def trials(toy: Toy) -> list[dict[str, Any]]:
+    """Of every trial of the last sweep the keys and outputs of its nodes."""
+    folder = max(toy.folder.glob("outputs/*/*-sweep"), key=lambda path: path.stat().st_mtime_ns)
+    records = [json.loads((folder / str(number) / "record.json").read_text()) for number in range(24)]
+    return [
+        {name: (node["key"], node["outputs"]) for name, node in record["nodes"].items()} for record in records
+    ]
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_each_action_once_and_gives_what_this_machine_gives(toy: Toy, cluster: DaskCluster) -> None:
+    toy.pipeline(GRID)
+    here = toy.run(*WORDS, "run.workers=0", f"cache.dir={toy.folder}/other")
+    assert here.returncode == 0, here.stderr
+    expected = trials(toy)
+    assert sum(Counter(toy.calls()).values()) == 41
+    there = toy.run(*WORDS, "run=dask", f"run.address={cluster.address}")
+    assert there.returncode == 0, there.stderr
+    assert sum(Counter(toy.calls()).values()) == 41
+    assert trials(toy) == expected
