@@ -31,7 +31,8 @@ class DaskCluster:
         return self.scheduler
 
     def start_worker(self, *options: str, **environment: str) -> subprocess.Popen[bytes]:
-        words = ["worker", self.address, "--nthreads", "1", "--no-dashboard", "--no-nanny", *options]
+        name = ["--name", str(len(self.workers))]
+        words = ["worker", self.address, *name, "--nthreads", "1", "--no-dashboard", "--no-nanny", *options]
         self.workers.append(self._start(*words, **environment))
         return self.workers[-1]
 
@@ -41,6 +42,14 @@ class DaskCluster:
 
         with Client(self.address, set_as_default=False, timeout=_PATIENCE_S) as client:
             client.wait_for_workers(count, timeout=_PATIENCE_S)
+
+    def at_work(self) -> subprocess.Popen[bytes]:
+        """The worker that has a task."""
+        from distributed import Client
+
+        with Client(self.address, set_as_default=False, timeout=_PATIENCE_S) as client:
+            (busy,) = (worker for worker, tasks in client.processing().items() if tasks)
+            return self.workers[int(client.scheduler_info(n_workers=-1)["workers"][busy]["name"])]
 
     def _start(self, *words: str, **environment: str) -> subprocess.Popen[bytes]:
         with open(self.folder / "dask.log", "ab") as log:

@@ -58,3 +58,43 @@ def test_a_sweep_runs_each_action_once_and_gives_what_this_machine_gives(toy: To
     assert there.returncode == 0, there.stderr
     assert sum(Counter(toy.calls()).values()) == 41
     assert trials(toy) == expected
+
+
+def start(toy: Toy, *words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        toy.command("run", *words),
+        env=toy.environment,
+        cwd=toy.folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def ticks(toy: Toy) -> int:
+    return toy.log.read_text().split().count("tick") if toy.log.exists() else 0
+
+
+@pytest.mark.slow
+def test_what_a_lost_worker_did_is_gone_on_with_and_a_lost_scheduler_is_one_line(
+    toy: Toy, cluster: DaskCluster
+) -> None:
+    toy.pipeline(LONG)
+    words = ("run=dask", f"run.address={cluster.address}")
+    run = start(toy, *words)
+    until(lambda: ticks(toy) > 3)
+    cluster.at_work().send_signal(signal.SIGKILL)
+    seen = ticks(toy)
+    until(lambda: ticks(toy) > seen + 3)
+    os.kill(cluster.scheduler.pid, signal.SIGKILL)
+    said, _ = run.communicate(timeout=60)
+    assert run.returncode == 1, said
+    assert said.count("run.address: the Dask scheduler at") == 1
+    assert "Traceback" not in said
+    assert toy.record()["status"] == "cluster_lost"
+    cluster.start_scheduler()
+    cluster.start_worker()
+    run = start(toy, *words)
+    said, _ = run.communicate(timeout=120)
+    assert run.returncode == 0, said
+    assert 30 <= ticks(toy) <= 32, "a tick that was under way is made again"
