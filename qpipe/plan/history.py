@@ -83,13 +83,29 @@ def expected_s(store: Store, stage: str, node: str, sizes: Sizes, folder: str) -
 
     They outlive the result itself: what a cleanup removed is what will run again.
     """
+    found = _nearest(store, stage, node, sizes, folder)
+    return None if found is None else found[0].duration_s * found[1]
+
+
+def expected_bytes(store: Store, stage: str, node: str, sizes: Sizes, folder: str) -> float | None:
+    """Bytes of memory that `node` will take at most, by the same result as its seconds; None where that is gone, or did
+    not say. What is not its own (Python, libraries) counts in full."""
+    found = _nearest(store, stage, node, sizes, folder)
+    result = None if found is None else store.peek(found[0].key)
+    if found is None or result is None or not (peak := result["provenance"].get("peak_rss_bytes")):
+        return None
+    return float(peak) * max(1.0, found[1])
+
+
+def _nearest(store: Store, stage: str, node: str, sizes: Sizes, folder: str) -> tuple[Entry, float] | None:
+    """The entry that tells most of what `node` will take, and how many times as much there is to do now."""
     for name in (f"{stage}/{node}", stage):
         entries = _entries(store, name)
         if not entries:
             continue
         ranked = sorted(entries, key=lambda entry: (entry.folder != folder, abs(math.log(_ratio(sizes, entry.sizes)))))
         nearest = ranked[0]
-        return nearest.duration_s * min(_LARGEST_RATIO, max(1 / _LARGEST_RATIO, _ratio(sizes, nearest.sizes)))
+        return nearest, min(_LARGEST_RATIO, max(1 / _LARGEST_RATIO, _ratio(sizes, nearest.sizes)))
     return None
 
 

@@ -35,7 +35,9 @@ from qpipe.stage import Resources
 _POLL_S = 0.1
 _WAIT_S = 1.0
 _PASSED_OVER = 8
-"""So often smaller actions begin before one that there is no room for; then all wait for it."""
+"""So often others begin before an action that there is no room for; then all wait for it."""
+_LOOKED_AT = 32
+"""So many of the most urgent are looked at for one that there is room for."""
 Urgency = tuple[float, int]
 """Seconds, then steps."""
 BEGUN = (-math.inf, 0)
@@ -142,6 +144,7 @@ class _Run:
         self._running: dict[str, float] = {}
         self._locks: dict[str, Any] = {}
         self._passed: Counter[str] = Counter()
+        self._expected_gb: dict[str, float] = {}
         self._arriving: Iterator[tuple[str, Event]] = iter(())
         self._in_hand: tuple[str, Event] | None = None
         self._damage: DamagedError | None = None
@@ -215,12 +218,14 @@ class _Run:
                 del self._blocked[key]
                 self._begin(key)
         waiting: list[tuple[Urgency, int, str]] = []
-        while self._queue and self._pool.idle and not any(self._passed[key] >= _PASSED_OVER for _, _, key in waiting):
+        while self._queue and self._pool.idle and len(waiting) < _LOOKED_AT:
             rank, turn, key = heappop(self._queue)
             if self._ranks.get(key) != rank:  # it stood further ahead, too
                 continue
             if not self._pool.room(self._needs(key)):
                 waiting.append((rank, turn, key))
+                if self._passed[key] >= _PASSED_OVER:
+                    break
                 continue
             self._passed.update(each for _, _, each in waiting)
             self._ranks[key] = BEGUN
@@ -248,7 +253,12 @@ class _Run:
         self._pool.submit(request(action, self._options.device) | asked)
 
     def _needs(self, key: str) -> Resources:
-        return needs(self._wanted[key][0][1].resources, self._options)
+        """What the action takes; where nobody says how much memory, what it took before."""
+        walk, action = self._wanted[key][0]
+        if action.resources.memory_gb is None and key not in self._expected_gb:
+            self._expected_gb[key] = (walk.expected_bytes(action.node) or 0.0) / 1e9
+        expected = Resources(memory_gb=self._expected_gb.get(key))
+        return needs(action.resources.over(expected), self._options)
 
     def _name(self, key: str) -> str:
         walk, action = self._wanted[key][0]

@@ -133,8 +133,8 @@ class Room:
         return {name: value for name, value in there.items() if (getattr(needs, name) or 0) > value}
 
     def fits(self, needs: Resources) -> bool:
-        """Whether it can begin now."""
-        return (
+        """Whether it can begin now. By itself anything can: what it took elsewhere, or before, need not hold here."""
+        return not self._taken or (
             sum(share.cpus for share in self._taken) + (needs.cpus or 1) <= self.cpus
             and len(self._free_devices()) >= (needs.gpus or 0)
             and sum(share.memory_gb for share in self._taken) + (needs.memory_gb or 0) <= self.memory_gb

@@ -8,6 +8,7 @@ what the report and the exports read.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import secrets
 import socket
@@ -117,8 +118,11 @@ class ClusterPool:
         }
         place = digest("place", self._address if self._probe is None else self._probe)
         fit = [worker for worker, answer in self._answers.items() if not lacks(needs, answer)]
+        if not fit:  # what it took before, which is more than anybody has; what is asked for was checked
+            needs = dataclasses.replace(needs, memory_gb=None)
+        some = None if len(fit) in (0, len(self._answers)) else fit
         self._flight.add(key)
-        self._cluster.submit(f"qpipe-{key}-{place[:8]}", order, needs, None if len(fit) == len(self._answers) else fit)
+        self._cluster.submit(f"qpipe-{key}-{place[:8]}", order, needs, some)
 
     def _lend(self, request: Request) -> None:
         """What the action reads lies where workers find it."""

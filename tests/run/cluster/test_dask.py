@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from tests.nursery import Nursery
 from tests.run.cluster.clusters import DaskCluster, dask_cluster, until
 from tests.toy import Toy
 
