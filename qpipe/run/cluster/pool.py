@@ -31,6 +31,8 @@ _LOOK_S = 5.0
 _LEAST = 4
 """So many actions are handed out though no worker is there: clusters that grow by demand have to see some."""
 
+_COUNTED = ("cpus", "gpus", "memory_gb")
+
 Answer = dict[str, Any]
 
 
@@ -94,7 +96,7 @@ class ClusterPool:
         for worker, answer in self._answers.items():
             refuse_unlike(worker, answer, stages)
         for ask in asks if self._answers else ():
-            refuse_unmet(ask, self._answers.values())
+            refuse_unmet(ask, list(self._answers.values()))
         blind = [worker for worker, answer in self._answers.items() if not answer["sees"]]
         if blind:
             self._probe = None
@@ -185,13 +187,12 @@ def refuse_unlike(worker: str, answer: Answer, stages: Mapping[str, Mapping[str,
         )
 
 
-def refuse_unmet(ask: Ask, answers: Iterator[Answer] | Any) -> None:
+def refuse_unmet(ask: Ask, answers: Sequence[Answer]) -> None:
     """Errors: ConfigError where no worker has what is asked for: it would wait for ever."""
-    found = list(answers)
-    if all(lacks(ask.needs, answer) for answer in found):
-        most = {name: max(answer[name] for answer in found) for name in ("cpus", "gpus", "memory_gb")}
-        short = lacks(ask.needs, most)
-        said = ", ".join(f"{name}={getattr(ask.needs, name):g}" for name in short or ("cpus", "gpus", "memory_gb"))
+    if all(lacks(ask.needs, answer) for answer in answers):
+        most = {name: max(answer[name] for answer in answers) for name in _COUNTED}
+        short = lacks(ask.needs, most) or [name for name in _COUNTED if getattr(ask.needs, name)]
+        said = ", ".join(f"{name}={getattr(ask.needs, name):g}" for name in short)
         there = ", ".join(f"{name}={value:g}" for name, value in most.items())
         raise ConfigError(
             f"{ask.address}.resources: asks for {said}, and no worker has that (the most there is: {there}). Ask for "
@@ -201,4 +202,4 @@ def refuse_unmet(ask: Ask, answers: Iterator[Answer] | Any) -> None:
 
 def lacks(needs: Resources, answer: Mapping[str, Any]) -> list[str]:
     """The names of the resources of which a worker has less than is needed."""
-    return [name for name in ("cpus", "gpus", "memory_gb") if (getattr(needs, name) or 0) > answer[name]]
+    return [name for name in _COUNTED if (getattr(needs, name) or 0) > answer[name]]
