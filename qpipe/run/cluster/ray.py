@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from qpipe.run.workers import Event
 from qpipe.stage import Resources
 
 _LOOK_S = 0.2
+_CONNECT_S = 15.0
 _RETRIES = 3
 """So often an action is begun again whose worker was lost."""
 
@@ -36,16 +38,19 @@ class Ray:
             f"run.address: the Ray cluster at {address} is lost. What was finished is in the cache; the same command "
             "goes on from there."
         )
+        unreachable = ConfigError(
+            f"run.address: no Ray cluster answers at {address}. Start one (`ray start --head`) and name its address, "
+            "or leave run.address out for a cluster on this machine."
+        )
+        if address is not None and not _answers(address):
+            raise unreachable
         own = {"num_cpus": threads, "include_dashboard": False} if address is None else {}
         try:
             ray.init(
                 address or "local", namespace="qpipe", log_to_driver=False, logging_level=logging.CRITICAL, **own
             )
         except (ConnectionError, OSError, ValueError, RuntimeError) as error:
-            raise ConfigError(
-                f"run.address: no Ray cluster answers at {address}. Start one (`ray start --head`) and name its "
-                "address, or leave run.address out for a cluster on this machine."
-            ) from error
+            raise unreachable from error
         self._board = Queue(actor_options={"num_cpus": 0})
         self._keys: dict[Any, str] = {}
         self._task = ray.remote(carry_out)
@@ -131,6 +136,18 @@ class Ray:
             yield
         except (self._ray.exceptions.RayError, ConnectionError) as error:
             raise self._lost from error
+
+
+def _answers(address: str) -> bool:
+    """Whether something listens there; Ray itself would try for minutes. What is no HOST:PORT is Ray's to judge."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        return True
+    try:
+        socket.create_connection((host, int(port)), _CONNECT_S).close()
+    except OSError:
+        return False
+    return True
 
 
 # On the worker

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import socket
 import subprocess
 import sys
@@ -23,6 +24,7 @@ class DaskCluster:
             self.port = free.getsockname()[1]
         self.address = f"tcp://127.0.0.1:{self.port}"
         self.workers: list[subprocess.Popen[bytes]] = []
+        self.others: list[subprocess.Popen[bytes]] = []
         self.scheduler = self.start_scheduler()
 
     def start_scheduler(self) -> subprocess.Popen[bytes]:
@@ -35,6 +37,17 @@ class DaskCluster:
         words = ["worker", self.address, *name, "--nthreads", "1", "--no-dashboard", "--no-nanny", *options]
         self.workers.append(self._start(*words, **environment))
         return self.workers[-1]
+
+    def start_far_worker(self, hidden: Path, own: Path) -> bool:
+        """A worker in a mount namespace of its own, in which the folder `own` lies at `hidden`; False where the system
+        lets nobody make one."""
+        own.mkdir()
+        script = f"mount --bind {own} {hidden} && "
+        if subprocess.run(["unshare", "-m", "sh", "-c", script + "true"], capture_output=True).returncode:
+            return False
+        words = [sys.executable, "-m", "distributed.cli.dask_worker", self.address, "--no-dashboard", "--no-nanny"]
+        self.others.append(self._run(["unshare", "-m", "sh", "-c", script + shlex.join(["exec", *words])]))
+        return True
 
     def wait(self, count: int) -> None:
         """Until so many workers are there."""
@@ -52,9 +65,12 @@ class DaskCluster:
             return self.workers[int(client.scheduler_info(n_workers=-1)["workers"][busy]["name"])]
 
     def _start(self, *words: str, **environment: str) -> subprocess.Popen[bytes]:
+        return self._run([sys.executable, "-m", "distributed.cli.dask_" + words[0], *words[1:]], **environment)
+
+    def _run(self, command: list[str], **environment: str) -> subprocess.Popen[bytes]:
         with open(self.folder / "dask.log", "ab") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "distributed.cli.dask_" + words[0], *words[1:]],
+                command,
                 cwd=self.folder,
                 env=self.environment | environment,
                 stdout=log,
@@ -62,7 +78,7 @@ class DaskCluster:
             )
 
     def end(self) -> None:
-        for process in [*self.workers, self.scheduler]:
+        for process in [*self.workers, *self.others, self.scheduler]:
             process.kill()
             process.wait()
 

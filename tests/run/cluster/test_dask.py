@@ -97,3 +97,27 @@ def test_what_a_lost_worker_did_is_gone_on_with_and_a_lost_scheduler_is_one_line
     said, _ = run.communicate(timeout=120)
     assert run.returncode == 0, said
     assert 30 <= ticks(toy) <= 32, "a tick that was under way is made again"
+
+
+@pytest.mark.slow
+def test_workers_that_do_not_see_the_cache_go_through_the_remote_and_none_without_it(toy: Toy) -> None:
+    """One on a machine of its own, as far as files go: another folder lies where the cache is."""
+    toy.pipeline(LONG)
+    assert toy.run("run", "targets=[a]", "run.workers=0").returncode == 0
+    toy.calls()
+    far = toy.folder / "far"
+    with dask_cluster(toy.folder / "dask", toy.environment, workers=0) as cluster:
+        if not cluster.start_far_worker(toy.folder / "cache", far):
+            pytest.skip("no mount namespaces here")
+        cluster.wait(1)
+        words = ("run=dask", f"run.address={cluster.address}", "stages.b.seconds=0.2")
+        refused = toy.run("run", *words)
+        assert refused.returncode == 2
+        assert "does not see the cache" in refused.stderr.splitlines()[-1]
+        words = (*words, f"cache.remote={toy.folder}/share")
+        for calls in (["add", "tick", "tick"], []):
+            done = toy.run("run", *words)
+            assert done.returncode == 0, done.stderr
+            assert toy.calls() == calls, "what this machine had made was lent"
+    assert len(list(far.glob("blobs/*/*"))) >= 2
+    assert len(list((toy.folder / "share").glob("actions/*/*.json"))) == 4
