@@ -30,8 +30,7 @@ class Dask:
             import distributed
         except ImportError as error:
             raise ConfigError('run.cluster: Dask is not installed. pip install "qpipe[dask]".') from error
-        for name in ("distributed", "tornado"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)  # what matters of it is said in one line
+        _hush()
         self.name = address or "a Dask cluster on this machine"
         self._lost = ClusterError(
             f"run.address: the Dask scheduler at {address} is lost. What was finished is in the cache; the same "
@@ -114,6 +113,14 @@ class Dask:
             if each is not None:
                 with contextlib.suppress(Exception):
                     each.close(timeout=_CONNECT_S)
+
+
+def _hush() -> None:
+    """What matters of what Dask logs is said in one line; some of its loggers have levels of their own."""
+    of_dask = ("distributed", "tornado", "asyncio")
+    for name in (*of_dask, *logging.root.manager.loggerDict):
+        if name.partition(".")[0] in of_dask:
+            logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _memory_gb(worker: Mapping[str, Any], answer: Answer) -> float:

@@ -25,18 +25,14 @@ class DaskCluster:
         self.address = f"tcp://127.0.0.1:{self.port}"
         self.workers: list[subprocess.Popen[bytes]] = []
         self.others: list[subprocess.Popen[bytes]] = []
-        self.scheduler = self.start_scheduler()
+        listening = ["--host", "127.0.0.1", "--port", str(self.port), "--no-dashboard", "--no-show"]
+        self.scheduler = self._run([sys.executable, "-m", "distributed.cli.dask_scheduler", *listening])
+        own = ["--no-dashboard", "--no-nanny"]
+        self._worker = [sys.executable, "-m", "distributed.cli.dask_worker", self.address, *own]
 
-    def start_scheduler(self) -> subprocess.Popen[bytes]:
-        words = ["scheduler", "--host", "127.0.0.1", "--port", str(self.port), "--no-dashboard", "--no-show"]
-        self.scheduler = self._start(*words)
-        return self.scheduler
-
-    def start_worker(self, *options: str, **environment: str) -> subprocess.Popen[bytes]:
+    def start_worker(self, *options: str) -> None:
         name = ["--name", str(len(self.workers))]
-        words = ["worker", self.address, *name, "--nthreads", "1", "--no-dashboard", "--no-nanny", *options]
-        self.workers.append(self._start(*words, **environment))
-        return self.workers[-1]
+        self.workers.append(self._run([*self._worker, *name, "--nthreads", "1", *options]))
 
     def start_far_worker(self, hidden: Path, own: Path) -> bool:
         """A worker in a mount namespace of its own, in which the folder `own` lies at `hidden`; False where the system
@@ -45,8 +41,7 @@ class DaskCluster:
         script = f"mount --bind {own} {hidden} && "
         if subprocess.run(["unshare", "-m", "sh", "-c", script + "true"], capture_output=True).returncode:
             return False
-        words = [sys.executable, "-m", "distributed.cli.dask_worker", self.address, "--no-dashboard", "--no-nanny"]
-        self.others.append(self._run(["unshare", "-m", "sh", "-c", script + shlex.join(["exec", *words])]))
+        self.others.append(self._run(["unshare", "-m", "sh", "-c", script + shlex.join(["exec", *self._worker])]))
         return True
 
     def wait(self, count: int) -> None:
@@ -64,18 +59,9 @@ class DaskCluster:
             (busy,) = (worker for worker, tasks in client.processing().items() if tasks)
             return self.workers[int(client.scheduler_info(n_workers=-1)["workers"][busy]["name"])]
 
-    def _start(self, *words: str, **environment: str) -> subprocess.Popen[bytes]:
-        return self._run([sys.executable, "-m", "distributed.cli.dask_" + words[0], *words[1:]], **environment)
-
-    def _run(self, command: list[str], **environment: str) -> subprocess.Popen[bytes]:
+    def _run(self, command: list[str]) -> subprocess.Popen[bytes]:
         with open(self.folder / "dask.log", "ab") as log:
-            return subprocess.Popen(
-                command,
-                cwd=self.folder,
-                env=self.environment | environment,
-                stdout=log,
-                stderr=log,
-            )
+            return subprocess.Popen(command, cwd=self.folder, env=self.environment, stdout=log, stderr=log)
 
     def end(self) -> None:
         for process in [*self.workers, *self.others, self.scheduler]:

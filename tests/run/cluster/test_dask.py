@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.run.cluster.clusters import DaskCluster, dask_cluster, until
+from tests.run.cluster.clusters import dask_cluster, until
 from tests.toy import Toy
 
 pytest.importorskip("distributed")
@@ -30,13 +27,6 @@ WORDS = ("-m", "stages.b.amount=1,2", "stages.c.amount=10,20,30", "stages.d.amou
 LONG = {"a": {"uses": "toy_number"}, "b": {"uses": "toy_add", "scores": "a", "seconds": 3}}
 
 
-@pytest.fixture
-def cluster(toy: Toy, tmp_path: Path) -> Iterator[DaskCluster]:
-    """Of two workers, which have the plug-in."""
-    with dask_cluster(tmp_path / "dask", toy.environment, workers=2) as cluster:
-        yield cluster
-
-
 def trials(toy: Toy) -> list[dict[str, Any]]:
     """Of every trial of the last sweep the keys and outputs of its nodes."""
     folder = max(toy.folder.glob("outputs/*/*-sweep"), key=lambda path: path.stat().st_mtime_ns)
@@ -47,13 +37,13 @@ def trials(toy: Toy) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_a_sweep_runs_each_action_once_and_gives_what_this_machine_gives(toy: Toy, cluster: DaskCluster) -> None:
+def test_a_sweep_runs_each_action_once_and_gives_what_this_machine_gives(toy: Toy) -> None:
     toy.pipeline(GRID)
     here = toy.run(*WORDS, "run.workers=0", f"cache.dir={toy.folder}/other")
     assert here.returncode == 0, here.stderr
     expected = trials(toy)
     assert sum(Counter(toy.calls()).values()) == 41
-    there = toy.run(*WORDS, "run=dask", f"run.address={cluster.address}")
+    there = toy.run(*WORDS, "run=dask")
     assert there.returncode == 0, there.stderr
     assert sum(Counter(toy.calls()).values()) == 41
     assert trials(toy) == expected
@@ -75,25 +65,21 @@ def ticks(toy: Toy) -> int:
 
 
 @pytest.mark.slow
-def test_what_a_lost_worker_did_is_gone_on_with_and_a_lost_scheduler_is_one_line(
-    toy: Toy, cluster: DaskCluster
-) -> None:
+def test_what_a_lost_worker_did_is_gone_on_with_and_a_lost_scheduler_is_one_line(toy: Toy) -> None:
     toy.pipeline(LONG)
-    words = ("run=dask", f"run.address={cluster.address}")
-    run = start(toy, *words)
-    until(lambda: ticks(toy) > 3)
-    cluster.at_work().send_signal(signal.SIGKILL)
-    seen = ticks(toy)
-    until(lambda: ticks(toy) > seen + 3)
-    os.kill(cluster.scheduler.pid, signal.SIGKILL)
-    said, _ = run.communicate(timeout=60)
+    with dask_cluster(toy.folder / "dask", toy.environment, workers=2) as cluster:
+        run = start(toy, "run=dask", f"run.address={cluster.address}")
+        until(lambda: ticks(toy) > 3)
+        cluster.at_work().send_signal(signal.SIGKILL)
+        seen = ticks(toy)
+        until(lambda: ticks(toy) > seen + 3)
+        cluster.scheduler.send_signal(signal.SIGKILL)
+        said, _ = run.communicate(timeout=60)
     assert run.returncode == 1, said
     assert said.count("run.address: the Dask scheduler at") == 1
     assert "Traceback" not in said
     assert toy.record()["status"] == "cluster_lost"
-    cluster.start_scheduler()
-    cluster.start_worker()
-    run = start(toy, *words)
+    run = start(toy, "run.workers=1")
     said, _ = run.communicate(timeout=120)
     assert run.returncode == 0, said
     assert 30 <= ticks(toy) <= 32, "a tick that was under way is made again"
