@@ -144,7 +144,7 @@ class _Run:
         self._running: dict[str, float] = {}
         self._locks: dict[str, Any] = {}
         self._passed: Counter[str] = Counter()
-        self._expected_gb: dict[str, float] = {}
+        self._expected_gb: dict[tuple[str, str], float] = {}
         self._arriving: Iterator[tuple[str, Event]] = iter(())
         self._in_hand: tuple[str, Event] | None = None
         self._damage: DamagedError | None = None
@@ -255,9 +255,10 @@ class _Run:
     def _needs(self, key: str) -> Resources:
         """What the action takes; where nobody says how much memory, what it took before."""
         walk, action = self._wanted[key][0]
-        if action.resources.memory_gb is None and key not in self._expected_gb:
-            self._expected_gb[key] = (walk.expected_bytes(action.node) or 0.0) / 1e9
-        expected = Resources(memory_gb=self._expected_gb.get(key))
+        kind = (action.stage, action.node)
+        if action.resources.memory_gb is None and kind not in self._expected_gb:
+            self._expected_gb[kind] = (walk.expected_bytes(action.node) or 0.0) / 1e9
+        expected = Resources(memory_gb=self._expected_gb.get(kind))
         return needs(action.resources.over(expected), self._options)
 
     def _name(self, key: str) -> str:

@@ -161,9 +161,12 @@ class ClusterPool:
 
 def _identity(root: Path) -> bytes:
     """The same for all who open this cache on this machine, and for no other cache."""
-    root.mkdir(parents=True, exist_ok=True)
-    status = os.stat(root)
-    return f"the cache {root} of {socket.gethostname()}, {status.st_dev}:{status.st_ino}".encode()
+    place = ""
+    with contextlib.suppress(OSError):  # what cannot be written is told by who writes there
+        root.mkdir(parents=True, exist_ok=True)
+        status = os.stat(root)
+        place = f"{status.st_dev}:{status.st_ino}"
+    return f"the cache {root} of {socket.gethostname()}, {place}".encode()
 
 
 def refuse_unlike(worker: str, answer: Answer, stages: Mapping[str, Mapping[str, Any]]) -> None:

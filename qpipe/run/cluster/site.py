@@ -40,6 +40,7 @@ class Site:
         self._room = room
         self._changed = threading.Condition()
         self._idle: defaultdict[str, list[_Hand]] = defaultdict(list)
+        self._timer: threading.Timer | None = None
 
     def carry_out(self, order: Order, tell: Tell, wanted: Callable[[], bool]) -> Event:
         """The event that the action ends with. What happens meanwhile is told; when nobody wants it any more, or it
@@ -78,7 +79,7 @@ class Site:
     def _hand(self, order: Order) -> Iterator[_Hand]:
         """A process for actions of the run: one that is idle, or a new one."""
         with self._changed:
-            idle = self._idle[order["run"]]
+            idle = self._idle.get(order["run"])
             hand = idle.pop() if idle else None
         hand = hand or _Hand(order)
         try:
@@ -89,9 +90,13 @@ class Site:
         hand.used = time.monotonic()
         with self._changed:
             self._idle[order["run"]].append(hand)
-        timer = threading.Timer(_KEPT_S + 1, self._dismiss)
-        timer.daemon = True
-        timer.start()
+            self._look_later()
+
+    def _look_later(self) -> None:
+        if self._timer is None and self._idle:
+            self._timer = threading.Timer(_KEPT_S, self._dismiss)
+            self._timer.daemon = True
+            self._timer.start()
 
     def _dismiss(self) -> None:
         """End the processes that wait in vain."""
@@ -102,6 +107,8 @@ class Site:
                 self._idle[run].remove(hand)
             for run in [run for run, hands in self._idle.items() if not hands]:
                 del self._idle[run]
+            self._timer = None
+            self._look_later()
         for _, hand in old:
             hand.close()
 

@@ -1,4 +1,4 @@
-"""Runs on a Dask cluster of real processes: the same results, each action once, and what happens when a part dies."""
+"""Runs on real clusters of this machine: the same results, each action once, and what happens when a part dies."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ import pytest
 
 from tests.run.cluster.clusters import dask_cluster, until
 from tests.toy import Toy
-
-pytest.importorskip("distributed")
 
 GRID = {
     "a": {"uses": "toy_number", "value": 1},
@@ -37,13 +35,15 @@ def trials(toy: Toy) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_a_sweep_runs_each_action_once_and_gives_what_this_machine_gives(toy: Toy) -> None:
+@pytest.mark.parametrize(("run", "library"), [("dask", "distributed"), ("ray", "ray")])
+def test_a_sweep_runs_each_action_once_and_gives_what_this_machine_gives(toy: Toy, run: str, library: str) -> None:
+    pytest.importorskip(library)
     toy.pipeline(GRID)
     here = toy.run(*WORDS, "run.workers=0", f"cache.dir={toy.folder}/other")
     assert here.returncode == 0, here.stderr
     expected = trials(toy)
     assert sum(Counter(toy.calls()).values()) == 41
-    there = toy.run(*WORDS, "run=dask")
+    there = toy.run(*WORDS, f"run={run}")
     assert there.returncode == 0, there.stderr
     assert sum(Counter(toy.calls()).values()) == 41
     assert trials(toy) == expected
