@@ -88,7 +88,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "methods.mixing": (
         (*MODEL, "model.simulation", "numerics.rounding", "methods.placement", "methods.rounding"),
-        "work choices fingerprint judge mix sensitivity",
+        "products work choices fingerprint judge mix sensitivity",
     ),
     "methods.comparison": ((*MODEL, "model.simulation"), "inputs compare check parity"),
     "stages": (
@@ -126,16 +126,17 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
         "session timing memory measurement",
     ),
     "explain": ((*ENGINE, "run"), "shape past_runs causes runs_apart artifacts verification"),
-    "report": ((), "text facts measured"),
+    "report": ((), "text facts measured figures importance"),
     "report.terminal": (("report",), "table activity closing leaderboard run_table plain live terminal"),
     "report.drawing": (("report", "report.terminal"), "layout rails picture"),
     "report.page": (("writing", "report", "report.drawing"), "style charts mix html"),
     "demo": (("errors",), "data net train"),
-    "hydra_plugins": ((), "returns launcher sweeper"),
+    "search": ((*ENGINE, "run", "report"), "space study stream session"),
+    "hydra_plugins": (("report", "search"), "returns launcher sweeper searching"),
     "cli": (
         (
             *(*ENGINE, "run", "run.cluster", "explain", "report", "report.terminal", "report.drawing", "report.page"),
-            "hydra_plugins",
+            *("search", "hydra_plugins"),
         ),
         (
             "requirements compose manual words config_files mistakes rerun run_commands explain_commands "

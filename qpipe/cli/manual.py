@@ -23,13 +23,14 @@ _EXIT = {
 
 _TEXT = {
     "run": """\
-usage: qpipe [run] [OVERRIDE …] [-m]
+usage: qpipe [run] [OVERRIDE …] [-m] [--resume FOLDER]
 
 Carry the pipeline out: what the cache has is taken from there, the rest runs.
 
   pipeline=ptq|adaround|amp|autoquant   scheme=w8a8|w4a8|…   model=onnx_file model.path=net.onnx   data=npz …
   stages.NODE.PARAM=VALUE    any param of any node; stages.NODE.enabled=false takes a node out
-  -m                         a sweep: scheme=w8a8,w4a8 runs both, as one graph
+  -m                         a sweep: scheme=w8a8,w4a8 runs both, as one graph; -m search=NAME searches
+  --resume FOLDER            go on with the sweep or the search that lies in FOLDER, with further OVERRIDEs
   run.workers=N run.threads=N run.device=cpu|cuda run.keep_going=false run.timeout_s=S
   stages.NODE.resources.memory_gb=G   what its action takes (cpus, gpus, memory_gb) of what those at a time share
   run=dask [run.address=tcp://HOST:8786]   actions on a Dask cluster; run=ray on one of Ray's
@@ -161,6 +162,7 @@ def overview(groups: Mapping[str, Sequence[str]]) -> str:
 
 
 OPTIONS: dict[str, dict[str, str]] = {
+    "run": {"--resume": "FOLDER"},
     "why": {"--against": "RUN"},
     "verify": {"--repeat": "N"},
     "diff": {"--json": ""},
