@@ -207,7 +207,7 @@ def _run(
     gc.freeze()
     gc.enable()  # the command line switched it off; what runs in this process may leave large cycles
     try:
-        pool.check(_asks(walks, options))
+        pool.check(asks(walks, options))
         log.parent.mkdir(parents=True, exist_ok=True)
         if not execute(walks, store, options, pool, watch, deadline):
             left = len({action.key for walk in walks for action in walk.running.values()})
@@ -230,7 +230,7 @@ def _run(
     return ""
 
 
-def _asks(walks: Sequence[Walk], options: RunSpec) -> list[Ask]:
+def asks(walks: Sequence[Walk], options: RunSpec) -> list[Ask]:
     """What the nodes that may run ask for, each kind once."""
     found: dict[tuple[str, Resources], Ask] = {}
     for walk in walks:

@@ -68,6 +68,7 @@ class ClusterPool:
         self._run = secrets.token_hex(8)
         self._flight: set[str] = set()
         self._lent: set[str] = set()
+        self._surveyed: set[str] = set()
         self._answers: dict[str, Answer] = {}
         self._probe: str | None = None
         self._address: dict[str, Any] = store.address()
@@ -88,15 +89,21 @@ class ClusterPool:
 
     def check(self, asks: Sequence[Ask]) -> None:
         """Hold the workers against what will be asked of them. Errors: ConfigError."""
-        self._probe = self._store.put(_identity(self._store.root))
-        stages = {ask.ingredients["stage"]: {name: ask.ingredients[name] for name in OF_STAGE} for ask in asks}
-        root = str(self._store.root)
+        made_of = {ask.ingredients["stage"]: {name: ask.ingredients[name] for name in OF_STAGE} for ask in asks}
+        stages = {name: made for name, made in made_of.items() if name not in self._surveyed}
+        if stages:
+            self._survey(stages)
+            self._surveyed.update(stages)
+        for ask in asks if self._answers else ():
+            refuse_unmet(ask, list(self._answers.values()))
+
+    def _survey(self, stages: Mapping[str, Mapping[str, Any]]) -> None:
+        """Ask the workers what they have and which keys they give; settle where bytes travel."""
+        root, self._probe = str(self._store.root), self._store.put(_identity(self._store.root))
         question = {"root": root, "probe": self._probe, "folder": os.getcwd(), "stages": stages}
         self._answers = self._cluster.ask(question)
         for worker, answer in self._answers.items():
             refuse_unlike(worker, answer, stages)
-        for ask in asks if self._answers else ():
-            refuse_unmet(ask, list(self._answers.values()))
         blind = [worker for worker, answer in self._answers.items() if not answer["sees"]]
         if blind:
             self._probe = None
