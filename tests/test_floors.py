@@ -131,7 +131,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
     "report.drawing": (("report", "report.terminal"), "layout rails picture"),
     "report.page": (("writing", "report", "report.drawing"), "style charts mix html"),
     "demo": (("errors",), "data net train"),
-    "search": ((*ENGINE, "run", "report"), "space study stream session"),
+    "search": ((*ENGINE, "run", "run.cluster", "report"), "space study stream session"),
     "hydra_plugins": (("report", "search"), "returns launcher sweeper searching"),
     "cli": (
         (
