@@ -22,8 +22,8 @@ from qpipe.plan.estimate import misses
 from qpipe.plan.keyring import Keyring
 from qpipe.plan.walk import Walk
 from qpipe.run.checkout import Checkout
-from qpipe.run.deployment import deployments
 from qpipe.run.cluster.opening import open_pool
+from qpipe.run.deployment import deployments
 from qpipe.run.executor import View, execute, exit_code, forget
 from qpipe.run.record import RunInfo
 from qpipe.run.sweep import (
