@@ -40,7 +40,7 @@ class Ray:
         )
         unreachable = ConfigError(
             f"run.address: no Ray cluster lets itself be used at {address}. Start one (`ray start --head`), name its "
-            "address, and set RAY_AUTH_MODE=token where it wants one; or leave run.address out for one of this machine's."
+            "address, and set RAY_AUTH_MODE=token where it wants one; or leave run.address out for one of your own."
         )
         if address is not None and not _answers(address):
             raise unreachable
