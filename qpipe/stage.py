@@ -69,8 +69,11 @@ class Resources:
 
     def over(self, other: Resources) -> Resources:
         """These, and where nothing is said those of `other`."""
-        said = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
-        return dataclasses.replace(other, **said)
+        return Resources(
+            other.cpus if self.cpus is None else self.cpus,
+            other.gpus if self.gpus is None else self.gpus,
+            other.memory_gb if self.memory_gb is None else self.memory_gb,
+        )
 
 
 WiredCheck = Callable[[Mapping[str, Any], Mapping[str, "tuple[Maker, ...]"]], None]

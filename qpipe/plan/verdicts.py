@@ -36,6 +36,8 @@ class Action:
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What the result is to keep for `qpipe why`: the node, what made its inputs, and `Keyring.listings`."""
     resources: Resources = dataclasses.field(default_factory=Resources)
+    expected_bytes: float | None = None
+    """The most memory that it will take, by what ran before."""
     libraries: tuple[str, ...] = ()
     """Where the libraries lie that the graph names: an artifact may say that it needs one, never where that is."""
 

@@ -21,7 +21,7 @@ from qpipe.language.spec import FirstWithin, NodeSpec
 from qpipe.param import listed
 from qpipe.plan.choice import Choice, Contest, Wanted, least_of
 from qpipe.plan.decision import decide
-from qpipe.plan.history import expected_bytes, expected_s
+from qpipe.plan.history import expected_s
 from qpipe.plan.keyring import Keyring
 from qpipe.plan.verdicts import Action, Outcome, State, hit
 
@@ -150,20 +150,11 @@ class Walk:
         node = self.graph.node(name)
         if isinstance(node, FirstWithin):  # it only chooses
             return 0.0
-        return expected_s(self._store, node.stage.name, name, self._sizes(name), self._keyring.folder)
-
-    def expected_bytes(self, name: str) -> float | None:
-        """Bytes of memory that the action of a node will take at most, by what ran before; None where nothing tells."""
-        node = self.graph.node(name)
-        assert isinstance(node, NodeSpec)
-        return expected_bytes(self._store, node.stage.name, name, self._sizes(name), self._keyring.folder)
-
-    def _sizes(self, name: str) -> dict[str, int]:
-        """Bytes on each port, as far as they are known."""
         found = {
             port: [self._size(source) for source in sources] for port, sources in self.graph.inputs[name].items()
         }
-        return {port: sum(each) for port, each in found.items() if all(each)}
+        sizes = {port: sum(each) for port, each in found.items() if all(each)}
+        return expected_s(self._store, node.stage.name, name, sizes, self._keyring.folder)
 
     @property
     def folder(self) -> str:

@@ -148,7 +148,8 @@ class _Run:
         self._running: dict[str, float] = {}
         self._locks: dict[str, Any] = {}
         self._passed: Counter[str] = Counter()
-        self._expected_gb: dict[tuple[str, str], float] = {}
+        self._given = needs(Resources(), run)
+        self._needed: dict[str, Resources] = {}
         self._arriving: Iterator[tuple[str, Event]] = iter(())
         self._in_hand: tuple[str, Event] | None = None
         self._damage: DamagedError | None = None
@@ -269,17 +270,16 @@ class _Run:
             return
         self._running[key] = time.monotonic()
         self._view.started(self._name(key), action.stage)
-        asked = {"always": action.always, "resources": dataclasses.asdict(self._needs(key))}
+        asked = {"always": action.always, "resources": dict(vars(self._needs(key)))}
         self._pool.submit(request(action, self._options.device) | asked)
 
     def _needs(self, key: str) -> Resources:
         """What the action takes; where nobody says how much memory, what it took before."""
-        walk, action = self._wanted[key][0]
-        kind = (action.stage, action.node)
-        if action.resources.memory_gb is None and kind not in self._expected_gb:
-            self._expected_gb[kind] = (walk.expected_bytes(action.node) or 0.0) / 1e9
-        expected = Resources(memory_gb=self._expected_gb.get(kind))
-        return needs(action.resources.over(expected), self._options)
+        if key not in self._needed:
+            action = self._wanted[key][0][1]
+            expected = dataclasses.replace(self._given, memory_gb=(action.expected_bytes or 0.0) / 1e9)
+            self._needed[key] = action.resources.over(expected)
+        return self._needed[key]
 
     def _name(self, key: str) -> str:
         walk, action = self._wanted[key][0]
@@ -359,7 +359,7 @@ class _Run:
         """Tell every node that wanted the key; the first carries the verdict, the others hit."""
         self._unlock(key)
         duration = result["provenance"]["duration_s"] if verdict == "ran" else 0.0
-        self._ranks.pop(key, None)
+        self._forget(key)
         wanted = self._wanted.pop(key)
         for i, (walk, action) in enumerate(wanted):
             state: State = "ran" if verdict == "ran" and i == 0 else "hit"
@@ -370,7 +370,7 @@ class _Run:
 
     def _fail(self, key: str, error: Event) -> None:
         self._unlock(key)
-        self._ranks.pop(key, None)
+        self._forget(key)
         wanted = self._wanted.pop(key)
         for walk, action in wanted:
             walk.fail(action.node, error)
@@ -379,6 +379,10 @@ class _Run:
         refused = error["exit_code"] == InputError.exit_code and alone
         self._stopped = self._stopped or refused or not self._options.keep_going
         self._advance({walk: None for walk, _ in wanted})
+
+    def _forget(self, key: str) -> None:
+        for table in (self._ranks, self._needed, self._passed):
+            table.pop(key, None)
 
     def _unlock(self, key: str) -> None:
         if (lock := self._locks.pop(key, None)) is not None:

@@ -39,8 +39,8 @@ class Ray:
             "goes on from there."
         )
         unreachable = ConfigError(
-            f"run.address: no Ray cluster answers at {address}. Start one (`ray start --head`) and name its address, "
-            "or leave run.address out for a cluster on this machine."
+            f"run.address: no Ray cluster lets itself be used at {address}. Start one (`ray start --head`), name its "
+            "address, and set RAY_AUTH_MODE=token where it wants one; or leave run.address out for one of your own."
         )
         if address is not None and not _answers(address):
             raise unreachable
