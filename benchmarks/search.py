@@ -191,7 +191,7 @@ def main() -> None:
     for question, (objective, within) in QUESTIONS.items():
         wanted = best(table, objective, within)
         chance = (len(table) + 1) / (len(wanted) + 1)
-        print(f"| {question}, best: {len(wanted)} of {len(table)} | | in turn | mean {chance:.0f} | mean {chance:.0f} |")
+        print(f"| {question}: best are {len(wanted)} of {len(table)} | | in turn | mean {chance:.0f} | {chance:.0f} |")
         for under_way, (name, way) in itertools.product(options.under_way, WAYS.items()):
             runs = (way(seed, objective, within, under_way)(table) for seed in range(options.seeds))
             found = [length(each, wanted) for each in runs]

@@ -230,6 +230,9 @@ def _compose(many: Many, command: str, rest: list[str]) -> int:
         overrides = tuple(OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False))  # type: ignore[arg-type]
         os.chdir(HydraConfig.get().runtime.cwd)  # with hydra.job.chdir: a relative path means what it meant before
         number = HydraConfig.get().job.num if HydraConfig.get().mode == RunMode.MULTIRUN else None
+        listed = HydraConfig.get().sweeper.get("params") or {}
+        if number is None and listed and not any(word.partition("=")[0] in listed for word in overrides):
+            say(f"This is one run; with -m it is a sweep over {', '.join(listed)}.")
 
         def build() -> list[Job]:
             return [dataclasses.replace(make_job(config, folder, overrides, arguments=rest), number=number)]

@@ -38,7 +38,8 @@ Carry the pipeline out: what the cache has is taken from there, the rest runs.
   run.max_misses=N           status 4, before anything runs, if more than N nodes would have to
   run.budget_s=S             begin nothing more after S seconds; status 5, and the same command goes on
 
-`qpipe --cfg job` shows the whole config. What a run leaves: outputs/<date>/<time>-<id>/.
+`qpipe --cfg job` shows the whole config, `qpipe --hydra-help` Hydra's options. What a run leaves:
+outputs/<date>/<time>-<id>/.
 """,
     "plan": """\
 usage: qpipe plan [OVERRIDE …] [-m]
@@ -145,7 +146,6 @@ usage: qpipe [COMMAND] [OVERRIDE …] [-m]     post-training quantization, cache
 An OVERRIDE is ADDRESS=VALUE (stages.adaround.iterations=500) or GROUP=OPTION:
 {groups}
 A sweep: -m scheme=w8a8,w4a8. Files of your own: --config-dir DIR pipeline=mine.
-All values: qpipe --cfg job [OVERRIDE …]. Hydra's options: qpipe --hydra-help
 """
 _LISTED = ("model", "data", "scheme", "target", "pipeline", "experiment")
 _COLUMNS = 80

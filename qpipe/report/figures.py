@@ -10,6 +10,9 @@ FIGURES = ("score", "drop", "size", "cost", "bitops", "latency")
 as shares of float's. Of the score more is better, of all others less."""
 PRICES = FIGURES[2:]
 
+_ROUNDING = 1e-9
+"""A difference of scores is not off by so little."""
+
 Figures = Mapping[str, float | None]
 
 
@@ -20,7 +23,7 @@ def beyond(within: Mapping[str, float], figures: Figures) -> list[float]:
     for name, limit in within.items():
         figure = figures.get(name)
         off = math.inf if figure is None else limit - figure if name == "score" else figure - limit
-        found.append(off)
+        found.append(0.0 if abs(off) <= _ROUNDING else off)
     return found
 
 
