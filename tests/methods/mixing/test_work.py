@@ -7,7 +7,7 @@ from qpipe.methods.mixing.work import FLOAT_BITS, Work
 WORK = Work(((100, "x", "w"), (20, "h", "v"), (5, "h", "k")), ((8, "x"), (4, "h"), (2, "y")))
 
 
-def test_bitops_are_products_of_both_factors_and_each_grid_once() -> None:
+def test_bit_operations_are_products_of_both_factors_and_each_grid_once() -> None:
     bits = {"x": 8, "w": 4, "h": 16, "v": 8, "k": 16, "y": 8}
     products = 100 * 8 * 4 + 20 * 16 * 8 + 5 * 16 * 16
     assert WORK.bitops(bits) == products + 8 * 8 + 4 * 16 + 2 * 8
