@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import queue
@@ -60,7 +61,7 @@ class Dask:
 
     def ask(self, question: Mapping[str, Any]) -> dict[str, Answer]:
         try:
-            answers = self._client.run(survey.ask, dict(question), on_error="return")
+            answers = self._client.run(ask, dict(question), on_error="return")
             workers = self._client.scheduler_info(n_workers=-1)["workers"]
         except Exception as error:
             raise self._lost from error
@@ -137,6 +138,11 @@ def _given_up(error: BaseException) -> Event:
 
 
 # On the worker
+
+
+async def ask(question: survey.Question) -> Answer:
+    """The survey, beside the worker's event loop: its heartbeats go on."""
+    return await asyncio.to_thread(survey.ask, question)
 
 
 def carry_out(order: Order) -> Event:
