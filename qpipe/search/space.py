@@ -17,6 +17,9 @@ from typing import Any
 
 from qpipe.errors import ConfigError
 
+MANY = 20_000
+"""Of more combinations a search does not come to the end: they are not counted."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -73,10 +76,12 @@ class Space:
 
     @property
     def count(self) -> int | None:
-        """How many combinations there are; None where an interval has any number of them."""
+        """How many combinations there are; None where they are too many to count, and where an interval has any
+        number."""
         if any(isinstance(each, Interval) for each in self.params):
             return None
-        return sum(1 for _ in self.combinations())
+        found = sum(1 for _ in itertools.islice(self.combinations(), MANY + 1))
+        return found if found <= MANY else None
 
     def combinations(self) -> Iterator[dict[str, str]]:
         """Every combination, the last key changing first. Errors: ConfigError where an interval has too many."""

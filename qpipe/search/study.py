@@ -123,7 +123,8 @@ class Study:
         if (limit is not None and self._next >= limit) or self._late or len(self._known) == self._count:
             return None
         if self.options.sampler == "grid":
-            return self._fixed(next(each for each in self._every() if name_of(each) not in self._known))
+            left = next((each for each in self._every() if name_of(each) not in self._known), None)
+            return None if left is None else self._fixed(left)
         for _ in range(REPEATS):
             self._study.sampler = sampler(self.options, len(self._study.get_trials(deepcopy=False)))
             trial = self._study.ask()
