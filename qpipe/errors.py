@@ -5,6 +5,7 @@ QpipeError                 exit status 1
 ├── InputError             2   a model, a data set or a path given by the user cannot be taken
 ├── StageError             1   a node failed while it ran
 │   └── ChangedError       1   what it read or ran is no longer what its key says
+├── ClusterError           1   the cluster that a run is on cannot be reached any more
 └── CacheError             1   the cache cannot be written, or what it holds is damaged
     └── DamagedError       1   a stored blob is missing or does not match its digest
 """
@@ -36,6 +37,10 @@ class StageError(QpipeError):
 
 class ChangedError(StageError):
     """Code or an input was edited while the run went on: the result is not that of the key, and is not kept."""
+
+
+class ClusterError(QpipeError):
+    """The cluster that a run is on cannot be reached any more; what was finished there is in the cache."""
 
 
 class CacheError(QpipeError):

@@ -20,11 +20,11 @@ import re
 import types
 import typing
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Protocol, TypeVar, Union, get_args, get_origin
 
 from qpipe.artifacts.artifact import FACE_MODULE, NETWORK_MODULE
 from qpipe.artifacts.kinds import Encodings, Files, Samples, Scores, Statistics
-from qpipe.param import Factory, Library, Range, is_ambiguous
+from qpipe.param import Factory, Library, Range, coerce, is_ambiguous
 
 __all__ = [
     "NULL",
@@ -37,6 +37,7 @@ __all__ = [
     "Param",
     "Port",
     "Range",
+    "Resources",
     "Samples",
     "Scores",
     "Stage",
@@ -55,6 +56,24 @@ class Maker:
 
     stage: str
     params: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """What an action takes of the machine that it runs on: threads, GPUs of its own, 10^9 bytes of memory. None
+    stands for the threads that the run gives every action, and for nothing of the others. In no key."""
+
+    cpus: Annotated[int, Range(ge=1)] | None = None
+    gpus: Annotated[int, Range(ge=0)] | None = None
+    memory_gb: Annotated[float, Range(gt=0)] | None = None
+
+    def over(self, other: Resources) -> Resources:
+        """These, and where nothing is said those of `other`."""
+        return Resources(
+            other.cpus if self.cpus is None else self.cpus,
+            other.gpus if self.gpus is None else self.gpus,
+            other.memory_gb if self.memory_gb is None else self.memory_gb,
+        )
 
 
 WiredCheck = Callable[[Mapping[str, Any], Mapping[str, "tuple[Maker, ...]"]], None]
@@ -152,6 +171,7 @@ class Stage:
     wired: WiredCheck | None = None
     not_after: Mapping[str, str] = dataclasses.field(default_factory=dict)
     not_before: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    resources: Resources = Resources()
     address: str = ""
 
     @property
@@ -210,6 +230,7 @@ def stage(
     wired: WiredCheck | None = None,
     not_after: Mapping[str, str] | None = None,
     not_before: Mapping[str, str] | None = None,
+    resources: Mapping[str, Any] | None = None,
 ) -> _Decorator:
     """Make a stage of a function. Raise `version` when its meaning changes in a way its code does not show.
 
@@ -219,14 +240,19 @@ def stage(
     `check` is given {param: value} before anything runs and raises ValueError or InputError, a sentence, for values
     that do not go together; `wired` also {port: its Makers}, and refuses what cannot go well with what is wired there.
     `not_after` and `not_before` name stages, built-in or of any plug-in, that the model should
-    not come from or go on to, and say why; such an order is refused unless `allow_discouraged` is set. No key holds
-    them.
+    not come from or go on to, and say why; such an order is refused unless `allow_discouraged` is set. `resources`,
+    such as {"gpus": 1, "memory_gb": 8}, are what it takes where a config says nothing else. No key holds any of these.
     """
 
     def decorate(function: Function) -> Function:
         described = describe_function(function, version, config or {}, always)
         function.__stage__ = dataclasses.replace(  # type: ignore[attr-defined]
-            described, check=check, wired=wired, not_after=dict(not_after or {}), not_before=dict(not_before or {})
+            described,
+            check=check,
+            wired=wired,
+            not_after=dict(not_after or {}),
+            not_before=dict(not_before or {}),
+            resources=coerce(resources or {}, Resources, f"stage {function.__name__}: resources"),
         )
         return function
 

@@ -118,6 +118,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
         (*ENGINE, "numerics"),
         "machine checkout context isolation performing workers executor deployment record swept stores sweep",
     ),
+    "run.cluster": ((*ENGINE, "run"), "survey site pool dask ray child opening"),
     "deployed": (
         (
             *("errors", "artifacts", "cache", "model.network", "model.files", "model.runtime", "model.simulation"),
@@ -131,11 +132,11 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
     "report.drawing": (("report", "report.terminal"), "layout rails picture"),
     "report.page": (("writing", "report", "report.drawing"), "style charts mix html"),
     "demo": (("errors",), "data net train"),
-    "search": ((*ENGINE, "run", "report"), "space study stream session"),
+    "search": ((*ENGINE, "run", "run.cluster", "report"), "space study stream session"),
     "hydra_plugins": (("report", "search"), "returns launcher sweeper searching"),
     "cli": (
         (
-            *(*ENGINE, "run", "explain", "report", "report.terminal", "report.drawing", "report.page"),
+            *(*ENGINE, "run", "run.cluster", "explain", "report", "report.terminal", "report.drawing", "report.page"),
             *("search", "hydra_plugins"),
         ),
         (

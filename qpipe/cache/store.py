@@ -135,6 +135,14 @@ class Store:
     def share(self, key: str) -> None:
         """A worker has published this."""
 
+    def flush(self) -> None:
+        """What was shared has arrived where others find it, or cannot."""
+
+    def address_elsewhere(self) -> dict[str, Json] | None:
+        """What a process on another machine needs to open a cache of its own that passes on what it publishes, as JSON;
+        its root is that machine's to choose. None where there is nowhere to pass it on to."""
+        return None
+
     def settle(self) -> list[str]:
         """A run is over, its results are to be where they belong. What there is to say of it, a line each."""
         return self.news()

@@ -32,6 +32,8 @@ Carry the pipeline out: what the cache has is taken from there, the rest runs.
   -m                         a sweep: scheme=w8a8,w4a8 runs both, as one graph; -m search=NAME searches
   --resume FOLDER            go on with the sweep or the search that lies in FOLDER, with further OVERRIDEs
   run.workers=N run.threads=N run.device=cpu|cuda run.keep_going=false run.timeout_s=S
+  stages.NODE.resources.memory_gb=G   what its action takes (cpus, gpus, memory_gb) of what those at a time share
+  run=dask [run.address=tcp://HOST:8786]   actions on a Dask cluster; run=ray on one of Ray's
   run.expect=cached          run nothing; status 4 if anything would have to run
   run.max_misses=N           status 4, before anything runs, if more than N nodes would have to
   run.budget_s=S             begin nothing more after S seconds; status 5, and the same command goes on

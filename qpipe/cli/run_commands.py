@@ -25,6 +25,7 @@ from qpipe.report.terminal.plain import PlainDisplay
 from qpipe.report.terminal.table import table, wrap
 from qpipe.report.terminal.terminal import Row, Terminal
 from qpipe.report.text import duration, plural
+from qpipe.run.cluster.opening import open_pool
 from qpipe.run.executor import worker_count
 from qpipe.run.stores import open_store
 from qpipe.run.sweep import NOT_CACHED, Job, plan_jobs, refusal, run_jobs
@@ -77,7 +78,7 @@ def run(jobs: Sequence[Job] | Session, command: Sequence[str] = ()) -> int:
     if not isinstance(jobs, Sequence):
         return search(jobs, command)
     with open_store(jobs[0].spec) as store, Screen() as screen:
-        return run_jobs(jobs, store, screen, ["qpipe", *command, *jobs[0].overrides])
+        return run_jobs(jobs, store, screen, ["qpipe", *command, *jobs[0].overrides], open_pool)
 
 
 def search(session: Session, command: Sequence[str] = ()) -> int:

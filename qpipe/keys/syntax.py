@@ -24,7 +24,7 @@ _IMPORTERS = frozenset({"import_module", "__import__", "resolve_name", "run_modu
 """What imports by name: importlib, builtins, pkgutil, runpy, pydoc, lazy_loader."""
 _NAMERS = frozenset({"get_class", "get_method", "get_object", "get_static_method", "EntryPoint"})
 """What is given the name of a thing with that of its module: hydra.utils, importlib.metadata."""
-_OF_ORDER = frozenset({"not_after", "not_before"})
+_OF_RUNS = frozenset({"not_after", "not_before", "resources"})
 _LISTERS = frozenset({"iter_modules", "walk_packages"})
 _OPEN = frozenset({"*", "__getattr__", "globals", "vars", "locals", "exec"})
 """Who binds one of these may bind anything."""
@@ -130,7 +130,8 @@ def _label(name: str) -> _Label:
 
 
 def _plain(tree: ast.Module) -> ast.Module:
-    """`tree` without what `@stage(...)` says of orders: that lets a pipeline through or not, and is in no result."""
+    """`tree` without what `@stage(...)` says of orders and resources: it decides whether and where the stage runs, and
+    is in no result."""
     names = {
         alias.asname or alias.name
         for node in tree.body
@@ -141,7 +142,7 @@ def _plain(tree: ast.Module) -> ast.Module:
     for node in tree.body if names else ():
         for mark in node.decorator_list if isinstance(node, ast.FunctionDef) else ():
             if isinstance(mark, ast.Call) and isinstance(mark.func, ast.Name) and mark.func.id in names:
-                mark.keywords = [each for each in mark.keywords if each.arg not in _OF_ORDER]
+                mark.keywords = [each for each in mark.keywords if each.arg not in _OF_RUNS]
     return tree
 
 

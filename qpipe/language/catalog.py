@@ -20,7 +20,7 @@ from qpipe.stage import REQUIRED, Stage
 
 GROUP = "qpipe.stages"
 MISSING = "???"
-RESERVED = ("uses", "enabled")
+RESERVED = ("uses", "enabled", "resources")
 FORMS = ("first_within",)
 """Names that `uses` takes beside stages: forms of the language."""
 

@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -21,7 +21,7 @@ from qpipe.language.elsewhere import called_here
 from qpipe.language.interpolation import wrong_interpolation
 from qpipe.numerics.metric_names import least_score
 from qpipe.param import coerce, listed, nearest, of_its_type, parse_size
-from qpipe.stage import REQUIRED, Stage
+from qpipe.stage import REQUIRED, Resources, Stage
 
 if TYPE_CHECKING:
     from qpipe.cache.shared.remote import RemoteOptions
@@ -48,6 +48,7 @@ class NodeSpec:
     params: Mapping[str, Any]
     written: Mapping[str, Any]
     enabled: bool = True
+    resources: Resources = dataclasses.field(default_factory=Resources)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +112,7 @@ class GoalSpec:
 @dataclasses.dataclass(frozen=True)
 class RunSpec:
     """How to run, never in a key. `workers` 0 runs every action in this process; `measure` says whether what was
-    exported is measured in onnxruntime."""
+    exported is measured in onnxruntime; `cluster` and the `address` of its scheduler say where else actions run."""
 
     workers: int | None = None
     threads: int | None = None
@@ -122,6 +123,8 @@ class RunSpec:
     keep_going: bool = True
     timeout_s: float | None = None
     measure: bool = True
+    cluster: Literal["dask", "ray"] | None = None
+    address: str | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("workers", 0), ("threads", 1), ("max_misses", 0), ("budget_s", 0)):
@@ -130,6 +133,8 @@ class RunSpec:
                 raise ValueError(f"{name} must be >= {least} or null, got {value}.")
         if self.expect not in (None, "cached"):
             raise ValueError(f"expect must be null or 'cached', got {self.expect!r}.")
+        if self.cluster is not None and self.workers == 0:
+            raise ValueError("workers must be >= 1 or null on a cluster, got 0.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,7 +314,8 @@ def _node(name: object, body: Any) -> NodeSpec | FirstWithin:
             raise ConfigError(f"{address}: {error}") from error
     enabled = coerce(body.get("enabled", True), bool, f"{address}.enabled")
     shown = {key: value for key, value in written.items() if value is not REQUIRED}
-    return NodeSpec(name, stage, ports, params, shown, enabled)
+    asked: Resources = coerce(body.get("resources") or {}, Resources, f"{address}.resources")
+    return NodeSpec(name, stage, ports, params, shown, enabled, asked.over(stage.resources))
 
 
 def _check_names(stage: Stage, body: Mapping[str, Any], address: str) -> None:

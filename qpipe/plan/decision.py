@@ -11,7 +11,7 @@ from qpipe.keys.changes import differences
 from qpipe.keys.hashing import digest
 from qpipe.language.spec import NodeSpec
 from qpipe.param import listed
-from qpipe.plan.history import expected_s, previous_key, ran_before
+from qpipe.plan.history import expected, previous_key, ran_before
 from qpipe.plan.keyring import Keyring
 from qpipe.plan.verdicts import Action, Outcome, hit
 from qpipe.stage import Stage
@@ -43,7 +43,7 @@ def decide(
         before = ran_before(store, node.stage.name, node.name)
         reasons = () if key in before else _reasons_to_run(node, ingredients, keyring, store, bool(before))
     sizes = {port: sum(artifact.size_bytes for artifact in found) for port, found in inputs.items()}
-    expected = expected_s(store, node.stage.name, node.name, sizes, keyring.folder)
+    before_this = expected(store, node.stage.name, node.name, sizes, keyring.folder)
     return Action(
         node.name,
         node.stage.name,
@@ -53,8 +53,10 @@ def decide(
         inputs,
         reasons or ("result evicted",),
         node.stage.always or bool(stale),
-        expected,
+        None if before_this is None else before_this.seconds,
         keyring.stamps(node),
+        resources=node.resources,
+        expected_bytes=None if before_this is None else before_this.peak_bytes,
     )
 
 

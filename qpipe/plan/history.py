@@ -29,20 +29,29 @@ Sizes = Mapping[str, int]
 
 
 class Entry(NamedTuple):
-    """A result: its key, the working directory that it ran in (None where nobody knows), its seconds, and the bytes on
-    its ports."""
+    """A result: its key, the working directory that it ran in (None where nobody knows), its seconds, the bytes on its
+    ports, and the most memory that its process took, 0 where nobody knows."""
 
     key: str
     folder: str | None
     duration_s: float
     sizes: Sizes
+    peak_bytes: int = 0
+
+
+class Expected(NamedTuple):
+    """What an action will take: seconds, and at most so many bytes of memory, None where nobody knows."""
+
+    seconds: float
+    peak_bytes: float | None
 
 
 def remember(store: Store, key: str, result: Mapping[str, Any], folder: str | None = None) -> None:
     """`result`, under `key`, is the last of its node, and of its stage; it ran in `folder`."""
     stage, provenance = result["ingredients"]["stage"], result["provenance"]
     sizes = provenance.get("sizes")
-    entry = Entry(key, folder, provenance["duration_s"], sizes if isinstance(sizes, Mapping) else {})
+    peak = int(provenance.get("peak_rss_bytes") or 0)
+    entry = Entry(key, folder, provenance["duration_s"], sizes if isinstance(sizes, Mapping) else {}, peak)
     names = [stage] if provenance.get("node") is None else [stage, f"{stage}/{provenance['node']}"]
     for name in names:
         older = [each for each in _entries(store, name) if (each.key, each.folder) != (key, folder)]
@@ -83,13 +92,21 @@ def expected_s(store: Store, stage: str, node: str, sizes: Sizes, folder: str) -
 
     They outlive the result itself: what a cleanup removed is what will run again.
     """
+    found = expected(store, stage, node, sizes, folder)
+    return None if found is None else found.seconds
+
+
+def expected(store: Store, stage: str, node: str, sizes: Sizes, folder: str) -> Expected | None:
+    """As `expected_s`, with the memory by the same result: of a larger one before as it was, since what is not the
+    node's own (Python, libraries) does not shrink."""
     for name in (f"{stage}/{node}", stage):
         entries = _entries(store, name)
         if not entries:
             continue
         ranked = sorted(entries, key=lambda entry: (entry.folder != folder, abs(math.log(_ratio(sizes, entry.sizes)))))
         nearest = ranked[0]
-        return nearest.duration_s * min(_LARGEST_RATIO, max(1 / _LARGEST_RATIO, _ratio(sizes, nearest.sizes)))
+        ratio = min(_LARGEST_RATIO, max(1 / _LARGEST_RATIO, _ratio(sizes, nearest.sizes)))
+        return Expected(nearest.duration_s * ratio, nearest.peak_bytes * max(1.0, ratio) or None)
     return None
 
 
@@ -107,12 +124,13 @@ def _entries(store: Store, name: str) -> list[Entry]:
 def _read(rows: list[Any]) -> Iterator[Entry]:
     """What `remember` wrote; a row of anything else is passed over."""
     for row in rows:
-        if not isinstance(row, list) or len(row) != len(Entry._fields):
-            continue
-        key, folder, duration_s, sizes = row
+        if not isinstance(row, list) or len(row) not in (len(Entry._fields) - 1, len(Entry._fields)):
+            continue  # the first versions knew nothing of memory
+        key, folder, duration_s, sizes, peak = row if len(row) == len(Entry._fields) else (*row, 0)
         whole = isinstance(duration_s, int | float) and duration_s >= 0 and isinstance(sizes, dict)
         if is_digest(key) and whole and all(type(size) is int for size in sizes.values()):
-            yield Entry(key, folder if isinstance(folder, str) else None, float(duration_s), sizes)
+            known = peak if type(peak) is int and peak > 0 else 0
+            yield Entry(key, folder if isinstance(folder, str) else None, float(duration_s), sizes, known)
 
 
 def rebuild(store: Store, again: bool = False) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from qpipe.artifacts.artifact import Artifact
 from qpipe.language.graph import Source
 from qpipe.plan.choice import Contest
+from qpipe.stage import Resources
 
 OF_STAGE = ("format", "version", "function", "code", "libraries")
 """The ingredients of a key that all nodes of a stage have in common; params and ports are the node's own."""
@@ -34,6 +35,9 @@ class Action:
     """For each param that holds paths, `Keyring.stamp` of what lies there, taken after it was read for the key."""
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What the result is to keep for `qpipe why`: the node, what made its inputs, and `Keyring.listings`."""
+    resources: Resources = dataclasses.field(default_factory=Resources)
+    expected_bytes: float | None = None
+    """The most memory that it will take, by what ran before."""
     libraries: tuple[str, ...] = ()
     """Where the libraries lie that the graph names: an artifact may say that it needs one, never where that is."""
 

@@ -7,9 +7,11 @@ die with their owner.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from heapq import heappop, heappush
 from itertools import count
@@ -26,12 +28,17 @@ from qpipe.plan.decision import fits
 from qpipe.plan.history import remember
 from qpipe.plan.verdicts import Action, State, request
 from qpipe.plan.walk import Walk
-from qpipe.run.machine import asked_threads, cores
+from qpipe.run.machine import Room, asked_threads, cores, devices
 from qpipe.run.performing import as_result, failure
 from qpipe.run.workers import Event, InProcess, Pool, Processes
+from qpipe.stage import Resources
 
 _POLL_S = 0.1
 _WAIT_S = 1.0
+_PASSED_OVER = 8
+"""So often others begin before an action that there is no room for; then all wait for it."""
+_LOOKED_AT = 32
+"""So many of the most urgent are looked at for one that there is room for."""
 Urgency = tuple[float, int]
 """Seconds, then steps."""
 BEGUN = (-math.inf, 0)
@@ -50,7 +57,9 @@ class View(Protocol):
 def open_pool(store: Store, run: RunSpec, log: Path | None = None) -> Pool:
     """The place where actions run, as `run` says; processes are spawned only when an action comes."""
     workers, threads = worker_count(run), thread_count(run)
-    return Processes(store.address(), workers, threads, log) if workers else InProcess(store, threads)
+    if not workers:
+        return InProcess(store, threads)
+    return Processes(store.address(), workers, threads, log, Room(max(workers * threads, cores()), devices()))
 
 
 def worker_count(run: RunSpec) -> int:
@@ -62,6 +71,11 @@ def thread_count(run: RunSpec) -> int:
     """How many threads an action has: of what OMP_NUM_THREADS allows its share of the processors."""
     share = max(1, cores() // max(1, worker_count(run)))
     return run.threads or min(share, asked_threads() or share)
+
+
+def needs(asked: Resources, run: RunSpec) -> Resources:
+    """All that an action takes whose stage and config say `asked`."""
+    return asked.over(Resources(thread_count(run), 0, 0.0))
 
 
 def execute(
@@ -82,7 +96,10 @@ def execute(
     made it runs again when all is planned anew.
     """
     one = _Run(walks, store, run, pool, view, deadline, more)
-    one.go()
+    try:
+        one.go()
+    finally:
+        one.end()
     return not one.late
 
 
@@ -130,6 +147,11 @@ class _Run:
         self._blocked: dict[str, float] = {}
         self._running: dict[str, float] = {}
         self._locks: dict[str, Any] = {}
+        self._passed: Counter[str] = Counter()
+        self._given = needs(Resources(), run)
+        self._needed: dict[str, Resources] = {}
+        self._arriving: Iterator[tuple[str, Event]] = iter(())
+        self._in_hand: tuple[str, Event] | None = None
         self._damage: DamagedError | None = None
         self._stopped = False
         self._deadline = deadline
@@ -145,16 +167,35 @@ class _Run:
                 self._start()
                 while self._pool.idle and not self._queue and self._take_more():
                     self._start()
-                for key, event in self._pool.events(_POLL_S if self._blocked else _WAIT_S):
-                    self._handle(key, event)
+                self._hear(_POLL_S if self._blocked else _WAIT_S)
                 self._end_late_ones()
                 for line in self._store.news():
                     self._view.message(line)
-        finally:
-            for lock in self._locks.values():
-                lock.release()
+        except KeyboardInterrupt:
+            self._keep_what_is_done()
+            raise
         if self._damage is not None:
             raise self._damage
+
+    def end(self) -> None:
+        for lock in self._locks.values():
+            lock.release()
+
+    def _hear(self, timeout_s: float) -> None:
+        self._arriving = self._pool.events(timeout_s)
+        for found in self._arriving:
+            self._in_hand = found
+            self._handle(*found)
+        self._in_hand = None
+
+    def _keep_what_is_done(self) -> None:
+        """Publish what has come from workers, also what the interruption came into; nothing more begins."""
+        self._stopped = True
+        if self._in_hand is not None:
+            self._handle(*self._in_hand)
+        for found in self._arriving:
+            self._handle(*found)
+        self._hear(0.0)
 
     def _advance(self, walks: Iterable[Walk]) -> None:
         if not self._stopped:
@@ -194,19 +235,28 @@ class _Run:
         for key in list(self._blocked):
             if not self._pool.idle:
                 return
-            if self._lock(key):
+            if self._pool.room(self._needs(key)) and self._lock(key):
                 del self._blocked[key]
                 self._begin(key)
-        while self._queue and self._pool.idle:
-            rank, _, key = heappop(self._queue)
+        waiting: list[tuple[Urgency, int, str]] = []
+        while self._queue and self._pool.idle and len(waiting) < _LOOKED_AT:
+            rank, turn, key = heappop(self._queue)
             if self._ranks.get(key) != rank:  # it stood further ahead, too
                 continue
+            if not self._pool.room(self._needs(key)):
+                waiting.append((rank, turn, key))
+                if self._passed[key] >= _PASSED_OVER:
+                    break
+                continue
+            self._passed.update(each for _, _, each in waiting)
             self._ranks[key] = BEGUN
             if self._lock(key):
                 self._begin(key)
             else:
                 self._blocked[key] = time.monotonic()
                 self._view.message(f"{self._name(key)}: another process computes it; waiting.")
+        for each in waiting:
+            heappush(self._queue, each)
 
     def _begin(self, key: str) -> None:
         """Hand the action to the pool, unless another process has just published its result."""
@@ -220,7 +270,16 @@ class _Run:
             return
         self._running[key] = time.monotonic()
         self._view.started(self._name(key), action.stage)
-        self._pool.submit(request(action, self._options.device))
+        asked = {"always": action.always, "resources": dict(vars(self._needs(key)))}
+        self._pool.submit(request(action, self._options.device) | asked)
+
+    def _needs(self, key: str) -> Resources:
+        """What the action takes; where nobody says how much memory, what it took before."""
+        if key not in self._needed:
+            action = self._wanted[key][0][1]
+            expected = dataclasses.replace(self._given, memory_gb=(action.expected_bytes or 0.0) / 1e9)
+            self._needed[key] = action.resources.over(expected)
+        return self._needed[key]
 
     def _name(self, key: str) -> str:
         walk, action = self._wanted[key][0]
@@ -250,8 +309,16 @@ class _Run:
         if event["event"] == "published":
             self._store.share(event["key"])
             return
+        if event["event"] == "message":
+            self._view.message(event["text"])
+            return
+        if event["event"] == "begun":
+            self._running[key] = time.monotonic()
+            return
         self._running.pop(key, None)
-        if event["event"] == "done":
+        if event["event"] == "done" and "stands" in event:
+            self._adopt(key, "ran" if event["stands"] == "made" else "hit")
+        elif event["event"] == "done":
             self._publish(key, as_result(event))
         elif event["kind"] == "CacheError":
             raise CacheError(event["message"])  # no other action could keep its result either
@@ -276,11 +343,23 @@ class _Run:
         remember(self._store, key, result, walk.folder)
         self._conclude(key, result, "ran")
 
+    def _adopt(self, key: str, verdict: State) -> None:
+        """Take what a worker has published itself."""
+        walk, action = self._wanted[key][0]
+        self._store.share(key)
+        result = self._store.result(key)
+        if result is None or not fits(result, catalog()[action.stage]) or self._store.complete(result):
+            said = "a worker made it, and its result did not come into the cache. Run again."
+            self._fail(key, failure(CacheError(said)))
+            return
+        remember(self._store, key, result, walk.folder)
+        self._conclude(key, result, verdict)
+
     def _conclude(self, key: str, result: dict[str, Any], verdict: State) -> None:
         """Tell every node that wanted the key; the first carries the verdict, the others hit."""
         self._unlock(key)
         duration = result["provenance"]["duration_s"] if verdict == "ran" else 0.0
-        self._ranks.pop(key, None)
+        self._forget(key)
         wanted = self._wanted.pop(key)
         for i, (walk, action) in enumerate(wanted):
             state: State = "ran" if verdict == "ran" and i == 0 else "hit"
@@ -291,7 +370,7 @@ class _Run:
 
     def _fail(self, key: str, error: Event) -> None:
         self._unlock(key)
-        self._ranks.pop(key, None)
+        self._forget(key)
         wanted = self._wanted.pop(key)
         for walk, action in wanted:
             walk.fail(action.node, error)
@@ -300,6 +379,10 @@ class _Run:
         refused = error["exit_code"] == InputError.exit_code and alone
         self._stopped = self._stopped or refused or not self._options.keep_going
         self._advance({walk: None for walk, _ in wanted})
+
+    def _forget(self, key: str) -> None:
+        for table in (self._ranks, self._needed, self._passed):
+            table.pop(key, None)
 
     def _unlock(self, key: str) -> None:
         if (lock := self._locks.pop(key, None)) is not None:

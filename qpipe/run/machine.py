@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import importlib.abc
@@ -16,11 +17,12 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from qpipe.param import uncollected
+from qpipe.stage import Resources
 
 _HELD = 1 << 28  # bytes
 _KEPT_BLOCK = 1 << 25  # bytes; the most that every glibc takes
@@ -59,18 +61,21 @@ def quota_of(own: Path, root: Path) -> float | None:
     to a process; None where they leave it all.
 
     Source: cpu.max of version 2, cpu.cfs_quota_us and cpu.cfs_period_us of version 1 (Linux, cgroups)."""
-    found: list[float] = []
+    return min((found for folder in _groups(own, root, "cpu") for found in _limit(folder)), default=None)
+
+
+def _groups(own: Path, root: Path, kind: str) -> Iterator[Path]:
+    """The folders of the control groups of a process that may bound what it has of `kind`."""
     with contextlib.suppress(OSError, ValueError):
         for line in own.read_text().splitlines():
             _, kinds, path = line.split(":", 2)
-            if kinds and "cpu" not in kinds.split(","):
+            if kinds and kind not in kinds.split(","):
                 continue
             base = root / kinds if kinds else root
             for folder in [base / path.lstrip("/"), *(base / path.lstrip("/")).parents]:
                 if folder == base.parent:
                     break
-                found += _limit(folder)
-    return min(found, default=None)
+                yield folder
 
 
 def _limit(folder: Path) -> list[float]:
@@ -80,6 +85,81 @@ def _limit(folder: Path) -> list[float]:
             if quota > 0 and period > 0:
                 return [quota / period]
     return []
+
+
+def memory_gb() -> float:
+    """10^9 bytes of memory that this process and others of its control group may use."""
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = memory_limit(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
+    return min(whole, limit or whole) / 1e9
+
+
+def memory_limit(own: Path, root: Path) -> int | None:
+    """The bytes that the control groups named in the file `own`, mounted at `root`, and those above them leave to a
+    process; None where they leave it all.
+
+    Source: memory.max of version 2, memory.limit_in_bytes of version 1 (Linux, cgroups)."""
+    found = []
+    for folder in _groups(own, root, "memory"):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            with contextlib.suppress(OSError, ValueError):  # it has none, or "max"
+                found.append(int((folder / name).read_text()))
+    return min(found, default=None)
+
+
+def devices() -> tuple[str, ...]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; of NVIDIA's only."""
+    said = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if said is not None:
+        return tuple(name for each in said.split(",") if (name := each.strip()) not in ("", "-1"))
+    cards = Path("/proc/driver/nvidia/gpus")
+    with contextlib.suppress(OSError):
+        return tuple(str(number) for number, _ in enumerate(cards.iterdir()))
+    return ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """What one action holds."""
+
+    cpus: int
+    devices: tuple[str, ...]
+    memory_gb: float
+
+
+class Room:
+    """What the actions that run at a time share: threads, GPUs, 10^9 bytes of memory (None: all of the machine's)."""
+
+    def __init__(self, cpus: int, devices: Sequence[str], memory: float | None = None) -> None:
+        self.cpus, self.devices, self.memory_gb = cpus, tuple(devices), memory_gb() if memory is None else memory
+        self._taken: list[Share] = []
+
+    def lacking(self, needs: Resources) -> dict[str, float]:
+        """Of each resource that would not do though nothing else ran, what there is."""
+        there: dict[str, float] = {"cpus": self.cpus, "gpus": len(self.devices), "memory_gb": self.memory_gb}
+        return {name: value for name, value in there.items() if (getattr(needs, name) or 0) > value}
+
+    def fits(self, needs: Resources) -> bool:
+        """Whether it can begin now. By itself anything can: what it took elsewhere, or before, need not hold here."""
+        return not self._taken or (
+            sum(share.cpus for share in self._taken) + (needs.cpus or 1) <= self.cpus
+            and len(self._free_devices()) >= (needs.gpus or 0)
+            and sum(share.memory_gb for share in self._taken) + (needs.memory_gb or 0) <= self.memory_gb
+        )
+
+    def take(self, needs: Resources) -> Share:
+        """What the action holds until it is given back."""
+        share = Share(needs.cpus or 1, self._free_devices()[: needs.gpus or 0], needs.memory_gb or 0.0)
+        self._taken.append(share)
+        return share
+
+    def give(self, share: Share) -> None:
+        """It is over."""
+        self._taken.remove(share)
+
+    def _free_devices(self) -> tuple[str, ...]:
+        taken = {device for share in self._taken for device in share.devices}
+        return tuple(device for device in self.devices if device not in taken)
 
 
 def asked_threads() -> int | None:

@@ -40,7 +40,7 @@ class RunInfo:
     started: float
     finished: float = 0.0
     stopped: str = ""
-    """What ended it before its time: "interrupted" by the person, "budget_spent", or nothing."""
+    """What ended it before its time: "interrupted" by the person, "budget_spent", "cluster_lost", or nothing."""
     git: Mapping[str, Any] | None = None
     """`Checkout.found` of the working directory."""
 

@@ -12,7 +12,7 @@ from qpipe.language.spec import PipelineSpec
 
 def open_local_store(spec: PipelineSpec) -> Store:
     """The cache on this machine: `cache.dir`, else $QPIPE_CACHE_DIR, else the user's cache folder."""
-    return Store(_cache_folder(spec))
+    return Store(cache_folder(spec.cache_dir))
 
 
 def open_store(spec: PipelineSpec) -> Store:
@@ -27,7 +27,7 @@ def open_store(spec: PipelineSpec) -> Store:
     from qpipe.cache.shared.remote import Remote
     from qpipe.cache.shared.tier import TieredStore
 
-    folder = _cache_folder(spec)
+    folder = cache_folder(spec.cache_dir)
     if check_url(spec.remote.url) == "file" and folder_of(spec.remote.url).resolve() == folder.resolve():
         raise ConfigError(
             f"cache.remote: '{spec.remote.url}' is the local cache itself. Name another folder."
@@ -35,8 +35,9 @@ def open_store(spec: PipelineSpec) -> Store:
     return TieredStore(folder, Remote(spec.remote))
 
 
-def _cache_folder(spec: PipelineSpec) -> Path:
-    folder = spec.cache_dir or os.environ.get("QPIPE_CACHE_DIR")
+def cache_folder(named: str | None) -> Path:
+    """The folder of the cache on this machine, where the config names this one, or none."""
+    folder = named or os.environ.get("QPIPE_CACHE_DIR")
     try:
         if not folder:
             from platformdirs import user_cache_dir

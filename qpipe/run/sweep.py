@@ -8,23 +8,23 @@ import dataclasses
 import gc
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from qpipe.cache.cleanup import collect
 from qpipe.cache.store import Store
-from qpipe.errors import CacheError, ConfigError, DamagedError, InputError, QpipeError
+from qpipe.errors import CacheError, ClusterError, ConfigError, DamagedError, InputError, QpipeError
 from qpipe.language.graph import build_graph
 from qpipe.language.labels import check_labels
-from qpipe.language.spec import PipelineSpec, RunSpec
+from qpipe.language.spec import NodeSpec, PipelineSpec, RunSpec
 from qpipe.plan.estimate import misses
 from qpipe.plan.keyring import Keyring
 from qpipe.plan.walk import Walk
 from qpipe.run.checkout import Checkout
 from qpipe.run.deployment import deployments
-from qpipe.run.executor import View, execute, exit_code, forget, open_pool
+from qpipe.run.executor import View, execute, exit_code, forget, needs, open_pool
 from qpipe.run.record import (
     Measured,
     RunInfo,
@@ -35,13 +35,20 @@ from qpipe.run.record import (
     write_record,
 )
 from qpipe.run.swept import Swept, Trial
+from qpipe.run.workers import Ask, Pool
+from qpipe.stage import Resources
 
 GOAL_MISSED = 3
 NOT_CACHED = 4
 BUDGET_SPENT = 5
 INTERRUPTED = 130
+LOST = "cluster_lost"
 HEAL_ROUNDS = 3
 """How often a run plans anew because of one and the same damaged blob, before it gives up."""
+
+
+Opened = Callable[[Store, RunSpec, Path], Pool]
+"""Makes the place where actions run, and where its workers write what they have to say."""
 
 
 class Watch(View, Protocol):
@@ -82,15 +89,17 @@ def plan_job(job: Job, keyring: Keyring, store: Store) -> Walk:
     return walk
 
 
-def run_jobs(jobs: Sequence[Job], store: Store, watch: Watch, command: Sequence[str]) -> int:
-    """Carry all jobs out and write their records; the exit status of the worst.
+def run_jobs(
+    jobs: Sequence[Job], store: Store, watch: Watch, command: Sequence[str], opened: Opened = open_pool
+) -> int:
+    """Carry all jobs out, where `opened` says, and write their records; the exit status of the worst.
 
     A blob that turns out damaged when it is read is moved aside by the store, all others of this run are looked at,
     and all is planned anew: what made them runs again. CacheError where a blob comes back damaged again and again.
     """
     info, checkout = RunInfo(command, jobs[0].folder, time.time()), Checkout(Path.cwd())
     with store.using():  # whatever it finds or makes stays until it ends
-        status = _run_healing(jobs, store, watch, info, checkout)
+        status = _run_healing(jobs, store, watch, info, checkout, opened)
     keep_within(store, jobs[0].spec.cache_max_bytes, watch)
     return status
 
@@ -111,7 +120,9 @@ def keep_within(store: Store, max_bytes: int | None, watch: View) -> None:
         )
 
 
-def _run_healing(jobs: Sequence[Job], store: Store, watch: Watch, info: RunInfo, checkout: Checkout) -> int:
+def _run_healing(
+    jobs: Sequence[Job], store: Store, watch: Watch, info: RunInfo, checkout: Checkout, opened: Opened
+) -> int:
     budget_s = jobs[0].spec.run.budget_s
     deadline = None if budget_s is None else time.monotonic() + budget_s
     told = False
@@ -125,7 +136,7 @@ def _run_healing(jobs: Sequence[Job], store: Store, watch: Watch, info: RunInfo,
             if not told:
                 watch.planned_jobs(list(zip(jobs, walks, strict=True)))
                 told = True
-            return _carry_out(jobs, walks, store, watch, info, checkout, deadline)
+            return _carry_out(jobs, walks, store, watch, info, checkout, opened, deadline)
         except DamagedError as error:
             watch.message(f"The cache is damaged: {error} What made it runs again.")
             damaged[error.digest] += 1
@@ -147,6 +158,7 @@ def _carry_out(
     watch: Watch,
     info: RunInfo,
     checkout: Checkout,
+    opened: Opened,
     deadline: float | None,
 ) -> int:
     if (refused := refusal(walks, jobs[0].spec.run)) is not None:
@@ -155,7 +167,7 @@ def _carry_out(
     stopped = ""
     if any(walk.running for walk in walks):
         checkout.ask()
-        stopped = _run(jobs, walks, store, watch, deadline)
+        stopped = _run(jobs, walks, store, watch, opened, deadline)
     _tell(store.settle(), watch)
     found, stopped = _measure(jobs, walks, store, watch, stopped, deadline)
     info = dataclasses.replace(info, stopped=stopped, git=checkout.found())
@@ -186,16 +198,17 @@ def refusal(walks: Sequence[Walk], options: RunSpec) -> str | None:
 
 
 def _run(
-    jobs: Sequence[Job], walks: Sequence[Walk], store: Store, watch: Watch, deadline: float | None
+    jobs: Sequence[Job], walks: Sequence[Walk], store: Store, watch: Watch, opened: Opened, deadline: float | None
 ) -> str:
-    """Run what the walks lack; what stopped it ("interrupted" or "budget_spent"), or ""."""
+    """Run what the walks lack; what stopped it ("interrupted", "budget_spent" or LOST), or ""."""
     log = jobs[0].folder / "workers.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
     options = jobs[0].spec.run
-    pool = open_pool(store, options, log)
+    pool = opened(store, options, log)
     gc.freeze()
     gc.enable()  # the command line switched it off; what runs in this process may leave large cycles
     try:
+        pool.check(asks(walks, options))
+        log.parent.mkdir(parents=True, exist_ok=True)
         if not execute(walks, store, options, pool, watch, deadline):
             left = len({action.key for walk in walks for action in walk.running.values()})
             watch.message(
@@ -206,12 +219,29 @@ def _run(
     except KeyboardInterrupt:
         watch.message("Interrupted. What was finished is in the cache; the same command goes on from there.")
         return "interrupted"
+    except ClusterError as error:
+        watch.message(str(error))
+        return LOST
     finally:
         pool.close()
         with suppress(OSError):
             if log.stat().st_size == 0:
                 log.unlink()
     return ""
+
+
+def asks(walks: Sequence[Walk], options: RunSpec) -> list[Ask]:
+    """What the nodes that may run ask for, each kind once."""
+    found: dict[tuple[str, Resources], Ask] = {}
+    for walk in walks:
+        for name, outcome in walk.verdicts().items():
+            node = walk.graph.node(name)
+            if isinstance(node, NodeSpec) and outcome.state in ("run", "wait", "not_needed"):
+                kind = (node.stage.name, node.resources)
+                if kind not in found:
+                    plain = walk.unwired(dataclasses.replace(node, params={}))
+                    found[kind] = Ask(f"{walk.label}stages.{name}", needs(node.resources, options), plain)
+    return list(found.values())
 
 
 def _measure(
@@ -270,7 +300,7 @@ def _conclude(
     if kept:
         watch.ended_jobs(records)
     if status == 0 and info.stopped:
-        return BUDGET_SPENT
+        return QpipeError.exit_code if info.stopped == LOST else BUDGET_SPENT
     if status == 0 and any(record["goal"]["met"] is False for _, record in records):
         return GOAL_MISSED
     return status

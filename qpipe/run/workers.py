@@ -6,6 +6,7 @@ their owner: the end of the socket ends them. A worker that dies takes only its 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import queue
@@ -17,19 +18,31 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from qpipe.cache.store import Store
+from qpipe.errors import ConfigError
 from qpipe.plan.verdicts import Request
 from qpipe.run.isolation import Isolation
-from qpipe.run.machine import keep_freed_memory, load_ahead, load_late, set_threads
+from qpipe.run.machine import Room, Share, devices, keep_freed_memory, load_ahead, load_late, set_threads
 from qpipe.run.performing import failure, perform
+from qpipe.stage import Resources
 
 Event = dict[str, Any]
 _CHUNK = 1 << 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Ask:
+    """What a node that may run asks for: its address in the config, what it takes, and what its key is made of, but for
+    params and inputs."""
+
+    address: str
+    needs: Resources
+    ingredients: Mapping[str, Any]
 
 
 class Pool(Protocol):
@@ -39,12 +52,19 @@ class Pool(Protocol):
     def idle(self) -> int:
         """How many more requests can be submitted now."""
 
+    def check(self, asks: Sequence[Ask]) -> None:
+        """Refuse what can never be met; said before anything is submitted. Errors: ConfigError."""
+
+    def room(self, needs: Resources) -> bool:
+        """Whether an action that takes this can be submitted now."""
+
     def submit(self, request: Request) -> None:
         """Begin an action."""
 
     def events(self, timeout_s: float) -> Iterator[tuple[str, Event]]:
-        """(key, event) of what happened, waiting at most `timeout_s` for the first; `event["event"]` is progress,
-        done or failed."""
+        """(key, event) of what happened, waiting at most `timeout_s` for the first; with 0 nothing begins meanwhile.
+        `event["event"]` is begun (where that is later than submitted), progress, published, message, done or failed.
+        One that is done holds its result or, where it was published already, `stands`: "made", or "found"."""
 
     def cancel(self, key: str, reason: str) -> None:
         """End the action; it fails with `reason`."""
@@ -71,11 +91,17 @@ class InProcess:
     def idle(self) -> int:
         return 0 if self._waiting else 1
 
+    def check(self, asks: Sequence[Ask]) -> None:
+        refuse_unmet(asks, Room(self._threads, devices()))
+
+    def room(self, needs: Resources) -> bool:
+        return True
+
     def submit(self, request: Request) -> None:
         self._waiting.append(request)
 
     def events(self, timeout_s: float) -> Iterator[tuple[str, Event]]:
-        if self._waiting:
+        if self._waiting and timeout_s:
             request = self._waiting.popleft()
             try:
                 event = {"event": "done", **self._perform(request)}
@@ -95,14 +121,38 @@ class InProcess:
         """Nothing to end."""
 
 
-class Processes:
-    """`count` worker processes; each is spawned when it is first needed."""
+def refuse_unmet(asks: Sequence[Ask], room: Room) -> None:
+    """Errors: ConfigError for what would not fit into `room` if nothing else ran."""
+    for ask in asks:
+        for name, there in room.lacking(ask.needs).items():
+            asked = getattr(ask.needs, name)
+            raise ConfigError(
+                f"{ask.address}.resources.{name}: asks for {asked:g}, and this machine has {there:g}. Ask for "
+                "less, or run it where there is more."
+            )
 
-    def __init__(self, store: dict[str, Any], count: int, threads: int, log: Path | None = None) -> None:
-        self._command = [sys.executable, "-m", "qpipe.run.workers", json.dumps(store), str(threads)]
+
+class Processes:
+    """`count` worker processes; each is spawned when it is first needed. `room` bounds what their actions take
+    together, where nobody else sees to that. `program` is the module that a process runs, in `folder`."""
+
+    def __init__(
+        self,
+        store: dict[str, Any],
+        count: int,
+        threads: int,
+        log: Path | None = None,
+        room: Room | None = None,
+        *,
+        program: str = "qpipe.run.workers",
+        folder: str | None = None,
+    ) -> None:
+        self._command = [sys.executable, "-m", program, json.dumps(store)]
         self._count = count
         self._threads = threads
         self._log = log
+        self._room = room
+        self._folder = folder
         self._selector = selectors.DefaultSelector()
         self._free: list[_Worker] = []
         self._busy: dict[str, _Worker] = {}
@@ -111,9 +161,19 @@ class Processes:
     def idle(self) -> int:
         return self._count - len(self._busy)
 
+    def check(self, asks: Sequence[Ask]) -> None:
+        if self._room is not None:
+            refuse_unmet(asks, self._room)
+
+    def room(self, needs: Resources) -> bool:
+        return self._room is None or self._room.fits(needs)
+
     def submit(self, request: Request) -> None:
-        worker = self._free.pop() if self._free else self._spawn()
-        worker.key = request["key"]
+        needs = Resources(**request.get("resources", {}))
+        share = None if self._room is None else self._room.take(needs)
+        held = tuple(request.get("devices", ())) if share is None else share.devices
+        worker = self._worker((needs.cpus or self._threads, held))
+        worker.key, worker.share = request["key"], share
         self._busy[request["key"]] = worker
         with suppress(OSError):  # it died while idle; `events` will see the end of its socket
             worker.send(request)
@@ -125,6 +185,7 @@ class Processes:
                 key = worker.key
                 if event["event"] in ("done", "failed"):
                     self._busy.pop(key, None)
+                    self._give_back(worker)
                     if event.pop("spent", ()):
                         self._retire(worker)
                     else:
@@ -150,8 +211,23 @@ class Processes:
         self._selector.unregister(worker.socket)
         worker.end()
 
-    def _spawn(self) -> _Worker:
-        worker = _Worker(self._command, self._threads, self._log)
+    def _give_back(self, worker: _Worker) -> None:
+        share, worker.share = worker.share, None
+        if self._room is not None and share is not None:
+            self._room.give(share)
+
+    def _worker(self, shape: Shape) -> _Worker:
+        """A worker for an action of this shape; of libraries that are loaded the number of threads stands."""
+        for worker in reversed(self._free):
+            if worker.shape == shape:
+                self._free.remove(worker)
+                return worker
+        if self._free and len(self._free) + len(self._busy) >= self._count:
+            self._retire(self._free.pop(0))
+        return self._spawn(shape)
+
+    def _spawn(self, shape: Shape) -> _Worker:
+        worker = _Worker(self._command, shape, self._log, self._folder)
         self._selector.register(worker.socket, selectors.EVENT_READ, worker)
         return worker
 
@@ -161,26 +237,35 @@ class Processes:
         worker.end()
         if worker in self._free:
             self._free.remove(worker)
+        self._give_back(worker)
         if self._busy.get(worker.key) is worker:
             del self._busy[worker.key]
             message = worker.reason or f"its worker process {cause(worker.process.wait())}"
             yield worker.key, {"event": "failed", "kind": "WorkerDied", "message": message, "exit_code": 1}
 
 
+Shape = tuple[int, tuple[str, ...]]
+"""What holds for all of a process: how many threads its libraries have, and the GPUs that it sees; none named: all."""
+
+
 class _Worker:
     """One spawned process and this side of its socket."""
 
-    def __init__(self, command: list[str], threads: int, log: Path | None) -> None:
+    def __init__(self, command: list[str], shape: Shape, log: Path | None, folder: str | None) -> None:
         self.socket, theirs = socket.socketpair()
-        count = str(threads)
+        self.shape = shape
+        self.share: Share | None = None
+        count = str(shape[0])
         environment = os.environ | {
             "OMP_NUM_THREADS": count,
             "MKL_NUM_THREADS": count,
             "OPENBLAS_NUM_THREADS": count,
+            **({"CUDA_VISIBLE_DEVICES": ",".join(shape[1])} if shape[1] else {}),
         }
         with open(log or os.devnull, "ab") as output:
             self.process = subprocess.Popen(
-                [*command, str(theirs.fileno())],
+                [*command, count, str(theirs.fileno())],
+                cwd=folder,
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -228,8 +313,8 @@ def open_at(address: dict[str, Any]) -> Store:
     return open_address(address)
 
 
-def serve(store: Store, threads: int, fd: int) -> None:
-    """The worker's side: perform requests one after another until the socket ends."""
+def serve(store: Store, threads: int, fd: int, work: Callable[..., dict[str, Any]] = perform) -> None:
+    """The worker's side: `perform` requests one after another, or what else is their `work`, until the socket ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     keep_freed_memory()
     load_late()
@@ -247,7 +332,7 @@ def serve(store: Store, threads: int, fd: int) -> None:
             request = requests.get()
             load_ahead(request.get("ingredients", {}).get("libraries", ()))
             try:
-                event = {"event": "done", **perform(request, store, emit, threads, isolation)}
+                event = {"event": "done", **work(request, store, emit, threads, isolation)}
             except Exception as error:  # the node's failure, whatever it is; the worker lives on
                 event = failure(error)
             emit({**event, "spent": isolation.spent})

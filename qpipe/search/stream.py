@@ -17,22 +17,25 @@ from types import FrameType
 from typing import Any
 
 from qpipe.cache.store import Store
-from qpipe.errors import CacheError, ConfigError, DamagedError, InputError, QpipeError
+from qpipe.errors import CacheError, ClusterError, ConfigError, DamagedError, InputError, QpipeError
 from qpipe.plan.estimate import misses
 from qpipe.plan.keyring import Keyring
 from qpipe.plan.walk import Walk
 from qpipe.run.checkout import Checkout
+from qpipe.run.cluster.opening import open_pool
 from qpipe.run.deployment import deployments
-from qpipe.run.executor import View, execute, exit_code, forget, open_pool
+from qpipe.run.executor import View, execute, exit_code, forget
 from qpipe.run.record import RunInfo
 from qpipe.run.sweep import (
     BUDGET_SPENT,
     GOAL_MISSED,
     HEAL_ROUNDS,
     INTERRUPTED,
+    LOST,
     NO_RECORD,
     NOT_CACHED,
     Job,
+    asks,
     hits,
     keep_within,
     leave,
@@ -98,6 +101,9 @@ class _Stream:
         except KeyboardInterrupt:
             stopped = "interrupted"
             self._view.message(f"Interrupted. {_KEPT}")
+        except ClusterError as error:
+            stopped = LOST
+            self._view.message(str(error))
         finally:
             pool.close()
             with suppress(OSError):
@@ -145,6 +151,7 @@ class _Stream:
                     continue
                 self._open[walk] = job
                 if walk.running:
+                    self._pool.check(asks([walk], job.spec.run))
                     return [walk]
                 self._conclude()
         return []
@@ -215,8 +222,10 @@ class _Stream:
             return INTERRUPTED
         bad = (NOT_CACHED, QpipeError.exit_code, InputError.exit_code)
         failed = [status for status in bad if status in self._statuses]
-        if failed or stopped:
-            return failed[0] if failed else BUDGET_SPENT
+        if failed or stopped == LOST:
+            return failed[0] if failed else QpipeError.exit_code
+        if stopped:
+            return BUDGET_SPENT
         return GOAL_MISSED if False in self._met and True not in self._met else 0
 
 

@@ -59,6 +59,7 @@ def test_the_orders_that_a_stage_advises_against_are_not_in_its_form() -> None:
     plain = ORDERED.format("", "stage", "")
     assert same(plain, ORDERED.format("", "stage", ", not_after={'cle': 'why'}, not_before={'bnf': 'why'}"))
     assert same(ORDERED.format(" as s", "s", ""), ORDERED.format(" as s", "s", ", not_after={'cle': 'why'}"))
+    assert same(plain, ORDERED.format("", "stage", ", resources={'gpus': 1}"))
     assert not same(plain, ORDERED.format("", "stage", ", always=True"))
 
 

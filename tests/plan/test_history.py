@@ -12,7 +12,7 @@ from qpipe.artifacts.artifact import save
 from qpipe.artifacts.kinds import Scores
 from qpipe.cache.store import Store
 from qpipe.keys.hashing import digest
-from qpipe.plan.history import expected_s, previous_key, ran_before, rebuild, remember
+from qpipe.plan.history import expected, expected_s, previous_key, ran_before, rebuild, remember
 from qpipe.plan.verdicts import artifact_json
 from tests.toy import Toy
 
@@ -103,6 +103,19 @@ def test_time_is_taken_from_this_project_then_from_the_nearest_size_then_from_th
     assert expected_s(store, "cle", "cle", {"model": 2000}, HERE) == pytest.approx(7.0)
     assert expected_s(store, "cle", "equalized", {"model": 2000}, HERE) == pytest.approx(7.0)
     assert expected_s(store, "bnf", "bnf", {"model": 2000}, HERE) is None
+
+
+def test_memory_is_known_by_the_same_result_and_does_not_shrink_with_what_there_is_to_do(store: Store) -> None:
+    key = ran(store, HERE, 2.0, {"model": 1000}, a=1)
+    assert expected(store, "cle", "cle", {"model": 1000}, HERE) == (2.0, None), "it did not say"
+    result = store.result(key)
+    assert result is not None
+    remember(store, key, {**result, "provenance": {**result["provenance"], "peak_rss_bytes": 3e9}}, HERE)
+    for size, found in ((1000, (2.0, 3e9)), (2000, (4.0, 6e9)), (500, (1.0, 3e9))):
+        assert expected(store, "cle", "cle", {"model": size}, HERE) == found
+    rows = store.index.get("results", "cle/cle")
+    store.index.set("results", "cle/cle", [row[:4] for row in rows])  # as the first versions wrote it
+    assert expected(store, "cle", "cle", {"model": 1000}, HERE) == (2.0, None)
 
 
 @pytest.mark.parametrize("row", [[1], "x", [["k", None, 1.0, {}]], [[64 * "a", None, "1", {}]], {"a": 1}, None, [[]]])

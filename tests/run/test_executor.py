@@ -8,9 +8,11 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from qpipe.run.machine import memory_gb
 from tests.toy import FORMULA, SOURCE, Toy
 
 CHAIN = {
@@ -293,6 +295,29 @@ def test_expect_cached_ends_with_4_and_runs_nothing(toy: Toy) -> None:
     toy.run()
     toy.calls()
     assert toy.run("run", "run.expect=cached").returncode == 0
+
+
+@pytest.mark.slow
+def test_actions_take_turns_where_memory_is_short_and_have_the_threads_they_ask_for(toy: Toy) -> None:
+    most = {"memory_gb": memory_gb() * 0.6}
+    stages: dict[str, Any] = {"a": {"uses": "toy_number"}}
+    for name, more in (("b", most), ("c", most), ("d", {"cpus": 2})):
+        stages[name] = {"uses": "toy_add", "scores": "a", "amount": ord(name), "seconds": 0.3, "resources": more}
+    toy.pipeline(stages)
+    run = toy.run("run", "run.workers=3", "run.threads=1")
+    assert run.returncode == 0, run.stderr
+    results = [json.loads(path.read_text())["result"] for path in (toy.folder / "cache").glob("actions/*/*.json")]
+    by_node = {result["provenance"].get("node"): result["provenance"] for result in results}
+    assert {name: by_node[name]["threads"] for name in "abcd"} == {"a": 1, "b": 1, "c": 1, "d": 2}
+    first, second = sorted((by_node["b"], by_node["c"]), key=lambda one: one["started"])
+    assert first["started"] + first["duration_s"] <= second["started"]
+    keys = {node["key"] for node in toy.record()["nodes"].values()}
+    toy.pipeline({name: {**body, "resources": {"cpus": 1}} for name, body in stages.items()})
+    assert toy.run("run", "run.expect=cached").returncode == 0
+    assert {node["key"] for node in toy.record()["nodes"].values()} == keys, "no key holds what an action takes"
+    refused = toy.run("run", "run.workers=1", "stages.b.resources.cpus=4096", "stages.b.amount=1")
+    assert refused.returncode == 2
+    assert "stages.b.resources.cpus: asks for 4096, and this machine has " in refused.stderr.splitlines()[-1]
 
 
 def test_a_sweep_runs_every_distinct_action_once(toy: Toy) -> None:

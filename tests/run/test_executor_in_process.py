@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from qpipe.language.spec import RunSpec, read_spec
 from qpipe.plan.keyring import Keyring
 from qpipe.plan.verdicts import Request, artifact_json
 from qpipe.plan.walk import Walk
-from qpipe.run.executor import execute, exit_code, urgency
-from qpipe.run.workers import InProcess
+from qpipe.run.executor import _PASSED_OVER, execute, exit_code, urgency
+from qpipe.run.workers import Event, InProcess
+from qpipe.stage import Resources
 from tests.toy import Toy
 
 
@@ -126,6 +127,57 @@ def test_what_most_depends_on_is_begun_first(scene: Scene) -> None:
     assert found == {"alone": 5.0, "root": 3.5, "next": 2.5, "last": 2.0}
     scene.run(walk)
     assert scene.view.those("started")[:2] == ["root", "next"]
+
+
+class Crowded(InProcess):
+    """Has room for what takes much memory only when nothing else is left, or nothing else begins any more."""
+
+    held_back = 0
+
+    def room(self, needs: Resources) -> bool:
+        return needs.memory_gb != 50 or self.held_back > 0
+
+    def events(self, timeout_s: float) -> Iterator[tuple[str, Event]]:
+        self.held_back += not self._waiting
+        return super().events(0.001 if not self._waiting else timeout_s)
+
+
+def test_smaller_ones_begin_before_what_there_is_no_room_for_but_not_for_ever(scene: Scene) -> None:
+    stages: dict[str, Any] = {f"n{i}": {"uses": "toy_number", "value": i} for i in range(12)}
+    stages["large"] = {"uses": "toy_number", "value": 50, "resources": {"memory_gb": 50}}
+    stages["on_it"] = {"uses": "toy_sign", "scores": "large"}
+    scene.run(scene.walk(stages), pool=Crowded(scene.store, 1))
+    order = scene.view.those("started")
+    assert order.index("large") == _PASSED_OVER, "the most urgent of all"
+    assert sorted(order) == sorted(stages)
+
+
+class Pairs(InProcess):
+    """Two actions at a time, whose results come together."""
+
+    @property
+    def idle(self) -> int:
+        return 2 - len(self._waiting)
+
+    def events(self, timeout_s: float) -> Iterator[tuple[str, Event]]:
+        while self._waiting and timeout_s:
+            yield from super().events(timeout_s)
+
+
+@pytest.mark.parametrize("when", ["finished", "started"])
+def test_an_interruption_keeps_what_was_done_by_then(scene: Scene, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    stages: dict[str, Any] = {"one": {"uses": "toy_number"}, "two": {"uses": "toy_number", "value": 2}}
+    stages["three"] = {"uses": "toy_add", "scores": "one"}
+    walk = scene.walk(stages)
+    monkeypatch.setattr(scene.view, when, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        scene.run(walk, pool=Pairs(scene.store, 1))
+    assert [walk.outcomes[name].good for name in sorted(walk.outcomes)] == ([True, True] if when == "finished" else [])
+    assert "three" not in walk.outcomes
 
 
 def test_what_took_long_before_is_begun_first(scene: Scene) -> None:

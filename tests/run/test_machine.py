@@ -12,7 +12,8 @@ import pytest
 
 from qpipe.language.spec import RunSpec
 from qpipe.run.executor import thread_count
-from qpipe.run.machine import cores, measured, quota_of
+from qpipe.run.machine import Room, cores, devices, measured, memory_gb, memory_limit, quota_of
+from qpipe.stage import Resources
 
 
 @pytest.mark.parametrize(
@@ -164,3 +165,44 @@ print(gc.get_freeze_count() == before)
 
 def test_what_an_action_computes_with_is_loaded_before_it_and_never_looked_through() -> None:
     assert told(AHEAD) == ["True", "False", "True", "True", "True"]
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "found"),
+    [
+        ("0::/a", {"a/memory.max": "3000", "memory.max": "max"}, 3000),
+        ("0::/a", {"a/memory.max": "3000", "memory.max": "2000"}, 2000),
+        ("5:memory:/x", {"memory/x/memory.limit_in_bytes": "7000"}, 7000),
+        ("5:cpu:/x", {"cpu/x/memory.max": "7000"}, None),
+    ],
+)
+def test_the_memory_that_control_groups_leave(
+    tmp_path: Path, own: str, files: dict[str, str], found: int | None
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    (tmp_path / "own").write_text(own + "\n")
+    assert memory_limit(tmp_path / "own", tmp_path) == found
+    total = int(Path("/proc/meminfo").read_text().split()[1])  # kB
+    assert 0 < memory_gb() <= total * 1024 / 1e9 * 1.001
+
+
+def test_what_runs_at_a_time_shares_threads_memory_and_devices() -> None:
+    room = Room(4, ["0", "7"], 10.0)
+    first = room.take(Resources(cpus=2, gpus=1, memory_gb=6))
+    assert first.devices == ("0",)
+    assert not room.fits(Resources(memory_gb=5))
+    assert not room.fits(Resources(cpus=3))
+    assert not room.fits(Resources(gpus=2))
+    assert room.take(Resources(cpus=2, gpus=1, memory_gb=4)).devices == ("7",)
+    assert not room.fits(Resources())
+    room.give(first)
+    assert room.fits(Resources(cpus=2, gpus=1, memory_gb=6))
+    assert room.lacking(Resources(cpus=5, gpus=3, memory_gb=10)) == {"cpus": 4, "gpus": 2}
+
+
+def test_the_devices_are_those_that_are_visible(monkeypatch: pytest.MonkeyPatch) -> None:
+    for said, found in (("0,2", ("0", "2")), ("", ()), ("-1", ()), ("GPU-8a", ("GPU-8a",))):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", said)
+        assert devices() == found

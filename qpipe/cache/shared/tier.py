@@ -320,17 +320,26 @@ class TieredStore(Store):
         remote = {**dataclasses.asdict(options), "mode": "read"} if self.remote.readable else None
         return {"root": str(self.root), "remote": remote}
 
+    def flush(self) -> None:
+        self._uploads.drain()
+
+    def address_elsewhere(self) -> dict[str, Json] | None:
+        if not self.remote.writable:
+            return None
+        return {"root": None, "remote": dataclasses.asdict(self.remote.options), "writes": True}
+
 
 def _results(count: int) -> str:
     return f"{count} result{'s' * (count != 1)}"
 
 
 def open_address(address: dict[str, Json]) -> Store:
-    """The cache in a worker process: it reads from the remote, and never writes there."""
+    """The cache in a worker process: it reads from the remote, and writes there only where it is on another machine
+    (`address_elsewhere`)."""
     root, remote = Path(address["root"]), address.get("remote")
-    return (
-        Store(root) if remote is None else TieredStore(root, Remote(RemoteOptions(**remote)), reads_only=True)
-    )
+    if remote is None:
+        return Store(root)
+    return TieredStore(root, Remote(RemoteOptions(**remote)), reads_only=not address.get("writes", False))
 
 
 class TieredLock(Lock):
