@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.ladders import FOLDER, NETS, TEXT, likelihood, prepared
+from benchmarks.ladders import FOLDER, NETS, TEXT, prepared
 from qpipe.methods.placement.target import Target
 from qpipe.model import Model
 from qpipe.numerics.scheme import Scheme, TensorScheme
@@ -89,7 +89,7 @@ def told(
         for seed in seeds if name not in TEXT else seeds[:1]:
             model, calibration, evaluation = given(name, seed, folder)
             split = hold_out(calibration, seed=seed)
-            metric = {"decoder": likelihood}.get(name, TEXT.get(name, "sqnr_db" if name == "U-Net" else "top1"))
+            metric = TEXT.get(name, "sqnr_db" if name == "U-Net" else "top1")
 
             def score(candidate: Any, model=model, split=split, evaluation=evaluation, metric=metric) -> Any:  # type: ignore[no-untyped-def]
                 held = evaluate(candidate, evaluation, model, split.held_out, metric=metric).values

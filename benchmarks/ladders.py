@@ -20,7 +20,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +64,8 @@ def noisy(images: Any, seed: int) -> Any:
     return (images + 0.2 * np.random.default_rng(seed).standard_normal(images.shape)).astype(np.float32)
 
 
-def likelihood(outputs: Mapping[str, Any], labels: Any) -> float:
+def likelihood(logits: Any, labels: Any) -> float:
     """The mean log-likelihood of the bytes that follow: minus the logarithm of perplexity."""
-    (logits,) = outputs.values()
     shifted = logits - logits.max(-1, keepdims=True)
     found = np.take_along_axis(shifted, labels[..., None], -1)[..., 0] - np.log(np.exp(shifted).sum(-1))
     return float(found.mean())
