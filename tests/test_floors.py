@@ -12,6 +12,7 @@ import networkx as nx
 import pytest
 
 from qpipe.keys.syntax import Import, analyse
+from tests.once import once
 
 ROOT = Path(__file__).parents[1]
 WORDS = ("errors", "mapped", "writing", "param", "stage")
@@ -201,7 +202,15 @@ def room_of(name: str) -> str:
     return name if name in HOUSE or "." not in name else name.rpartition(".")[0]
 
 
-IMPORTS = {name: imported(name) for name in FILES}
+@pytest.fixture(scope="session")
+def imports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
+    """What each file imports; read once for all that test side by side."""
+
+    def read(folder: Path) -> None:
+        (folder / "imports.json").write_text(json.dumps({name: sorted(imported(name)) for name in FILES}))
+
+    found = json.loads((once(tmp_path_factory, "imports", read) / "imports.json").read_text())
+    return {name: set(each) for name, each in found.items()}
 
 
 def test_every_folder_is_a_room_and_every_file_has_its_place_in_it() -> None:
@@ -221,12 +230,14 @@ def test_rooms_import_only_from_rooms_above() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(set(FILES) - {"__main__"}))
-def test_a_file_imports_only_what_its_room_may_and_what_stands_before_it(name: str) -> None:
+def test_a_file_imports_only_what_its_room_may_and_what_stands_before_it(
+    name: str, imports: dict[str, set[str]]
+) -> None:
     room = room_of(name)
     may, order = (WORDS_MAY[name], "") if name in WORDS else HOUSE[room]
     own = [f"{room}.{each}" for each in order.split()]
     before = set(own[: own.index(name)]) if name in own else set(own)
-    found = IMPORTS[name] - {room}
+    found = imports[name] - {room}
     elsewhere = {each for each in found if room_of(each) not in may and each not in before}
     if name == "artifacts.artifact":
         elsewhere -= {"model.model", "model.network.network"}  # by name, when a value is loaded
@@ -235,8 +246,8 @@ def test_a_file_imports_only_what_its_room_may_and_what_stands_before_it(name: s
     assert not elsewhere
 
 
-def test_there_is_no_circle_among_files() -> None:
-    graph = nx.DiGraph([(name, each) for name, found in IMPORTS.items() for each in found])
+def test_there_is_no_circle_among_files(imports: dict[str, set[str]]) -> None:
+    graph = nx.DiGraph([(name, each) for name, found in imports.items() for each in found])
     # The names of modules that a kind or the catalog loads by are text, not imports.
     graph.remove_edges_from([("artifacts.artifact", "model.model"), ("language.catalog", "stages")])
     assert [sorted(circle) for circle in nx.strongly_connected_components(graph) if len(circle) > 1] == []

@@ -85,8 +85,14 @@ def test_values_of_a_literal_an_enum_and_a_boolean_complete(typed: str, found: l
     _register()
     key = typed.partition("=")[0]
     assert offered(f"qpipe pipeline=ptq {typed}") == [f"{key}={value}" for value in found]
-    assert offered(f"qpipe plan pipeline=ptq +{typed}") == [f"+{key}={value}" for value in found]
-    assert f"{key}=x,{found[-1]}" in offered(f"qpipe -m pipeline=ptq {key}=x,")
+
+
+@pytest.mark.parametrize("key", ["stages.score.backend", "scheme.weight.symmetric", "run.device", "goal.metric"])
+def test_values_complete_behind_a_plus_and_in_a_list(key: str) -> None:
+    _register()
+    values = [each.partition("=")[2] for each in offered(f"qpipe pipeline=ptq {key}=")]
+    assert offered(f"qpipe plan pipeline=ptq +{key}=") == [f"+{key}={value}" for value in values] != []
+    assert f"{key}=x,{values[-1]}" in offered(f"qpipe -m pipeline=ptq {key}=x,")
 
 
 class Colour(Enum):

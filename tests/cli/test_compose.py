@@ -193,8 +193,11 @@ def by_plain_hydra(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return in_a_process(tmp_path_factory.mktemp("plain") / "run", "plain")
 
 
-@pytest.mark.parametrize("change", ["renamed", "widened"])
-@pytest.mark.parametrize("group", [COMPOSING, SWEEPING, READING, WRITING], ids=["once", "sweep", "read", "write"])
+@pytest.mark.parametrize(
+    ("change", "group"),
+    [("renamed", COMPOSING), ("renamed", SWEEPING), ("widened", READING), ("widened", WRITING)],
+    ids=["once", "sweep", "read", "write"],
+)
 def test_a_hydra_whose_private_names_are_others_composes_the_same(group, change, tmp_path, by_plain_hydra):
     """One name of each group; of every other the next two tests say that nothing of its group is replaced."""
     name = list(group)[-1][1]

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from tests.model.graphs import Case, cases
 from tests.model.properties import PROPERTIES
 
-EXAMPLES = {"import": 80, "import_recent": 30, "gradients": 60, "stages": 120, "parity": 70, "round_trip": 50}
+EXAMPLES = {"import": 40, "import_recent": 15, "gradients": 30, "stages": 60, "parity": 35, "round_trip": 25}
 MANY = {"import": 200, "import_recent": 60, "gradients": 150, "stages": 300, "parity": 150, "round_trip": 80}
 
 

@@ -7,7 +7,6 @@ from typing import get_args
 
 import numpy as np
 import pytest
-from sklearn.metrics import top_k_accuracy_score
 
 from qpipe.errors import InputError
 from qpipe.numerics.metric_names import Comparison, Metric
@@ -37,6 +36,8 @@ def test_stages_can_name_every_metric_there_is() -> None:
 
 @pytest.mark.parametrize(("metric", "k"), [(top1, 1), (top5, 5)])
 def test_accuracy_agrees_with_scikit_learn(metric: object, k: int) -> None:
+    from sklearn.metrics import top_k_accuracy_score
+
     assert callable(metric)
     assert metric(LOGITS, LABELS) == pytest.approx(top_k_accuracy_score(LABELS, LOGITS, k=k))
 
