@@ -29,6 +29,7 @@ import contextlib
 import io
 import json
 import logging
+import random
 import statistics
 import sys
 import tempfile
@@ -125,13 +126,16 @@ def layers(path: Path) -> tuple[float, dict[str, int]]:
 
 
 def latencies(paths: dict[str, Path], samples: list[Arrays], seconds: float) -> dict[str, float]:
-    """Processor seconds of a run of each, all taking turns for about `seconds` each."""
+    """Processor seconds of a run of each, all taking turns for about `seconds` each, in another order each time: after
+    a large file the caches are cold."""
     runs = {name: open_file(path, 1) for name, path in paths.items()}
+    order, draw = list(runs.items()), random.Random(0)
     found: dict[str, list[float]] = {name: [] for name in runs}
     started, turn = time.process_time(), 0
     while turn < 8 or time.process_time() - started < seconds * len(runs):
         sample = samples[turn % len(samples)]
-        for name, each in runs.items():
+        draw.shuffle(order)
+        for name, each in order:
             before = time.process_time()
             each.run(None, sample)
             found[name].append(time.process_time() - before)

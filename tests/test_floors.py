@@ -50,9 +50,9 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "model.qdq": (
         (*VALUE, "model.operators", "model.structure"),
-        "nodes bias weights block_form operator_form codes reader guards writer",
+        "nodes bias weights block_form operator_form codes kernel_forms reader guards writer",
     ),
-    "model.runtime": ((*VALUE, "param", "model.qdq"), "options external_data session types kernels optimized"),
+    "model.runtime": ((*VALUE, "param", "model.qdq"), "options session types kernels optimized"),
     "model.canon": (
         MODEL,
         (

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class Link:
     """What one reader says of a value v: that it counts from `low` to `high`, and down to `depth` below its largest;
     or, with `other`, where `factor` * v + `shift` is in the range that counts of that value. There `slope` is a second
-    factor, for what comes out negative (LeakyRelu)."""
+    factor, for what comes out negative (LeakyRelu, PRelu)."""
 
     other: str = ""
     factor: float = 1.0
@@ -117,8 +117,8 @@ def _line(node: ir.Node, value: ir.Value) -> Link | None:
     op, out = node.op_type, str(node.outputs[0].name)
     if op == "Neg":
         return Link(out, factor=-1.0)
-    if op == "LeakyRelu":
-        slope = float(node.attributes.get_float("alpha", 0.01))
+    if op in ("LeakyRelu", "PRelu"):
+        slope = _slope(node)
         return Link(out, slope=slope) if slope > 0 else None
     first = bool(node.inputs) and node.inputs[0] is value
     number = _number(next((v for v in node.inputs if v is not value), None))
@@ -131,6 +131,14 @@ def _line(node: ir.Node, value: ir.Value) -> Link | None:
     if number == 0 or (op == "Div" and not first):
         return None
     return Link(out, factor=number if op == "Mul" else 1.0 / number)
+
+
+def _slope(node: ir.Node) -> float:
+    """The factor of what is negative, the least of all channels'; 0 where it is computed."""
+    if node.op_type == "LeakyRelu":
+        return float(node.attributes.get_float("alpha", 0.01))
+    slopes = constant_tensor(node.inputs[1])
+    return 0.0 if slopes is None else float(slopes.numpy().min())
 
 
 def _number(value: ir.Value | None) -> float | None:

@@ -128,13 +128,14 @@ class Target:
     - `float_spectra`: operators up to which what is made of the model's input by fixed sums and powers stays in float;
     - `fused`: operator -> activations computed in the same kernel, so no quantizer stands between;
     - `share`: operators whose outputs are on the grid of their inputs, since they only move values;
-    - `bound`: operators that cut values off; one that alone reads its input puts it on the grid of its
-      output, where what would be cut off saturates;
+    - `bound`: operators that cut values off, and Concat; one that alone reads its input puts it on the grid of its
+      output, where what would be cut off saturates, and what is joined is rounded once;
     - `on_codes`: operators that a file has on codes between roundings on one grid of 8 bits: Min and Max, and those of
-      `share` that move values; and Sub, as the sum of codes under a negative scale;
+      `share` that move values; Sub, as the sum of codes under a negative scale; PRelu, as the sum of its two parts;
     - `constants`: operators (of two inputs) whose constant operand has a grid of its own, like that of an activation of
       8 bits;
-    - `tables`: operators that look up values in a constant, whose table has such a grid, and they the same;
+    - `tables`: operators that look up values in a constant, whose table has such a grid, and they the same; with any,
+      a table that is added in float (`float_sums`) is stored in 16 bits;
     - `softmax`: the grid of a Softmax's output: `fixed` at scale 2^-bitwidth with zero point qmin; `covering`, finer by
       powers of two as far as it holds what was seen; or `free`;
     - `composite`: operators that mark the inside of a function written out (Gelu, RMS norm, …), which runs in
@@ -169,8 +170,8 @@ class Target:
     nodes: Nodes = Nodes()
 
     def __post_init__(self) -> None:
-        if strange := sorted(set(self.on_codes) - {"Min", "Max", "Sub", *self.share}):
-            raise ValueError(f"on_codes takes Min, Max, Sub and what stands in share, got {', '.join(strange)}.")
+        if strange := sorted(set(self.on_codes) - {"Min", "Max", "Sub", "PRelu", *self.share}):
+            raise ValueError(f"on_codes takes Min, Max, Sub, PRelu and what stands in share, got {', '.join(strange)}.")
         both = sorted(set(self.share) & set(self.quantize))
         if both:
             raise ValueError(f"{', '.join(both)} cannot stand in both quantize and share.")

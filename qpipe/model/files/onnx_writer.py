@@ -20,8 +20,7 @@ import onnx
 import onnx_ir as ir
 
 from qpipe.model.network.invariants import PERMUTATION, SHAPE
-from qpipe.model.network.packing import graph_proto, tensor_bytes
-from qpipe.model.runtime.external_data import set_place, write_data
+from qpipe.model.network.packing import graph_proto, set_place, tensor_bytes, write_data
 
 if TYPE_CHECKING:
     from qpipe.model.files.encodings_writer import Version

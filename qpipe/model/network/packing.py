@@ -12,6 +12,7 @@ equal blobs in every process, and two models that share a tensor share its blob.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +24,14 @@ from qpipe.errors import InputError
 from qpipe.model.network.facts import NAMES, Facts, facts_from
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from qpipe.numerics.grid import Encoding
 
 FORMAT = 1
 INLINE_BYTES = 1024
 """Tensors of at most this size stay in the graph: onnxruntime's shape inference needs them there."""
+ALIGNMENT = 4096
 
 
 def tensor_bytes(tensor: ir.TensorProtocol) -> memoryview:
@@ -36,6 +40,27 @@ def tensor_bytes(tensor: ir.TensorProtocol) -> memoryview:
         return memoryview(tensor.tobytes())
     array = np.asarray(tensor.numpy(), order="C")
     return array.reshape(-1).view(np.uint8).data if array.size else memoryview(b"")
+
+
+def write_data(tensors: Mapping[str, ir.TensorProtocol], path: Path) -> dict[str, int]:
+    """Put the tensors into a file beside a graph, one after another, each on a page of its own, so that onnxruntime can
+    map them; where each begins."""
+    offsets = {}
+    with path.open("wb") as file:
+        for name in sorted(tensors):
+            offsets[name] = -(-file.tell() // ALIGNMENT) * ALIGNMENT
+            file.seek(offsets[name])
+            file.write(tensor_bytes(tensors[name]))
+        file.flush()
+        os.fsync(file.fileno())
+    return offsets
+
+
+def set_place(tensor: onnx.TensorProto, location: str, offset: int, length: int) -> None:
+    """Say where the data of an external tensor are."""
+    del tensor.external_data[:]
+    for key, value in (("location", location), ("offset", str(offset)), ("length", str(length))):
+        tensor.external_data.add(key=key, value=value)
 
 
 def graph_proto(

@@ -25,7 +25,7 @@ import onnx_ir as ir
 
 from qpipe.model.network.invariants import constant
 from qpipe.model.network.naming import Names, names_of
-from qpipe.model.qdq.codes import read_sums
+from qpipe.model.qdq.kernel_forms import read_kernels
 from qpipe.model.qdq.nodes import (
     BITWIDTH,
     bound_of_codes,
@@ -64,8 +64,10 @@ def read_activations(graph: ir.Graph, grids: Grids) -> None:
 
     Raises InputError for a grid that cannot be."""
     follow_weights(graph, grids)
-    if read_sums(graph):
-        grids.on_codes.add("Sub")
+    grids.on_codes |= read_kernels(graph)
+    for name in grids.names & graph.initializers.keys():
+        if not graph.initializers[name].uses() and not graph.initializers[name].is_graph_output():
+            grids.encodings.pop(name, None)  # of what was written otherwise
     found: dict[ir.Value, Encoding] = {}
     names = names_of(graph)
     for node in list(graph):

@@ -34,8 +34,9 @@ from qpipe.errors import InputError
 from qpipe.model.network.naming import IN_USE, fresh_name, names_of
 from qpipe.model.network.packing import graph_proto
 from qpipe.model.qdq.bias import QuantizedBias, bias_codes, bias_scale, effective_encodings, quantized_biases
-from qpipe.model.qdq.codes import take_on_codes, write_sums
+from qpipe.model.qdq.codes import take_on_codes
 from qpipe.model.qdq.guards import guard_float_layers
+from qpipe.model.qdq.kernel_forms import take_kernels
 from qpipe.model.qdq.nodes import BITWIDTH, mirrored_codes
 from qpipe.model.structure.families import MOVING
 from qpipe.numerics.grid import Array, Encoding, quantize, same_grid, spread
@@ -85,8 +86,7 @@ def qdq_model(model: Network, keep: Collection[str] = ()) -> ir.Model:
             if activation_storage(encoding).bitwidth == 8 or not redundant:
                 _insert_activation(graph, value, encoding, clipped=not redundant)
     take_on_codes(graph, model.facts.on_codes, keep)
-    if "Sub" in model.facts.on_codes:
-        write_sums(graph, keep)
+    take_kernels(graph, model.facts.on_codes, keep)
     guard_float_layers(graph, names)
     for name in [name for name, value in graph.initializers.items() if not value.uses()]:
         if not graph.initializers[name].is_graph_output():

@@ -23,9 +23,8 @@ import onnx
 import onnx_ir as ir
 
 from qpipe.mapped import place_of
-from qpipe.model.network.packing import graph_proto, tensor_bytes
+from qpipe.model.network.packing import graph_proto, set_place, tensor_bytes, write_data
 from qpipe.model.qdq.writer import qdq_model
-from qpipe.model.runtime.external_data import set_place, write_data
 from qpipe.model.runtime.options import Mode, Session, open_session, session_options, set_lean
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from qpipe.numerics.observers import weight_encoding
 from qpipe.stage import Samples
 from qpipe.stages.calibrate import calibrate
 from tests.model.nets import normal, parsed
-from tests.model.quantized import ONNXRUNTIME, SHIPPED, scheme
+from tests.model.quantized import ONNXRUNTIME, SHIPPED, deployed_db, scheme
 
 
 def placed(text: str, opset: int = 21, **tensors: Any) -> Placement:
@@ -107,6 +107,27 @@ def test_a_bound_on_a_value_that_others_read_has_its_own_grid() -> None:
     assert placement.shared == ()
     assert placement.follows == {}
     assert list(placement.activations) == ["x", "s", "m", "y"]
+
+
+def test_what_a_concat_alone_reads_is_rounded_once_on_its_grid() -> None:
+    text = """n (float[N,3,8,8] x) => (float[N,4,8,8] y) {
+        a = Conv(x, w)  r = Relu(a)  b = Conv(x, v)  s = Softmax<axis=1>(b)  t = Transpose<perm=[0,1,3,2]>(b)
+        d = Conv(b, u)  c = Concat<axis=1>(r, s, t, b, d)  y = Conv(c, k) }"""
+    weights = {name: normal(4, channels, 1, 1) for name, channels in (("w", 3), ("v", 3), ("u", 4), ("k", 20))}
+    model = Model.from_proto(parsed(text, **weights))
+    found = place(model, replace(SHIPPED, softmax="free"), scheme())
+    assert [set(group) for group in found.shared] == [{"r", "d", "c"}, {"b", "t"}], "b has other readers"
+    assert found.follows == {"r": "c", "d": "c"}
+
+
+def test_values_that_are_joined_are_nearer_to_float_on_one_grid() -> None:
+    text = """n (float[N,3,9,9] x) => (float[N,4,9,9] y) {
+        a = Conv(x, w)  b = Conv(x, v)  c = Concat<axis=1>(a, b)  y = Conv(c, u) }"""
+    proto = parsed(text, w=normal(4, 3, 1, 1), v=normal(4, 3, 1, 1, seed=1), u=normal(4, 8, 1, 1, seed=2))
+    model, x = Model.from_proto(proto), {"x": normal(16, 3, 9, 9)}
+    apart = replace(SHIPPED, bound=tuple(op for op in SHIPPED.bound if op != "Concat"))
+    own, shared = (calibrate(model, Samples(x), scheme=scheme(), target=each) for each in (apart, SHIPPED))
+    assert deployed_db(shared, proto, x) > deployed_db(own, proto, x) > 25
 
 
 def test_softmax_has_the_grid_that_its_kernel_assumes() -> None:
@@ -265,6 +286,25 @@ def test_a_table_and_what_is_looked_up_in_it_have_one_grid_where_8_bits_hold_it(
     tied = LOOKED_UP.replace("z = MatMul(t, v)", head).replace(",2]", ",600]")
     found = place(Model.from_proto(parsed(tied, **{k: v for k, v in given.items() if k != "v"})), SHIPPED, scheme())
     assert set(found.constants) == {"table"}, "a head's weight has the grid of a weight"
+
+
+def test_a_table_of_positions_that_is_added_in_float_has_half_its_bytes_in_the_file() -> None:
+    text = """n (float[N,600,8] x) => (float[N,600,9] y) {
+        c = MatMul(x, u)  e = Add(c, table)  a = Add(e, loud)  r = Add(few, a)
+        l = LayerNormalization<axis=-1>(r, weight, shift)  y = MatMul(l, w) }"""
+    loud = normal(1, 600, 8)
+    loud[0, 3] *= 40
+    given = {"table": normal(600, 8), "loud": loud, "few": normal(8), "u": normal(8, 8), "w": normal(8, 9)}
+    proto = parsed(text, **given, weight=CONSTANTS["weight"], shift=CONSTANTS["shift"])
+    model, x = Model.from_proto(proto), {"x": normal(4, 600, 8)}
+    assert set(place(model, SHIPPED, scheme()).constants) == {"table"}
+    assert not place(model, SHIPPED, scheme(activation=16)).constants
+    found = calibrate(model, Samples(x), scheme=scheme(), target=SHIPPED)
+    plain = calibrate(model, Samples(x), scheme=scheme(), target=replace(SHIPPED, tables=()))
+    assert {"e", "a", "r"}.isdisjoint(found.encodings)
+    assert len(found.to_qdq().SerializeToString()) < len(plain.to_qdq().SerializeToString()) - 2 * 4800 + 500
+    assert deployed_db(found, proto, x) > deployed_db(plain, proto, x) - 0.05 > 30
+    assert Model.from_proto(found.to_qdq()).encodings.keys() == found.encodings.keys()
 
 
 def test_a_gate_that_comes_from_a_layer_is_no_function_written_out() -> None:

@@ -195,3 +195,13 @@ def test_what_is_passed_over_counts_once_at_the_end_of_what_does() -> None:
 def test_what_a_flat_function_makes_nothing_of_takes_no_range(body: str, low: float) -> None:
     text = f"{HEAD}  {body}  y = MatMul(r, v) }}"
     assert db(text, X, low=np.float32(low), half=np.float32(0.5), **PARAMS) > 28
+
+
+@pytest.mark.parametrize("body", ["p = PRelu(t, k)", "p = LeakyRelu<alpha=0.125>(t)"])
+def test_in_front_of_a_pool_the_least_slope_says_how_far_down_a_value_counts(body: str) -> None:
+    given = {"k": np.array([0.5, 0.125], np.float32).reshape(2, 1, 1)} if "(t, k)" in body else {}
+    text = f"m (float[N,2,1,2] t) => (float[N,2,1,1] y) {{ {body}  y = MaxPool<kernel_shape=[1,2]>(p) }}"
+    graph = Model.from_proto(parsed(text, **given)).graph
+    survives = survivals(graph, data_values(graph))
+    found = seen_by(survives, {"t": [-9.0, -3.0, 2.0, 5.0], "p": [-2.0, -0.375, 2.0, 5.0], "y": [-0.5, 5.0]})
+    assert found["t"] == [-3, 2, 5, -4]

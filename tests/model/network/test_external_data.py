@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from qpipe.model.runtime.external_data import set_place, write_data
+from qpipe.model.network.packing import set_place, write_data
 
 
 def test_each_tensor_begins_on_a_page_and_is_there_whole(tmp_path: Path) -> None:
