@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 READ_BY = {
     "gram": ("beam", "scale_search", "bias_correction"),
     "gradient": (
-        "iterations", "batch_size", "learning_rate", "reg_param", "beta_range", "warm_start", "early_stop",
+        "iterations", "batch_size", "lr", "reg_param", "beta_range", "warm_start", "early_stop",
         "lr_adjust", "drop_ratio",
     ),
 }  # fmt: skip
@@ -59,19 +59,6 @@ def refuse_unread(given: Mapping[str, Any]) -> None:
         for name in ("selective_update", "drop_ratio"):
             if given[name] != parameters[name].default:
                 raise InputError(f"adaround: '{name}' needs asymmetric: true, got false. Leave one of them out.")
-
-
-def with_biases(model: Network) -> Network:
-    """The model with a bias of its own for each layer to be tuned; a MatMul without one stays without."""
-    from qpipe.methods.rounding.walk import tunable_layers
-    from qpipe.model.structure.channels import bias_vector, own_bias, set_bias
-
-    editor = model.edit()
-    for layer in tunable_layers(model)[0]:
-        if layer.bias is not None or layer.op_type != "MatMul":
-            own = own_bias(editor, layer)
-            set_bias(editor, own, bias_vector(editor, own))
-    return editor.model()
 
 
 def refuse_untunable(model: Network, layers: tuple[Layer, ...], reasons: Mapping[str, str]) -> None:
@@ -114,7 +101,7 @@ def adaround(
     positions: Annotated[int, Range(ge=1)] | None = None,
     iterations: Annotated[int, Range(ge=1)] | None = None,
     batch_size: Annotated[int, Range(ge=1)] = 32,
-    learning_rate: Annotated[float, Range(gt=0)] = 1e-3,
+    lr: Annotated[float, Range(gt=0)] = 1e-3,
     reg_param: Annotated[float, Range(ge=0)] = 0.01,
     beta_range: tuple[float, float] = (20.0, 2.0),
     warm_start: Annotated[float, Range(ge=0, lt=1)] = 0.2,
@@ -131,7 +118,7 @@ def adaround(
     and `positions` places of each (null: 25 for gram, 64 for gradient); `selective_update` keeps a layer's result only
     where the model's outputs err less with it. gram: `beam` candidates per row; `scale_search` lets the scales move;
     `bias_correction` lets biases take up the mean error. gradient: `iterations` steps (null: 10000, 15000 below 8 bits)
-    of `batch_size` samples with `learning_rate`; `reg_param` weighs the rounding term, whose exponent goes through
+    of `batch_size` samples with `lr`; `reg_param` weighs the rounding term, whose exponent goes through
     `beta_range` after a share of `warm_start` steps, as in the paper; `early_stop` ends after so many checks without a
     gain (0: never); `lr_adjust` (threshold, rate) takes that rate for layers whose loss with nearest rounding lies
     above; `drop_ratio` is the share of input elements taken from x^ rather than x.
@@ -141,10 +128,11 @@ def adaround(
     refuse_unread(locals())
     from qpipe.methods.rounding.by_gradient import GradientOptions, round_by_gradient
     from qpipe.methods.rounding.by_gram import round_by_gram
-    from qpipe.methods.rounding.walk import Walk, round_in_order, tunable_layers
+    from qpipe.methods.rounding.walk import Walk, round_in_order, tunable_layers, with_biases
     from qpipe.numerics.rounding.gram import GramOptions
 
-    source = with_biases(model) if solver == "gram" and bias_correction else model
+    gains_biases = solver == "gram" and bias_correction
+    source = with_biases(model, tunable_layers(model)[0]) if gains_biases else model
     layers, reasons = tunable_layers(source)
     if not layers and model.facts.came_quantized:
         ctx.note(
@@ -154,7 +142,7 @@ def adaround(
     refuse_untunable(model, layers, reasons)
     gram = GramOptions(beam=beam, scale_search=scale_search, update_bias=bias_correction)
     gradient = GradientOptions(
-        iterations, batch_size, learning_rate, reg_param, beta_range, warm_start, early_stop, lr_adjust, drop_ratio
+        iterations, batch_size, lr, reg_param, beta_range, warm_start, early_stop, lr_adjust, drop_ratio
     )
 
     def tune(index: int, layer: Layer, x_hat: list[Tensor], x: list[Tensor]) -> Rounded:

@@ -38,10 +38,10 @@ def adascale(
     begin: Literal["gram", "model"] = "gram",
     limit: Annotated[int, Range(ge=1)] | None = 1000,
     seed: int = 0,
-    iterations: Annotated[int, Range(ge=0)] = 300,
+    iterations: Annotated[int, Range(ge=0)] = 1500,
     batch_size: Annotated[int, Range(ge=1)] = 32,
-    lr_range: Annotated[float, Range(ge=0)] = 1e-3,
-    lr_scale: Annotated[float, Range(ge=0)] = 5e-4,
+    lr_ranges: Annotated[float, Range(ge=0)] = 1e-3,
+    lr_factors: Annotated[float, Range(ge=0)] = 5e-4,
     drop_ratio: Annotated[float, Range(ge=0, le=1)] = 0.5,
     activations: bool = True,
     selective_update: bool = True,
@@ -52,22 +52,22 @@ def adascale(
     """The model with weights stretched, rounded and frozen; `metadata["adascale"]` reports each block.
 
     `float_model` is the model that was tuned before into this one, the same before its weights moved. `blocks`: auto
-    the blocks of the network, per_layer each layer, or the names of some; `begin` gram solves the codes of a block
-    when its turn has come, model takes those that are there; `limit` takes that many samples, evenly spread; `seed`
-    draws what is random. `iterations` steps of `batch_size` samples; `lr_range` is the rate of the ranges, `lr_scale`
-    of the factors; `drop_ratio` the share of inputs that come from the quantized model; `activations` false learns
-    with activations in float. `selective_update` keeps a block only where the whole model's outputs err less;
-    `hold_out` is the share of samples that only judge; `memory` says where what goes into the blocks is kept. Errors:
-    InputError for a model in which nothing can be tuned, a float model of other values, and data that do not fit.
+    the blocks of the network, per_layer each layer, or the names of some; `begin` gram solves the codes of a block when
+    its turn has come, model takes those that are there; `limit` takes that many samples, evenly spread; `seed` draws
+    what is random. `iterations` steps of `batch_size` samples; `lr_ranges` is the rate of the ranges, `lr_factors` of
+    the factors; `drop_ratio` the share of inputs that come from the quantized model; `activations` false learns with
+    activations in float. `selective_update` keeps a block only where the whole model's outputs err less; `hold_out` is
+    the share of samples that only judge; `memory` says where what goes into the blocks is kept. Errors: InputError for
+    a model in which nothing can be tuned, a float model of other values, and data that do not fit.
     """
     from qpipe.methods.learning.blockwise import Division, learn_by_parts
     from qpipe.methods.learning.stretch import Randomness
     from qpipe.methods.learning.tune import Surroundings, Tuning
     from qpipe.numerics.learning.options import LearningOptions
 
-    learning = LearningOptions(iterations, batch_size, {"weight": lr_scale, "scale": lr_range}, hold_out=hold_out)
+    learning = LearningOptions(iterations, batch_size, {"weight": lr_factors, "scale": lr_ranges}, hold_out=hold_out)
     tuning = Tuning(
-        learning, "flexround", learn_scales=lr_range > 0, learn_steps=False, update_bias=False,
+        learning, "flexround", learn_scales=lr_ranges > 0, learn_steps=False, update_bias=False,
         activations=activations, random=Randomness(share=drop_ratio),
         selective=selective_update, memory=memory, begin=begin,
     )  # fmt: skip

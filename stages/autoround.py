@@ -45,8 +45,8 @@ def autoround(
     seed: int = 0,
     iterations: Annotated[int, Range(ge=0)] = 200,
     batch_size: Annotated[int, Range(ge=1)] = 8,
-    learning_rate: Annotated[float, Range(gt=0)] | None = None,
-    scale_rate: Annotated[float, Range(gt=0)] | None = None,
+    lr: Annotated[float, Range(gt=0)] | None = None,
+    lr_scales: Annotated[float, Range(gt=0)] | None = None,
     learn_ranges: bool = True,
     quantized_input: bool = True,
     selective_update: bool = True,
@@ -60,8 +60,8 @@ def autoround(
     the blocks of the network, per_layer each layer, or the names of some; `nblocks` takes so many that follow one
     another together; `begin` gram solves the codes of a block when its turn has come, model takes those that are
     there; `limit` takes that many samples, evenly spread; `seed` draws what is random. `iterations` steps of
-    `batch_size` samples; `learning_rate` in steps of the grid (null: 1 over the iterations, twice that for 1000 or
-    more below 4 bits); `scale_rate` of the logarithms of scales (null: a tenth of that); `learn_ranges` lets scales
+    `batch_size` samples; `lr` in steps of the grid (null: 1 over the iterations, twice that for 1000 or
+    more below 4 bits); `lr_scales` of the logarithms of scales (null: a tenth of that); `learn_ranges` lets scales
     move, unless they are powers of two; `quantized_input` false shows a block the float model's values.
     `selective_update` keeps a block only where the whole model's outputs err less; `hold_out` is the share of samples
     that only judge; `memory` says where what goes into the blocks is kept. Errors: InputError for a model in which
@@ -73,8 +73,8 @@ def autoround(
     from qpipe.numerics.learning.options import LearningOptions
 
     bits = min((e.bitwidth for name, e in model.encodings.items() if name in model.params), default=8)
-    rate = rate_for(iterations, bits) if learning_rate is None else learning_rate
-    of_scales = rate / 10 if scale_rate is None else scale_rate
+    rate = rate_for(iterations, bits) if lr is None else lr
+    of_scales = rate / 10 if lr_scales is None else lr_scales
     learning = LearningOptions(
         iterations, batch_size, {"weight": rate, "scale": of_scales if learn_ranges else 0.0},
         optimizer="signsgd", schedule="linear", hold_out=hold_out,

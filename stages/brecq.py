@@ -62,10 +62,10 @@ def brecq(
     loss: Literal["mse", "fisher_diag"] = "fisher_diag",
     iterations: Annotated[int, Range(ge=0)] = 300,
     batch_size: Annotated[int, Range(ge=1)] = 32,
-    learning_rate: Annotated[float, Range(ge=0)] = 5e-3,
-    bias_rate: Annotated[float, Range(ge=0)] = 1e-3,
-    scale_rate: Annotated[float, Range(ge=0)] = 1e-3,
-    step_rate: Annotated[float, Range(ge=0)] = 1e-3,
+    lr: Annotated[float, Range(ge=0)] = 5e-3,
+    lr_biases: Annotated[float, Range(ge=0)] = 1e-3,
+    lr_scales: Annotated[float, Range(ge=0)] = 1e-3,
+    lr_steps: Annotated[float, Range(ge=0)] = 1e-3,
     reg_param: Annotated[float, Range(ge=0)] = 0.01,
     beta_range: tuple[float, float] = (20.0, 2.0),
     warm_start: Annotated[float, Range(ge=0, lt=1)] = 0.2,
@@ -83,8 +83,8 @@ def brecq(
     the blocks of the network, per_layer each layer, or the names of some; `begin` gram solves the codes of a block
     when its turn has come, model takes those that are there; `limit` takes that many samples, evenly spread; `seed`
     draws what is random. `rounding` says what is learned of a weight; `loss` fisher_diag weighs errors by what the
-    outputs make of them. `iterations` steps of `batch_size` samples; `learning_rate` of what is learned of the
-    weights, `bias_rate` of biases, `scale_rate` of the logarithms of weight scales, `step_rate` of those of
+    outputs make of them. `iterations` steps of `batch_size` samples; `lr` of what is learned of the
+    weights, `lr_biases` of biases, `lr_scales` of the logarithms of weight scales, `lr_steps` of those of
     activations, 0 leaves them; `reg_param` weighs the rounding term, whose exponent goes through `beta_range` after a
     share of `warm_start` iterations; `early_stop` ends after so many looks without a gain (0: never). `drop` is the
     probability that a quantizer lets an element through; `input_drop` the share of inputs that come from the float
@@ -99,7 +99,7 @@ def brecq(
     from qpipe.methods.learning.tune import Surroundings, Tuning
     from qpipe.numerics.learning.options import LearningOptions
 
-    rates = {"weight": learning_rate, "scale": scale_rate, "bias": bias_rate, "act_scale": step_rate}
+    rates = {"weight": lr, "scale": lr_scales, "bias": lr_biases, "act_scale": lr_steps}
     learning = LearningOptions(
         iterations, batch_size, rates, early_stop=early_stop, hold_out=hold_out,
         reg_param=reg_param, beta_range=beta_range, warm_start=warm_start,

@@ -6,7 +6,11 @@ with time as qpipe.methods.running_cost counts it: multiplications by what they 
 floats and codes, what stays in float, a start for every operator. It knows no machine, so it can be cached, and chooses
 nothing; what this machine takes is measured when a run ends (docs/deployed.md).
 
-Assumes: onnxruntime on a CPU. For another target it is a guess. Source: own; the fusions are onnxruntime's.
+    bitops = sum over the multiplications of the layers of  bits of the one factor * bits of the other  over float's
+
+say what an engine could save that has a kernel for every bitwidth.
+
+Assumes: onnxruntime on a CPU, for `cost`. For another target it is a guess. Source: own; the fusions are onnxruntime's.
 """
 
 from __future__ import annotations
@@ -50,8 +54,9 @@ def of_the_moment(error: Exception) -> bool:
 
 @stage(version=1, config={"data": "calibration"})
 def cost(model: Network, float_model: Network, data: Samples, *, ctx: Context = NULL) -> Scores:
-    """`cost`, the time that running the model is counted with, and `size`, the bytes of its file, as shares of those of
-    `float_model`; `on_integers`, the share of its multiplications there, and `conversions` between floats and codes.
+    """`cost`, the time that running the model is counted with, `size`, the bytes of its file, and `bitops`, its bit
+    operations, as shares of those in float; `on_integers`, the share of its multiplications there, and `conversions`
+    between floats and codes.
 
     `data` say how large the values are: the first sample is run once, with the memory of a run. Where onnxruntime does
     not load or run what was written, `cost` is null, and a note says why. Errors: StageError for want of memory or of
@@ -61,6 +66,8 @@ def cost(model: Network, float_model: Network, data: Samples, *, ctx: Context = 
     from pathlib import Path
 
     import numpy as np
+
+    from qpipe.methods.mixing.products import bitops_share
 
     plain = float_model.with_encodings({})
     meta, blobs = plain.pack()
@@ -78,6 +85,7 @@ def cost(model: Network, float_model: Network, data: Samples, *, ctx: Context = 
         return {
             "cost": found.time_us / time_us,
             "size": size / float_bytes,
+            "bitops": bitops_share(model, first),
             "on_integers": found.on_integers / max(1, found.products),
             "conversions": found.conversions,
             "time_us": found.time_us,

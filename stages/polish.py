@@ -1,6 +1,7 @@
 """Polish a quantized network as a whole: what its parts could not know of one another.
 
-    min (y^ - y)^2 over the variance of y,   y the float model's outputs, y^ those of the quantized network
+    min (y^ - y)^2 over the variance of y,   y the float model's outputs, y^ those of the quantized network,
+        + features * (z^ - z)^2 over the variance of z,   z the outputs of blocks, the mean over them
 
 by Adam along a cosine, over everything that a target lets move: weights on their grids (straight through the rounding),
 the scales of weights, the step sizes of activations, biases, and normalizations. It begins at what the model is, best
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from qpipe.errors import InputError
 from qpipe.numerics.thinning import thinned
 from qpipe.stage import NULL, Context, Range, Samples, stage
 
@@ -43,11 +45,12 @@ def polish(
     batch_size: Annotated[int, Range(ge=1)] = 32,
     loss: Literal["mse", "kl"] = "mse",
     temperature: Annotated[float, Range(gt=0)] = 1.0,
-    rate_weights: Rate = 1e-2,
-    rate_scales: Rate = 1e-3,
-    rate_steps: Rate = 1e-3,
-    rate_biases: Rate = 1e-3,
-    rate_norms: Rate = 1e-3,
+    features: Annotated[float, Range(ge=0)] = 0.0,
+    lr: Rate = 1e-2,
+    lr_scales: Rate = 1e-3,
+    lr_steps: Rate = 1e-3,
+    lr_biases: Rate = 1e-3,
+    lr_norms: Rate = 1e-3,
     hold_out: Annotated[float, Range(ge=0, lt=1)] = 0.15,
     early_stop: Annotated[int, Range(ge=0)] = 0,
     limit: Annotated[int, Range(ge=1)] | None = 1000,
@@ -59,30 +62,48 @@ def polish(
 
     `float_model` gives the outputs to be matched and the weights' float values; it may be left out where no weight was
     tuned. `iterations` steps of `batch_size` samples follow `loss`: mse of the outputs, or kl of their softmax at
-    `temperature`. A rate of 0 leaves a kind as it is: `rate_weights` in steps of a weight's grid, `rate_scales` and
-    `rate_steps` of the logarithms of weights' scales and of activations' step sizes, `rate_biases` and `rate_norms` in
-    their own units. A share of `hold_out` judges ten times, by the squared error, and the best is kept; `early_stop`
-    ends after so many looks without a gain (0: never). `limit` takes that many samples, evenly spread; `outputs` names
-    those that count (none: all of floats); `seed` draws the batches. Errors: InputError for a model without grids, one
-    whose float weights are gone, outputs without a gradient, and data that do not fit.
+    `temperature`; `features` weighs the errors of blocks' outputs beside it. A rate of 0 leaves a kind as it is: `lr`
+    in steps of a weight's grid, `lr_scales` and `lr_steps` of the logarithms of weights' scales and of activations'
+    step sizes, `lr_biases` and `lr_norms` in their own units. A share of `hold_out` judges ten times, by the squared
+    error, and the best is kept that is worse, by more than the noise, at none of several outputs; `early_stop` ends
+    after so many looks without a gain (0: never). `limit` takes that many samples, evenly spread; `outputs` names those
+    that count (none: all of floats); `seed` draws the batches. Errors: InputError for a model without grids, one whose
+    float weights are gone, outputs without a gradient, and data that do not fit.
     """
     from qpipe.methods.learning.objective import Objective, variances_of
-    from qpipe.methods.learning.whole import Whole, float_of, refuse_unlearnable, targets_of, trained
+    from qpipe.methods.learning.reference import reference_of
+    from qpipe.methods.learning.whole import (
+        Whole,
+        block_outputs,
+        content_of,
+        learnable,
+        refuse_unlearnable,
+        targets_of,
+        trained,
+    )
     from qpipe.numerics.learning.options import LearningOptions
 
     if model.facts.came_quantized:
         ctx.note("The model came quantized, and its weights stay on their grids: polish leaves it as it is.")
         return model
-    reference, arrays = float_of(model, float_model, "polish"), thinned(data.arrays, limit)
+    values = [spec.name for spec in model.outputs] + (list(block_outputs(model)) if features else [])
+    reference = reference_of(model, float_model, learnable(model).weights, values, "polish")
+    arrays = thinned(data.arrays, limit)
     targets = targets_of(reference, arrays, outputs, ctx.device)
-    whole = Whole(model, arrays, targets, device=ctx.device)
+    whole = Whole(model, arrays, targets, like=reference if features else None, device=ctx.device)
     refuse_unlearnable(whole, "polish")
-    rates = {"weight": rate_weights, "scale": rate_scales, "act_scale": rate_steps}
-    rates |= {"bias": rate_biases, "norm": rate_norms}
+    if features and not whole.blocks:
+        raise InputError("polish.features: no block ends inside the model, so there is nothing to weigh. Leave it out.")
+    rates = {"weight": lr, "scale": lr_scales, "act_scale": lr_steps}
+    rates |= {"bias": lr_biases, "norm": lr_norms}
     options = LearningOptions(iterations, batch_size, rates, hold_out=hold_out, early_stop=early_stop)
-    objective = Objective(tuple(targets), variances_of(targets), loss, temperature)
+    objective = Objective(
+        tuple(targets), variances_of(targets), loss, temperature, features=features,
+        block_variances=whole.block_variances() if features else (),
+    )  # fmt: skip
+    said = [loss, temperature, features, *content_of(reference if features else None)]
     found, report = trained(
-        whole, reference, objective, options, said=[loss, temperature], seed=ctx.seed(str(seed)),
+        whole, reference, objective, options, said=said, seed=ctx.seed(str(seed)),
         memo=ctx.memo, progress=lambda done, total: ctx.progress(done, total, "iterations"),
     )  # fmt: skip
     if report["kept"] == "before":

@@ -18,6 +18,7 @@ Source: own; sqnr is known as tf_enhanced in AIMET, whose AutoQuant tries scheme
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -97,20 +98,20 @@ def other_grids(
 
 
 def least(
-    options: Sequence[tuple[Placement, Encodings]], loss: Callable[[str, Encoding], float]
+    options: Sequence[tuple[Placement, Encodings]], losses: Callable[[Encodings], Mapping[str, float]]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Encoding]]:
     """What to change for each weight, and its grid: the option of the least loss, the first of equals."""
     changes: dict[str, dict[str, Any]] = {}
     grids: dict[str, Encoding] = {}
-    losses: dict[str, float] = {}
+    lowest: dict[str, float] = {}
     for placement, encodings in options:
+        found = losses(encodings)
         for name, encoding in encodings.items():
-            value = loss(name, encoding)
-            if not encoding.frozen and value < losses.get(name, float("inf")):
+            if not encoding.frozen and found[name] < lowest.get(name, float("inf")):
                 scheme = placement.weights[name][0]
                 fields = ("observer", "percentile", "grid", "symmetric")
                 changes[name] = {field: getattr(scheme, field) for field in fields}
-                losses[name], grids[name] = value, encoding
+                lowest[name], grids[name] = found[name], encoding
     return changes, grids
 
 
@@ -248,6 +249,7 @@ def quantscheme_select(
     )  # fmt: skip
     score = scored(model, evaluation or calibration, metric, batch_size, limit, ctx)
 
+    @functools.cache
     def placed(side: str, candidate: TensorScheme) -> Placement:
         return place(model, target, with_candidate(scheme, side, candidate))
 
@@ -272,7 +274,7 @@ def quantscheme_select(
         for each in other_grids(scheme.weight, weight_observers, weight_grids, target):
             options.append((placed("weight", each), encodings("weight", each)))
         loss = GramSensitivity(model, thinned(calibration.arrays, limit), {}, ctx.memo, seed=0, device=ctx.device)
-        changes, own = least(options, loss.weight_loss)
+        changes, own = least(options, loss.each)
         table.append({"side": "weight", "observer": _PER_WEIGHT, "percentile": None, "score": score(own)})
         if max(0.0 if metric == "sqnr_db" else -math.inf, winners["weight"]["score"]) < table[-1]["score"]:
             weights, chosen["weight"] = {"weights": changes}, own

@@ -66,8 +66,8 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
         "soundness onnx_reader given encodings_reader encodings_writer state_dict onnx_writer",
     ),
     "model.torch_export": (
-        (*MODEL, "model.canon", "model.simulation"),
-        "errors names translations decomposition exporter fidelity",
+        (*MODEL, "param", "model.canon", "model.simulation"),
+        "errors names translations decomposition shortcuts exporter fidelity",
     ),
     "model": ((*MODEL, "model.canon", "model.simulation", "model.files", "model.torch_export"), "model"),
     "methods": ((*MODEL, "model.simulation"), "preconditions running_cost"),
@@ -85,11 +85,11 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
             *(*MODEL, "param", "model.simulation", "numerics.rounding", "numerics.learning"),
             *("methods.placement", "methods.rounding"),
         ),
-        "parts carry begin stretch reference tune blockwise objective whole",
+        "parts carry begin stretch reference selection tune blockwise objective whole",
     ),
     "methods.mixing": (
         (*MODEL, "model.simulation", "numerics.rounding", "methods.placement", "methods.rounding"),
-        "work choices fingerprint judge mix sensitivity",
+        "products work choices fingerprint judge mix sensitivity",
     ),
     "methods.comparison": ((*MODEL, "model.simulation"), "inputs compare check parity"),
     "stages": (
@@ -126,14 +126,18 @@ HOUSE: dict[str, tuple[tuple[str, ...], str]] = {
         "session timing memory measurement",
     ),
     "explain": ((*ENGINE, "run"), "shape past_runs causes runs_apart artifacts verification"),
-    "report": ((), "text facts measured"),
+    "report": ((), "text facts measured figures importance"),
     "report.terminal": (("report",), "table activity closing leaderboard run_table plain live terminal"),
     "report.drawing": (("report", "report.terminal"), "layout rails picture"),
     "report.page": (("writing", "report", "report.drawing"), "style charts mix html"),
     "demo": (("errors",), "data net train"),
-    "hydra_plugins": ((), "returns launcher sweeper"),
+    "search": ((*ENGINE, "run", "report"), "space study stream session"),
+    "hydra_plugins": (("report", "search"), "returns launcher sweeper searching"),
     "cli": (
-        (*ENGINE, "run", "explain", "report", "report.terminal", "report.drawing", "report.page", "hydra_plugins"),
+        (
+            *(*ENGINE, "run", "explain", "report", "report.terminal", "report.drawing", "report.page"),
+            *("search", "hydra_plugins"),
+        ),
         (
             "requirements compose manual words config_files mistakes rerun run_commands explain_commands "
             "cache_commands completion main"

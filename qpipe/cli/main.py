@@ -45,17 +45,21 @@ from qpipe.language.catalog import catalog, schema
 from qpipe.run.record import RECORD, reached
 from qpipe.run.sweep import INTERRUPTED, Job
 from qpipe.run.swept import Swept
+from qpipe.search.study import STUDY
 
 if TYPE_CHECKING:
     from hydra_plugins.qpipe.launcher import Trial
+    from qpipe.search.study import Study
 
 UNREAD = 141  # as of a process that SIGPIPE ended
 LEAVING = ("run", "rerun")
 """The commands that leave a folder."""
 PACKAGE = Path(__file__).parents[1]
 
-Many = Callable[[Sequence[Job]], int]
-"""A command: it takes the composed jobs (one, or all of a sweep) and returns the exit status."""
+Many = Callable[[Any], int]
+"""A command: it takes the composed jobs (one, or all of a sweep; of a search a Session) and returns the exit status."""
+PLANNED = 10
+"""Of a search so many trials are planned."""
 
 
 def main() -> None:
@@ -138,6 +142,12 @@ def _command(name: str, rest: list[str]) -> tuple[Many | int, list[str]]:
         return 0, []
     if name == "rerun":
         return _rerun(rest)
+    if name == "run":
+        from qpipe.cli.rerun import resumed
+
+        options, rest = take_options(rest, OPTIONS["run"])
+        if "--resume" in options:
+            rest = resumed(options["--resume"], rest)
     if name == "graph":
         file = None
         if is_subject(rest):
@@ -179,7 +189,7 @@ def _verify(rest: list[str]) -> tuple[Many, list[str]]:
 def _register() -> None:
     """Tell Hydra what a qpipe config may hold: the resolvers, a schema for every stage, launcher and sweeper."""
     from hydra_plugins.qpipe.launcher import QpipeLauncher
-    from hydra_plugins.qpipe.sweeper import QpipeSweeper
+    from hydra_plugins.qpipe.sweeper import GRID, SEARCH, QpipeSweeper
 
     OmegaConf.register_new_resolver("qpipe.file", lambda name: str(PACKAGE / name), replace=True)
     OmegaConf.register_new_resolver(
@@ -196,11 +206,14 @@ def _register() -> None:
             store.store(group="stage", name=name, node=schema(catalog()[name]))
         except ConfigError as error:  # one broken stage does not stop pipelines that do not use it
             say(f"qpipe: {error}")
-    for kind, plugin in (("launcher", QpipeLauncher), ("sweeper", QpipeSweeper)):
+    for kind, name, plugin, options in (
+        ("launcher", "qpipe", QpipeLauncher, {}),
+        ("sweeper", "qpipe", QpipeSweeper, {**GRID, **SEARCH}),
+        ("sweeper", "qpipe_search", QpipeSweeper, {**GRID, **SEARCH, "sampler": "tpe", "max_trials": 50}),
+    ):
         Plugins.instance().register(plugin)
         body: dict[str, Any] = {"_target_": f"{plugin.__module__}.{plugin.__name__}"}
-        options = {"max_batch_size": None, "params": None} if kind == "sweeper" else {}
-        store.store(group=f"hydra/{kind}", name="qpipe", node=body | options)
+        store.store(group=f"hydra/{kind}", name=name, node=body | options)
 
 
 def _compose(many: Many, command: str, rest: list[str]) -> int:
@@ -217,6 +230,9 @@ def _compose(many: Many, command: str, rest: list[str]) -> int:
         overrides = tuple(OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False))  # type: ignore[arg-type]
         os.chdir(HydraConfig.get().runtime.cwd)  # with hydra.job.chdir: a relative path means what it meant before
         number = HydraConfig.get().job.num if HydraConfig.get().mode == RunMode.MULTIRUN else None
+        listed = HydraConfig.get().sweeper.get("params") or {}
+        if number is None and listed and not any(word.partition("=")[0] in listed for word in overrides):
+            say(f"This is one run; with -m it is a sweep over {', '.join(listed)}.")
 
         def build() -> list[Job]:
             return [dataclasses.replace(make_job(config, folder, overrides, arguments=rest), number=number)]
@@ -249,7 +265,30 @@ def _compose(many: Many, command: str, rest: list[str]) -> int:
         scores += [math.nan] * (count - len(scores))  # those behind one that is refused
         return [_told(*each) for each in zip(scores, itertools.repeat(own[-1]), [*overrides, *((),) * count])]
 
+    def check(trial: Trial) -> None:
+        make_job(trial.config, trial.folder, trial.overrides, arguments=rest)
+
+    def search(trials: Iterator[Trial], study: Study, folder: Path) -> list[Score]:
+        begun.append(command)
+        swept = sweeps.setdefault(folder, Swept(folder, search=study.options.aim))
+
+        def make(trial: Trial) -> Job:
+            return make_job(trial.config, trial.folder, trial.overrides, f"#{trial.number} ", rest)
+
+        from qpipe.search.session import Session
+
+        session = Session(study, swept, trials, make, say)
+        try:
+            own.append(_carry_out(many, lambda: session if leaves else list(itertools.islice(session, PLANNED)), []))
+            own.append(session.refused)
+        finally:
+            session.close()
+            if leaves and not swept.trials:
+                remove_folder(folder, ("multirun.yaml", *STUDY))
+        return [Score(*each) for each in session.scores]
+
     task.qpipe_sweep = sweep  # type: ignore[attr-defined]  # the launcher finds it here
+    task.qpipe_search, task.qpipe_check = search, check  # type: ignore[attr-defined]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us, not as Hydra's traceback
     try:
         with quick_hydra(), watching() as returned, _leaving_nothing(command) as quiet:
@@ -293,8 +332,8 @@ def _show_launched(returned: Sequence[Returned], sweeps: dict[Path, Swept]) -> N
             Swept(folder).add(found)
             print("\n".join(sweep_table(found, folder)))
     for folder, swept in sweeps.items():
-        if swept.batches > 1:
-            print("\n".join(sweep_table(read(so_far(swept)), folder)))
+        if swept.trials and (swept.batches > 1 or swept.search is not None):
+            print("\n".join(sweep_table(read(so_far(swept)), folder, swept.search)))
 
 
 def _told(score: float, status: int, overrides: Sequence[str]) -> Score:
@@ -336,7 +375,7 @@ def _take_away(error: OSError) -> None:
             remove_folder(Path(folder))
 
 
-def _carry_out(many: Many, build: Callable[[], Sequence[Job]], left: Sequence[Path]) -> int:
+def _carry_out(many: Many, build: Callable[[], Any], left: Sequence[Path]) -> int:
     """Build the jobs and run the command; a folder of `left` in which no record came to lie is not left behind."""
     try:
         return many(build())

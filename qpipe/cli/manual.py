@@ -23,19 +23,21 @@ _EXIT = {
 
 _TEXT = {
     "run": """\
-usage: qpipe [run] [OVERRIDE …] [-m]
+usage: qpipe [run] [OVERRIDE …] [-m] [--resume FOLDER]
 
 Carry the pipeline out: what the cache has is taken from there, the rest runs.
 
   pipeline=ptq|adaround|amp|autoquant   scheme=w8a8|w4a8|…   model=onnx_file model.path=net.onnx   data=npz …
   stages.NODE.PARAM=VALUE    any param of any node; stages.NODE.enabled=false takes a node out
-  -m                         a sweep: scheme=w8a8,w4a8 runs both, as one graph
+  -m                         a sweep: scheme=w8a8,w4a8 runs both, as one graph; -m search=NAME searches
+  --resume FOLDER            go on with the sweep or the search that lies in FOLDER, with further OVERRIDEs
   run.workers=N run.threads=N run.device=cpu|cuda run.keep_going=false run.timeout_s=S
   run.expect=cached          run nothing; status 4 if anything would have to run
   run.max_misses=N           status 4, before anything runs, if more than N nodes would have to
   run.budget_s=S             begin nothing more after S seconds; status 5, and the same command goes on
 
-`qpipe --cfg job` shows the whole config. What a run leaves: outputs/<date>/<time>-<id>/.
+`qpipe --cfg job` shows the whole config, `qpipe --hydra-help` Hydra's options. What a run leaves:
+outputs/<date>/<time>-<id>/.
 """,
     "plan": """\
 usage: qpipe plan [OVERRIDE …] [-m]
@@ -142,7 +144,6 @@ usage: qpipe [COMMAND] [OVERRIDE …] [-m]     post-training quantization, cache
 An OVERRIDE is ADDRESS=VALUE (stages.adaround.iterations=500) or GROUP=OPTION:
 {groups}
 A sweep: -m scheme=w8a8,w4a8. Files of your own: --config-dir DIR pipeline=mine.
-All values: qpipe --cfg job [OVERRIDE …]. Hydra's options: qpipe --hydra-help
 """
 _LISTED = ("model", "data", "scheme", "target", "pipeline", "experiment")
 _COLUMNS = 80
@@ -159,6 +160,7 @@ def overview(groups: Mapping[str, Sequence[str]]) -> str:
 
 
 OPTIONS: dict[str, dict[str, str]] = {
+    "run": {"--resume": "FOLDER"},
     "why": {"--against": "RUN"},
     "verify": {"--repeat": "N"},
     "diff": {"--json": ""},

@@ -1,4 +1,5 @@
-"""`qpipe rerun RUN`: the config that a run recorded, composed again, with further overrides.
+"""`qpipe rerun RUN`: the config that a run recorded, composed again, with further overrides; `qpipe --resume FOLDER`:
+the words of a sweep, again.
 
 `.hydra/config.yaml` of the run has its interpolations still: `scheme.weight.bitwidth=4` reaches every node that took
 the scheme, as it did then. Where there is none (`hydra.output_subdir=null`), the resolved `config.yaml` has the values
@@ -60,6 +61,23 @@ def recorded(run: str, rest: Sequence[str]) -> list[str]:
     defaults = ["qpipe_base", "_self_", *(each for each in forced if next(iter(each)).startswith("override "))]
     ConfigStore.instance().store(name=NAME, node={"defaults": defaults, **config, "hydra": own["hydra"]})
     return ["--config-name", NAME, *arguments]
+
+
+def resumed(folder: str, rest: Sequence[str]) -> list[str]:
+    """The arguments with which the sweep, or the search, that lies in `folder` goes on, with the overrides in `rest`.
+    Errors: ConfigError."""
+    path = Path(folder) / "multirun.yaml"
+    try:
+        hydra = yaml.load(path.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))["hydra"]
+        words = [*hydra["overrides"]["task"], *hydra["overrides"]["hydra"]]
+        sources = [each["path"] for each in hydra["runtime"]["config_sources"] if each["provider"] == "command-line"]
+    except FileNotFoundError as error:
+        raise ConfigError(f"--resume: there is no '{path}', the config of a sweep. Name the folder of one.") from error
+    except (OSError, KeyError, TypeError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--resume: '{path}' is not the config of a sweep. Name the folder of one.") from error
+    folders = [word for source in sources for word in ("--config-dir", source)]
+    words = [word for word in words if not word.startswith(("hydra.sweep.dir=", "hydra.mode="))]
+    return [*folders, "-m", *words, *rest, f"hydra.sweep.dir='{Path(folder)}'"]
 
 
 def _read(path: Path) -> dict[str, Any]:

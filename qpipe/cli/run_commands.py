@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qpipe.cli.manual import OPTIONS
 from qpipe.cli.words import take_options
@@ -19,7 +20,7 @@ from qpipe.plan.estimate import Estimate, estimate
 from qpipe.plan.history import rebuild
 from qpipe.plan.verdicts import Outcome
 from qpipe.plan.walk import Walk
-from qpipe.report.terminal.leaderboard import leaderboard
+from qpipe.report.terminal.leaderboard import figures_line, leaderboard
 from qpipe.report.terminal.plain import PlainDisplay
 from qpipe.report.terminal.table import table, wrap
 from qpipe.report.terminal.terminal import Row, Terminal
@@ -29,6 +30,9 @@ from qpipe.run.stores import open_store
 from qpipe.run.sweep import NOT_CACHED, Job, plan_jobs, refusal, run_jobs
 from qpipe.run.swept import Trial
 from qpipe.stage import REQUIRED
+
+if TYPE_CHECKING:
+    from qpipe.search.session import Session
 
 
 class Screen(Terminal):
@@ -68,10 +72,34 @@ class Screen(Terminal):
             raise refused
 
 
-def run(jobs: Sequence[Job], command: Sequence[str] = ()) -> int:
+def run(jobs: Sequence[Job] | Session, command: Sequence[str] = ()) -> int:
     """Carry the pipelines out, show how it goes, leave a record of each, which says `command` before the overrides."""
+    if not isinstance(jobs, Sequence):
+        return search(jobs, command)
     with open_store(jobs[0].spec) as store, Screen() as screen:
         return run_jobs(jobs, store, screen, ["qpipe", *command, *jobs[0].overrides])
+
+
+def search(session: Session, command: Sequence[str] = ()) -> int:
+    """Carry out what a search asks for, as `run` does; a line for each trial that ran, and for each that is the
+    best."""
+    from qpipe.search.stream import run_stream
+
+    jobs = iter(session)
+    if (first := next(jobs, None)) is None:
+        return 0
+    with open_store(first.spec) as store, Screen() as screen:
+
+        def tell(job: Job, record: Mapping[str, Any] | None) -> None:
+            best = session.tell(job, record)
+            if record is None:
+                return
+            _write_report(record, job.folder)
+            if best or record["totals"]["ran"]:
+                screen.message(f"{job.label}{figures_line(record)}{', the best so far' if best else ''}")
+
+        words = ["qpipe", *command, *first.overrides]
+        return run_stream(itertools.chain([first], jobs), tell, store, screen, words)
 
 
 def plan(jobs: Sequence[Job]) -> int:
@@ -216,8 +244,10 @@ def _write_report(record: Mapping[str, Any], folder: Path) -> Path:
     return path
 
 
-def sweep_table(records: Sequence[tuple[Job | Trial, Mapping[str, Any]]], folder: Path) -> list[str]:
-    """The trials of a sweep, the best first, by what they have different."""
+def sweep_table(
+    records: Sequence[tuple[Job | Trial, Mapping[str, Any]]], folder: Path, aim: Mapping[str, Any] | None = None
+) -> list[str]:
+    """The trials of a sweep, the best first, by what they have different; `aim` is what a search was for."""
     trials = [(trial.number or 0, trial.overrides, record) for trial, record in records]
     display = PlainDisplay(sys.stdout)
-    return leaderboard(trials, str(folder), display.width, display.fancy)
+    return leaderboard(trials, str(folder), display.width, display.fancy, aim)

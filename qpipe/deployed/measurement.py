@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from qpipe.artifacts.artifact import Artifact, load
 from qpipe.errors import InputError
+from qpipe.run.machine import load_late
 from qpipe.run.workers import open_at
 
 if TYPE_CHECKING:
@@ -122,6 +123,7 @@ def main() -> None:
         print(json.dumps(line), flush=True)
 
     request = json.loads(sys.stdin.readline())
+    load_late()
     try:
         with open_at(request["store"]) as store:
             say(found=measure(request, store, lambda done, total, what: say(progress=[done, total, what])))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import gc
 import os
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.singleton import Singleton
@@ -26,6 +26,13 @@ class Trial(NamedTuple):
     overrides: tuple[str, ...]
 
 
+class Asking(Protocol):
+    """What a search is asked for."""
+
+    def ask(self) -> tuple[int, Sequence[str]] | None:
+        """The number of the next job and its overrides; None where there is no other."""
+
+
 class QpipeLauncher(Launcher):  # type: ignore[misc]  # hydra ships no types that mypy reads here
     """Composes every job and gives them to the task's `qpipe_sweep`; runs a task without one as Hydra's own does."""
 
@@ -40,6 +47,35 @@ class QpipeLauncher(Launcher):  # type: ignore[misc]  # hydra ships no types tha
         sweep = getattr(self.task_function, "qpipe_sweep", None)
         if sweep is None:
             return self._plainly(job_overrides, initial_job_idx)
+        count = len(job_overrides)
+        jobs = enumerate(job_overrides, initial_job_idx)
+        return self._carry_out(jobs, lambda trials, folder: sweep(trials, count, folder), job_overrides)
+
+    def search(self, study: Asking) -> list[JobReturn]:
+        """As `launch`, of the jobs that `study` asks for, each while those before it may be under way."""
+        jobs = iter(study.ask, None)
+        return self._carry_out(jobs, lambda trials, folder: self.task_function.qpipe_search(trials, study, folder))
+
+    def check(self, job_overrides: Sequence[Sequence[str]]) -> None:
+        """Compose the jobs and have the task look at them; none is carried out."""
+        before = Singleton.get_state()
+        try:
+            for overrides in job_overrides:
+                config, folder = self._composed(0, list(overrides))
+                with open_dict(config):
+                    del config["hydra"]
+                self.task_function.qpipe_check(Trial(0, config, folder, tuple(filter_overrides(overrides))))
+        finally:
+            Singleton.set_state(before)
+
+    def _carry_out(
+        self,
+        jobs: Iterable[tuple[int, Sequence[str]]],
+        task: Callable[[Iterator[Trial], Path], Sequence[float]],
+        known: Sequence[Sequence[str]] = (),
+    ) -> list[JobReturn]:
+        """Give the jobs, composed as they are asked for, to `task`: what each gave back. Those that are `known`
+        beforehand give something back even where they are not asked for."""
         gc.enable()  # the command line switched it off for one config; of a thousand, each leaves megabytes of cycles
         before = Singleton.get_state()
         returns: list[JobReturn] = []
@@ -47,7 +83,7 @@ class QpipeLauncher(Launcher):  # type: ignore[misc]  # hydra ships no types tha
         kept: list[bytes] = []
 
         def trials() -> Iterator[Trial]:
-            for number, overrides in enumerate(job_overrides, initial_job_idx):
+            for number, overrides in jobs:
                 config, folder = self._composed(number, list(overrides))
                 returns.append(self._return(config))
                 if told:
@@ -59,10 +95,10 @@ class QpipeLauncher(Launcher):  # type: ignore[misc]  # hydra ships no types tha
                 yield Trial(number, config, folder, tuple(filter_overrides(overrides)))
 
         try:
-            scores = sweep(trials(), len(job_overrides), Path(str(self.config.hydra.sweep.dir)).absolute())
+            scores = task(trials(), Path(str(self.config.hydra.sweep.dir)).absolute())
         finally:
             Singleton.set_state(before)
-        returns += [JobReturn(overrides=list(each)) for each in job_overrides[len(returns) :]]  # behind a refused one
+        returns += [JobReturn(overrides=list(each)) for each in known[len(returns) :]]  # behind a refused one
         for job, score in zip(returns, scores, strict=True):
             job.return_value, job.status = score, JobStatus.COMPLETED
         for job, config in zip(returns, kept, strict=False):

@@ -186,7 +186,7 @@ def noise_of_histogram(counts: Array, edges: Array, scheme: TensorScheme, clip_w
         u = edges / s
         r = np.clip(np.rint(u), qmin - z, qmax - z)
         d = u - r
-        cubes = d**3 / 3.0
+        cubes = d * d * d / 3.0  # numpy's d**3 takes 30 times as long
         integral = r / 12.0 + cubes
         if clip_weight != 1.0:
             clipped = np.abs(d) > 0.5

@@ -15,6 +15,7 @@ from heapq import heappop, heappush
 from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 from qpipe.cache.store import Store
 from qpipe.errors import CacheError, ChangedError, DamagedError, InputError, QpipeError
@@ -70,15 +71,17 @@ def execute(
     pool: Pool,
     view: View,
     deadline: float | None = None,
+    more: Callable[[], Sequence[Walk]] | None = None,
 ) -> bool:
     """Run what `walks` lack, until every target of each has its outcome. False where `deadline` (a reading of
-    time.monotonic) came before: from then on no action begins, and those under way are finished.
+    time.monotonic) came before: from then on no action begins, and those under way are finished. `more` is asked for
+    further ones whenever a worker would have nothing to do, until it gives none while nothing is under way.
 
     Errors: CacheError at once, where the cache cannot be written; DamagedError, once what was under way has ended,
     where a blob that an action reads is not what it should be. The store has moved that aside by then, so that what
     made it runs again when all is planned anew.
     """
-    one = _Run(walks, store, run, pool, view, deadline)
+    one = _Run(walks, store, run, pool, view, deadline, more)
     one.go()
     return not one.late
 
@@ -113,6 +116,7 @@ class _Run:
         pool: Pool,
         view: View,
         deadline: float | None,
+        more: Callable[[], Sequence[Walk]] | None = None,
     ) -> None:
         self._walks, self._store, self._options, self._pool, self._view = walks, store, run, pool, view
         self._wanted: dict[str, list[tuple[Walk, Action]]] = {}
@@ -121,14 +125,15 @@ class _Run:
         where another pipeline turns out to need it more urgently."""
         self._ranks: dict[str, Urgency] = {}
         self._turns = count()
-        times = Times()
-        self._urgency = {walk: urgency(walk.graph, times.of(walk)) for walk in walks}
+        self._times = Times()
+        self._urgency = WeakKeyDictionary({walk: urgency(walk.graph, self._times.of(walk)) for walk in walks})
         self._blocked: dict[str, float] = {}
         self._running: dict[str, float] = {}
         self._locks: dict[str, Any] = {}
         self._damage: DamagedError | None = None
         self._stopped = False
         self._deadline = deadline
+        self._more = more
         self.late = False
 
     def go(self) -> None:
@@ -136,8 +141,10 @@ class _Run:
             for walk in self._walks:  # what was planned before, then what follows from it
                 self._want(walk, list(walk.running.values()))
             self._advance(self._walks)
-            while self._queue or self._blocked or self._running:
+            while self._queue or self._blocked or self._running or self._take_more():
                 self._start()
+                while self._pool.idle and not self._queue and self._take_more():
+                    self._start()
                 for key, event in self._pool.events(_POLL_S if self._blocked else _WAIT_S):
                     self._handle(key, event)
                 self._end_late_ones()
@@ -153,6 +160,19 @@ class _Run:
         if not self._stopped:
             for walk in walks:
                 self._want(walk, walk.advance())
+
+    def _take_more(self) -> bool:
+        """Take in what there is besides; whether there was anything."""
+        if self._more is None or self._stopped:
+            return False
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            self.late = self._stopped = True
+            return False
+        walks = self._more()
+        for walk in walks:
+            self._urgency[walk] = urgency(walk.graph, self._times.of(walk))
+            self._want(walk, list(walk.running.values()))
+        return bool(walks)
 
     def _want(self, walk: Walk, actions: Sequence[Action]) -> None:
         for action in actions:
@@ -276,7 +296,8 @@ class _Run:
         for walk, action in wanted:
             walk.fail(action.node, error)
             self._view.failed(walk.label + action.node, error["message"])
-        refused = error["exit_code"] == InputError.exit_code and len(self._walks) == 1
+        alone = len(self._walks) == 1 and self._more is None
+        refused = error["exit_code"] == InputError.exit_code and alone
         self._stopped = self._stopped or refused or not self._options.keep_going
         self._advance({walk: None for walk, _ in wanted})
 

@@ -1,22 +1,30 @@
-"""The machine under an action: time and memory spent, threads, and what no key holds but may decide the last bits."""
+"""The machine under an action: time, memory, threads, libraries, and what no key holds but may decide the last bits."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import gc
+import importlib.abc
+import importlib.machinery
 import math
 import os
 import platform
 import re
 import resource
 import sys
+import threading
 import time
-from collections.abc import Iterator
+import types
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from qpipe.param import uncollected
+
 _HELD = 1 << 28  # bytes
+_KEPT_BLOCK = 1 << 25  # bytes; the most that every glibc takes
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
 
 _MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes
 
@@ -78,6 +86,21 @@ def asked_threads() -> int | None:
     """The number of threads that OMP_NUM_THREADS asks for; None where it says nothing of use."""
     first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     return int(first) if first.isdecimal() and int(first) > 0 else None
+
+
+def keep_freed_memory() -> None:
+    """Let malloc keep up to 256 MB that were freed, in blocks of up to 32 MB each: the next layer asks for as much.
+
+    By itself glibc gives them back to the system at once, which then makes and clears them anew page by page: a quarter
+    of the processor time of a simulation. Where its user has set it otherwise, and elsewhere, nothing is done."""
+    if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        return
+    with contextlib.suppress(OSError, AttributeError):  # Linux with glibc alone
+        import ctypes  # rarely needed
+
+        library = ctypes.CDLL(None)
+        if library.mallopt(_MMAP_THRESHOLD, _KEPT_BLOCK):  # else it has the other at work that follows from it
+            library.mallopt(_TRIM_THRESHOLD, _HELD)
 
 
 def free_memory() -> None:
@@ -172,6 +195,88 @@ def _builds(libraries: tuple[str, ...]) -> dict[str, str]:
 _EXTENSIONS = frozenset(
     {"avx", "avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "sve", "i8mm"}
 )
+
+
+LATE = ("sympy", "onnx_ir._symbolic_shapes")
+"""What onnx_ir imports for arithmetic with sizes, which has no place here: a fifth of what a worker takes to begin."""
+
+
+def load_late(names: tuple[str, ...] = LATE) -> None:
+    """Let this process load the modules `names` not when they are imported, but when something in them is asked for.
+
+    importlib's LazyLoader is no way: before Python 3.12 it loads as soon as a module is imported by name."""
+    sys.meta_path.insert(0, _Late(names))
+
+
+AHEAD = {"torch": "torch", "onnx-ir": "onnx_ir", "onnxruntime": "onnxruntime"}
+"""Distributions whose import takes longer than many an action does, and what is imported of them."""
+
+
+def load_ahead(libraries: Iterable[str]) -> None:
+    """Import those of `AHEAD` among the distributions `libraries` that are not loaded yet, and never look for garbage
+    in what is loaded then: of an action itself, what it computes is measured, and nothing else."""
+    missing = [name for each, name in AHEAD.items() if each in libraries and name not in sys.modules]
+    if not missing:
+        return
+    gc.collect()  # of the little that there is
+    with uncollected():
+        for name in missing:
+            with contextlib.suppress(Exception):  # the action that needs it says why it cannot be imported
+                importlib.import_module(name)
+        gc.freeze()
+
+
+class _Late(importlib.abc.MetaPathFinder):
+    """Finds the modules where the finders behind it do, and puts off what their loaders do."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self._names = names
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if name not in self._names:
+            return None
+        finders = sys.meta_path[sys.meta_path.index(self) + 1 :]
+        found = (finder.find_spec(name, path, target) for finder in finders)
+        spec = next((each for each in found if each is not None), None)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _LateLoader(spec.loader)
+        return spec
+
+
+class _LateLoader(importlib.abc.Loader):
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType | None:
+        made: types.ModuleType | None = self._loader.create_module(spec)
+        return made
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        own, lock, begun = vars(module), threading.RLock(), list[bool]()
+        place = {name: own.pop(name) for name in ("__path__",) if name in own}  # an import from inside asks for that
+
+        def load(attribute: str) -> Any:
+            with lock:  # who comes meanwhile waits, but for the module itself and what it imports
+                if not begun:
+                    begun.append(True)
+                    own.update(place)
+                    try:
+                        self._loader.exec_module(module)
+                    except BaseException:  # whoever asks next is told the same
+                        begun.clear()
+                        raise
+                    if own.get("__getattr__") is load:
+                        del own["__getattr__"]
+            if attribute not in own and own.get("__getattr__", load) is not load:
+                return own["__getattr__"](attribute)
+            if attribute not in own:
+                raise AttributeError(f"module {module.__name__!r} has no attribute {attribute!r}")
+            return own[attribute]
+
+        own["__getattr__"] = load
 
 
 def set_threads(threads: int) -> None:

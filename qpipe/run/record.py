@@ -75,6 +75,7 @@ def build_record(
         },
         "goal": goal,
         "best": _best(walk),
+        "figures": _figures(walk, goal, measured),
         "ladder": _ladder(walk, verdicts, goal["float"]),
         "nodes": nodes,
         "stages": _stages(verdicts),
@@ -84,6 +85,37 @@ def build_record(
         **({"measured": {name: dict(figures) for name, figures in measured.items()}} if measured else {}),
         "totals": _totals(verdicts),
     }
+
+
+def _figures(walk: Walk, goal: Mapping[str, Any], measured: Measured) -> dict[str, float | None]:
+    """What trials are compared by; None where the run does not know it. All but the score and the drop are shares of
+    float's."""
+    score, reference, cost = goal["reached"], goal["float"], _cost(walk)
+    shipped: Mapping[str, Any] = next(iter(measured.values()), {})
+    return {
+        "score": score,
+        "drop": None if score is None or reference is None else reference - score,
+        "size": cost.get("size", shipped.get("size")),
+        "cost": cost.get("cost"),
+        "bitops": cost.get("bitops"),
+        "latency": shipped.get("latency"),
+    }
+
+
+def _cost(walk: Walk) -> Mapping[str, Any]:
+    """What a node of the stage `cost` says of the model that the goal is asked of; nothing where none looked at it."""
+    source = walk.graph.resolved_refs.get(str(walk.graph.spec.goal.scores))
+    outcome = walk.outcomes.get(source.node) if source else None
+    if source and outcome and outcome.chosen and outcome.contest:
+        models = [candidate.model.node for candidate in outcome.contest.node.candidates]
+        wires = walk.graph.inputs[source.node].get(f"candidates[{models.index(outcome.chosen[0].node)}].cost")
+        if wires:
+            return walk.scores(wires[0]) or {}
+    for name, found in reversed(walk.outcomes.items()):
+        node = walk.graph.node(name)
+        if not isinstance(node, FirstWithin) and node.stage.name == "cost" and found.good:
+            return _own_scores(walk, name, found)
+    return {}
 
 
 def reached(folder: Path) -> float:

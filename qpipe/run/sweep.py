@@ -67,17 +67,19 @@ class Job:
 def plan_jobs(jobs: Sequence[Job], store: Store) -> list[Walk]:
     """A walk for every job, as far as the cache carries it. Errors: ConfigError, with the job it is in."""
     keyring = Keyring(store)
-    walks = []
-    for job in jobs:
-        try:
-            check_labels(job.spec)
-            walk = Walk(build_graph(job.spec), keyring, store, job.label)
-            walk.advance()
-            walk.refuse_missing()
-        except ConfigError as error:
-            raise ConfigError(f"{job.label}{error}") from error
-        walks.append(walk)
-    return walks
+    return [plan_job(job, keyring, store) for job in jobs]
+
+
+def plan_job(job: Job, keyring: Keyring, store: Store) -> Walk:
+    """A walk for one job, as far as the cache carries it. Errors: ConfigError, with the job it is in."""
+    try:
+        check_labels(job.spec)
+        walk = Walk(build_graph(job.spec), keyring, store, job.label)
+        walk.advance()
+        walk.refuse_missing()
+    except ConfigError as error:
+        raise ConfigError(f"{job.label}{error}") from error
+    return walk
 
 
 def run_jobs(jobs: Sequence[Job], store: Store, watch: Watch, command: Sequence[str]) -> int:
@@ -89,11 +91,11 @@ def run_jobs(jobs: Sequence[Job], store: Store, watch: Watch, command: Sequence[
     info, checkout = RunInfo(command, jobs[0].folder, time.time()), Checkout(Path.cwd())
     with store.using():  # whatever it finds or makes stays until it ends
         status = _run_healing(jobs, store, watch, info, checkout)
-    _keep_within(store, jobs[0].spec.cache_max_bytes, watch)
+    keep_within(store, jobs[0].spec.cache_max_bytes, watch)
     return status
 
 
-def _keep_within(store: Store, max_bytes: int | None, watch: Watch) -> None:
+def keep_within(store: Store, max_bytes: int | None, watch: View) -> None:
     """Remove what was not used for longest where the cache is above its limit; a refusal does not fail the run."""
     if max_bytes is None:
         return
@@ -252,11 +254,11 @@ def _conclude(
         command = [*info.command[: len(info.command) - len(jobs[0].overrides)], *job.overrides]
         own = dataclasses.replace(info, command=command, folder=job.folder, finished=time.time())
         try:
-            kept.append((job, walk, _leave(job, walk, store, own, found)))
+            kept.append((job, walk, leave(job, walk, store, own, found)))
         except CacheError:  # what it reads is damaged, and is made again
             raise
         except (QpipeError, OSError) as error:  # a disk that is full: the other trials have theirs all the same
-            watch.message(f"qpipe: {job.label}{_refused(error)} {_NO_RECORD}")
+            watch.message(f"qpipe: {job.label}{unwritten(error)} {NO_RECORD}")
             status = status or QpipeError.exit_code
     records = [(job, record) for job, _, record in kept]
     if jobs[0].swept is not None and kept:
@@ -274,10 +276,10 @@ def _conclude(
     return status
 
 
-_NO_RECORD = "No record of the run was left; what it made is in the cache, and the same command writes it."
+NO_RECORD = "No record of the run was left; what it made is in the cache, and the same command writes it."
 
 
-def _leave(job: Job, walk: Walk, store: Store, info: RunInfo, measured: Measured) -> dict[str, Any]:
+def leave(job: Job, walk: Walk, store: Store, info: RunInfo, measured: Measured) -> dict[str, Any]:
     """Write what the run leaves, and give its record; all of it is there or nothing."""
     files: dict[str, list[str]] = {}
     try:
@@ -291,7 +293,8 @@ def _leave(job: Job, walk: Walk, store: Store, info: RunInfo, measured: Measured
     return record
 
 
-def _refused(error: Exception) -> str:
+def unwritten(error: Exception) -> str:
+    """Why a record could not be left, and the way out."""
     if isinstance(error, OSError):
         return f"'{error.filename}' cannot be written: {error.strerror or error}. Make room, or choose another folder."
     return str(error)

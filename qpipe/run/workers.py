@@ -25,7 +25,7 @@ from typing import Any, Protocol
 from qpipe.cache.store import Store
 from qpipe.plan.verdicts import Request
 from qpipe.run.isolation import Isolation
-from qpipe.run.machine import set_threads
+from qpipe.run.machine import keep_freed_memory, load_ahead, load_late, set_threads
 from qpipe.run.performing import failure, perform
 
 Event = dict[str, Any]
@@ -65,6 +65,7 @@ class InProcess:
         self._waiting: deque[Request] = deque()
         self._isolation = Isolation()
         set_threads(threads)
+        keep_freed_memory()
 
     @property
     def idle(self) -> int:
@@ -230,6 +231,8 @@ def open_at(address: dict[str, Any]) -> Store:
 def serve(store: Store, threads: int, fd: int) -> None:
     """The worker's side: perform requests one after another until the socket ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    keep_freed_memory()
+    load_late()
     sys.path.insert(0, os.getcwd())  # a user's factories are found from the working directory
     connection = socket.socket(fileno=fd)
     requests: queue.Queue[Request] = queue.Queue()
@@ -242,6 +245,7 @@ def serve(store: Store, threads: int, fd: int) -> None:
     with store.using():  # whatever its actions put or find stays at least until this process ends
         while True:
             request = requests.get()
+            load_ahead(request.get("ingredients", {}).get("libraries", ()))
             try:
                 event = {"event": "done", **perform(request, store, emit, threads, isolation)}
             except Exception as error:  # the node's failure, whatever it is; the worker lives on

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -80,3 +81,86 @@ def test_processor_time_of_processes_that_were_waited_for_counts() -> None:
     with measured() as figures:
         subprocess.run([sys.executable, "-c", "sum(range(10**7))"], check=True)
     assert figures["cpu_s"] > 0.05
+
+
+def told(program: str, **environment: str) -> list[str]:
+    """The words that a fresh process with `program` prints."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=own | environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+FREED = """
+import resource, sys
+from qpipe.run.machine import keep_freed_memory
+keep_freed_memory()
+for time in range(4):
+    if time == 1:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    large = [bytearray(8 << 20) for _ in range(4)]
+    del large
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() >> 20)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
+def test_memory_that_was_freed_is_used_again_unless_malloc_was_told_otherwise() -> None:
+    (kept,), (left,) = told(FREED), told(FREED, MALLOC_TRIM_THRESHOLD_="131072")
+    assert int(kept) < 8  # MB; what is asked for is 96
+    assert int(left) > 80
+
+
+LATE = """
+import sys
+from qpipe.run.machine import load_late
+load_late()
+import onnx_ir
+print("sympy.core" in sys.modules)
+print((onnx_ir.SymbolicDim("n") + 2).value, "sympy.core" in sys.modules)
+import sympy
+from sympy.functions import exp
+print(sympy.__name__, exp is sympy.exp, hasattr(sympy, "nothing"))
+"""
+
+
+@pytest.mark.slow
+def test_what_is_loaded_late_is_all_there_when_it_is_asked_for() -> None:
+    assert told(LATE) == ["False", "n", "+", "2", "True", "sympy", "True", "False"]
+
+
+def test_a_module_that_is_loaded_late_and_cannot_be_says_so_each_time(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("import nothing_of_the_kind")
+    program = f"""
+import sys
+from qpipe.run.machine import load_late
+sys.path.insert(0, {str(tmp_path)!r})
+load_late(("broken", "nowhere"))
+import broken
+for _ in range(2):
+    try:
+        broken.value
+    except ImportError as error:
+        print(error.name)
+try:
+    import nowhere
+except ImportError as error:
+    print(error.name)
+"""
+    assert told(program) == ["nothing_of_the_kind", "nothing_of_the_kind", "nowhere"]
+
+
+AHEAD = """
+import gc, sys
+from qpipe.run import machine
+machine.AHEAD = {"one": "decimal", "two": "nowhere_at_all", "three": "fractions"}
+machine.load_ahead(("one", "two", "numpy"))
+print("decimal" in sys.modules, "fractions" in sys.modules, gc.isenabled(), gc.get_freeze_count() > 1000)
+before = gc.get_freeze_count()
+machine.load_ahead(("one",))
+print(gc.get_freeze_count() == before)
+"""
+
+
+def test_what_an_action_computes_with_is_loaded_before_it_and_never_looked_through() -> None:
+    assert told(AHEAD) == ["True", "False", "True", "True", "True"]

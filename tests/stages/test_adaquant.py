@@ -39,7 +39,7 @@ from tests.stages.blockwise import (
 )
 
 BASE = {
-    "begin": "model", "iterations": 12, "batch_size": 16, "hold_out": 0.0, "learning_rate": 0.05,
+    "begin": "model", "iterations": 12, "batch_size": 16, "hold_out": 0.0, "lr": 0.05,
     "selective_update": False,
 }  # fmt: skip
 """From nearest codes, where everything gains."""
@@ -71,6 +71,11 @@ def test_without_iterations_it_is_adaround_and_behind_that_it_is_what_it_got():
     assert same_numbers(plain, nearest(calibrated()))
 
 
+def test_inputs_that_never_vary_are_solved_too():
+    flat = Samples({"x": np.ones((16, 3, 6, 6), np.float32)})
+    assert_on_grid(adaquant(calibrated(), flat, iterations=0))
+
+
 def test_the_same_bits_twice_from_files_and_after_a_kill():
     wanted = name_of(adaquant(calibrated(), DATA, **QUICK, ctx=Remembering()))
     assert name_of(adaquant(calibrated(), DATA, **QUICK, memory="disk")) == wanted
@@ -85,7 +90,7 @@ def test_the_same_bits_twice_from_files_and_after_a_kill():
 
 OPTIONS = {
     "blocks": "per_layer", "ops": ["Gemm"], "begin": "gram", "limit": 40, "seed": 1, "iterations": 13, "batch_size": 8,
-    "learning_rate": 0.02, "rates": "absolute", "bias_rate": 1e-2, "scale_rate": 1e-2, "step_rate": 0.5,
+    "lr": 0.02, "rates": "absolute", "lr_biases": 1e-2, "lr_scales": 1e-2, "lr_steps": 0.5,
     "schedule": "constant", "lr_adjust": (0.0, 0.2), "learn_scales": False, "learn_steps": False, "update_bias": False,
     "output_qdq": True, "drop_ratio": 0.5, "inputs": "parallel", "hold_out": 0.3,
 }  # fmt: skip
@@ -97,7 +102,7 @@ def test_an_option_acts(option):
 
 
 def test_the_options_that_act_now_and_then():
-    given = {**BASE, "learning_rate": 3.0, "schedule": "constant", "hold_out": 0.3, "iterations": 40}  # it runs away
+    given = {**BASE, "lr": 3.0, "schedule": "constant", "hold_out": 0.3, "iterations": 40}  # it runs away
     ran, stopped = (
         [report["iterations"] for report in found.metadata["adaquant"]["parts"].values()]
         for found in (adaquant(calibrated(), DATA, **given, early_stop=looks) for looks in (0, 1))
@@ -108,6 +113,37 @@ def test_the_options_that_act_now_and_then():
     for report in watched.values():
         better = report["model_error_after"] < report["model_error_before"]
         assert report["kept"] == ("after" if better else "before")
+
+
+def positive(outputs, labels):
+    """A metric of a user's: the share of samples whose first output is above that of the label."""
+    return float((outputs[:, 0] > labels).mean())
+
+
+@pytest.mark.parametrize("metric", ["top1", "sqnr_db", f"{__name__}:positive"])
+def test_a_score_may_decide_what_is_kept(metric):
+    """Each part as the score of the whole model says, where it says the same of both as the error says."""
+    labels = np.asarray(net().session(quantized=False).run(None, DATA.arrays)[0]).argmax(1)
+    given = {**BASE, "lr": 0.2, "selective_update": metric}  # too fast: some parts get worse
+    tuned = adaquant(calibrated(), Samples(DATA.arrays, labels), **given)
+    reports = [r for r in tuned.metadata["adaquant"]["parts"].values() if "model_score_before" in r]
+    assert reports
+    for report in reports:
+        ends = ("before", "after")
+        before, after = ([report[f"model_{what}_{end}"] for what in ("score", "error")] for end in ends)
+        better = after[0] > before[0] or (after[0] == before[0] and after[1] < before[1])
+        assert report["kept"] == ("after" if better else "before")
+    final = tuned.metadata["adaquant"]["parts"]
+    if metric == "top1":  # the last part's score is that of the whole model in onnxruntime
+        last = list(final.values())[-1]
+        y = np.asarray(Model.of(tuned).session(mode="reference").run(None, DATA.arrays)[0])
+        said = last["model_score_after" if last["kept"] == "after" else "model_score_before"]
+        assert said == pytest.approx((y.argmax(1) == labels).mean(), abs=0.04)
+
+
+def test_a_score_that_needs_labels_is_refused_without():
+    with pytest.raises(InputError, match=r"adaquant.selective_update: 'top1' needs labels, and the data have none"):
+        adaquant(calibrated(), DATA, selective_update="top1")
 
 
 def test_update_bias_off_leaves_biases_and_a_named_block_leaves_the_rest():
@@ -128,7 +164,7 @@ def test_a_weight_beyond_its_range_comes_back():
     model = calibrated().with_encodings({**calibrated().encodings, "v": narrow})
     at_the_end = np.abs(quantize_dequantize(model.param("v"), narrow)) >= 3 * narrow.scale[:, None] * (1 - 1e-6)
     tuned = adaquant(
-        model, DATA, reference, begin="model", iterations=60, learning_rate=0.1, learn_scales=False, hold_out=0.0
+        model, DATA, reference, begin="model", iterations=60, lr=0.1, learn_scales=False, hold_out=0.0
     )
     steps = np.abs(tuned.param("v")) / narrow.scale[:, None]
     assert at_the_end.mean() > 0.5
@@ -151,8 +187,8 @@ def test_what_cannot_be_is_refused_in_one_line():
         adaquant(net(), DATA)
     with pytest.raises(InputError, match="drop_ratio 0"):
         adaquant(calibrated(), DATA, drop_ratio=0.0, inputs="parallel")
-    with pytest.raises(InputError, match=r"adaquant.scale_rate: learn_scales is true, got 0"):
-        adaquant(calibrated(), DATA, learn_scales=True, scale_rate=0.0)
+    with pytest.raises(InputError, match=r"adaquant.lr_scales: learn_scales is true, got 0"):
+        adaquant(calibrated(), DATA, learn_scales=True, lr_scales=0.0)
 
 
 def test_powers_of_two_stay_and_asking_for_more_is_refused():

@@ -19,7 +19,7 @@ from qpipe.stages.nearest import nearest
 ACTIVATION = TensorScheme(8, False, False)
 W4 = Scheme(TensorScheme(4, True, True, "per_channel", observer="minmax", grid="max"), None)
 W4A8 = Scheme(W4.weight, ACTIVATION)
-FAST = {"solver": "gradient", "iterations": 1000, "batch_size": 16, "learning_rate": 0.02}
+FAST = {"solver": "gradient", "iterations": 1000, "batch_size": 16, "lr": 0.02}
 
 SMALL_NET = """n (float[N,3,6,6] x) => (float[N,5] y) {
     t = Conv<pads=[1,1,1,1]>(x, w, b)  r = Relu(t)
@@ -318,7 +318,7 @@ def test_selective_update_keeps_a_layer_only_where_the_outputs_err_less(net, tar
     data = correlated(0, 8, 3, 6, 6)
     calibrated = calibrate(net, data, scheme=W4A8, target=target)
     ctx = Resuming()
-    options = {"solver": "gradient", "iterations": 60, "learning_rate": 0.3, "batch_size": 4}
+    options = {"solver": "gradient", "iterations": 60, "lr": 0.3, "batch_size": 4}
     tuned = adaround(calibrated, data, **options, selective_update=True, ctx=ctx)
     check_on_grid(tuned)
     now, reports = nearest(calibrated), tuned.metadata["adaround"]["layers"]
@@ -345,7 +345,7 @@ GRADIENT = {"solver": "gradient", "iterations": 40}
 @pytest.mark.parametrize(
     ("options", "changes"),
     [
-        (GRADIENT, [{"iterations": 41}, {"batch_size": 8}, {"learning_rate": 0.1}, {"reg_param": 1.0},
+        (GRADIENT, [{"iterations": 41}, {"batch_size": 8}, {"lr": 0.1}, {"reg_param": 1.0},
                     {"beta_range": (3.0, 1.0)}, {"warm_start": 0.9}, {"early_stop": 2}, {"seed": 1},
                     {"asymmetric": False}, {"limit": 20}, {"positions": 9}, {"lr_adjust": (0.0, 0.1)},
                     {"drop_ratio": 0.5}]),

@@ -29,7 +29,8 @@ from tests.stages.blockwise import (
 )
 
 BASE = {
-    "begin": "model", "iterations": 40, "batch_size": 16, "hold_out": 0.0, "lr_scale": 0.01, "selective_update": False,
+    "begin": "model", "iterations": 40, "batch_size": 16, "hold_out": 0.0, "lr_factors": 0.01,
+    "selective_update": False,
 }  # fmt: skip
 
 
@@ -48,8 +49,8 @@ def test_nothing_learned_is_nearest():
 
 
 OPTIONS = {
-    "blocks": "per_layer", "begin": "gram", "limit": 40, "seed": 1, "iterations": 41, "batch_size": 9, "lr_range": 0.01,
-    "lr_scale": 0.02, "drop_ratio": 1.0, "activations": False, "hold_out": 0.3,
+    "blocks": "per_layer", "begin": "gram", "limit": 40, "seed": 1, "iterations": 41, "batch_size": 9,
+    "lr_ranges": 0.01, "lr_factors": 0.02, "drop_ratio": 1.0, "activations": False, "hold_out": 0.3,
 }  # fmt: skip
 
 

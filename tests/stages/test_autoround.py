@@ -46,7 +46,7 @@ def test_codes_move_by_one_at_most_and_the_outputs_err_less():
 
 OPTIONS = {
     "blocks": "per_layer", "nblocks": 2, "begin": "gram", "limit": 40, "seed": 1, "iterations": 41, "batch_size": 9,
-    "learning_rate": 0.01, "scale_rate": 0.01, "learn_ranges": False, "quantized_input": False, "hold_out": 0.3,
+    "lr": 0.01, "lr_scales": 0.01, "learn_ranges": False, "quantized_input": False, "hold_out": 0.3,
 }  # fmt: skip
 
 

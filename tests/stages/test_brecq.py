@@ -26,7 +26,7 @@ from tests.stages.blockwise import (
 
 BASE = {
     "begin": "model", "iterations": 20, "batch_size": 16, "hold_out": 0.0, "selective_update": False, "loss": "mse",
-    "rounding": "rectified_sigmoid", "learning_rate": 1e-2,
+    "rounding": "rectified_sigmoid", "lr": 1e-2,
 }  # fmt: skip
 RATES = {"rectified_sigmoid": 0.1, "ste_weight": 0.03, "flexround": 0.01, "signed_step": 0.03}
 
@@ -38,7 +38,7 @@ def base():
 
 @pytest.mark.parametrize("rounding", RATES)
 def test_every_rounding_errs_less_than_nearest(rounding):
-    given = {**BASE, "iterations": 60, "rounding": rounding, "learning_rate": RATES[rounding]}
+    given = {**BASE, "iterations": 60, "rounding": rounding, "lr": RATES[rounding]}
     tuned = brecq(calibrated(), DATA, **given)
     assert_on_grid(tuned)
     assert any(report["kept"] == "after" for report in tuned.metadata["brecq"]["parts"].values())
@@ -47,7 +47,7 @@ def test_every_rounding_errs_less_than_nearest(rounding):
 
 OPTIONS = {
     "blocks": "per_layer", "begin": "gram", "limit": 40, "seed": 1, "rounding": "ste_weight", "loss": "fisher_diag",
-    "iterations": 21, "batch_size": 8, "learning_rate": 0.05, "bias_rate": 1e-2, "scale_rate": 1e-2, "step_rate": 0.5,
+    "iterations": 21, "batch_size": 8, "lr": 0.05, "lr_biases": 1e-2, "lr_scales": 1e-2, "lr_steps": 0.5,
     "reg_param": 1.0, "beta_range": (9.0, 1.0), "warm_start": 0.7, "drop": 0.5, "input_drop": 0.5, "hold_out": 0.3,
 }  # fmt: skip
 
@@ -58,7 +58,7 @@ def test_an_option_acts(option):
 
 
 def test_early_stop_and_selection_act():
-    given = {**BASE, "rounding": "ste_weight", "learning_rate": 5.0, "hold_out": 0.3, "iterations": 40}  # it runs away
+    given = {**BASE, "rounding": "ste_weight", "lr": 5.0, "hold_out": 0.3, "iterations": 40}  # it runs away
     stopped = brecq(calibrated(), DATA, **given, early_stop=1).metadata["brecq"]["parts"].values()
     assert min(report["iterations"] for report in stopped) < 40
     watched = brecq(calibrated(), DATA, **{**BASE, "selective_update": True}).metadata["brecq"]["parts"]

@@ -34,7 +34,7 @@ def scheme(weight: int, activation: int | None) -> Scheme:
 
 def test_float_is_counted_by_its_multiplications_elements_and_nodes(model):
     values = cost(model, model, DATA).values
-    assert values["cost"] == values["size"] == 1.0
+    assert values["cost"] == values["size"] == values["bitops"] == 1.0
     products = 256 * (32 * 8 * 9 + 16 * 32 * 9)
     elements = 256 * (32 + 16)  # the bound goes into the first convolution
     counted = 2 * START_NS + products * PER_PRODUCT_NS["float"] + elements * PER_ELEMENT_NS["float"]
@@ -55,6 +55,8 @@ def test_integers_cost_less_and_what_stays_in_float_between_roundings_more(model
         assert found[wide]["on_integers"] == 0.0
         assert found[wide]["conversions"] > 2
     assert found[4, 8]["size"] < found[8, 8]["size"] < 0.5
+    for (weight, activation), values in found.items():  # every layer takes quantized values
+        assert values["bitops"] == weight * activation / 32**2
 
 
 def test_a_bound_for_each_channel_costs_a_node_and_one_scale_for_each_nothing(model, target):

@@ -8,13 +8,18 @@ import numpy as np
 import pytest
 
 from qpipe.errors import InputError
+from qpipe.model.simulation.run import run
 from qpipe.numerics.grid import quantize_dequantize, same_grid
+from qpipe.numerics.metrics import sqnr_db
+from qpipe.numerics.observers import weight_encoding
 from qpipe.numerics.scheme import Scheme, TensorScheme
 from qpipe.stage import Context, Samples
 from qpipe.stages.adaround import adaround
 from qpipe.stages.calibrate import calibrate
+from qpipe.stages.cle import cle
 from qpipe.stages.nearest import nearest
 from qpipe.stages.polish import polish
+from qpipe.stages.qat import qat
 
 W2A8 = Scheme(TensorScheme(2, True, True, "per_channel", observer="mse"), TensorScheme(8, False, False))
 NET = """n (float[N,3,8,8] x) => (float[N,5] y) {
@@ -52,7 +57,7 @@ def tuned(calibrated):
     return adaround(calibrated, samples(0, 200))
 
 
-FAST = {"iterations": 60, "rate_weights": 1e-3, "rate_scales": 3e-3, "rate_biases": 1e-2}
+FAST = {"iterations": 60, "lr": 1e-3, "lr_scales": 3e-3, "lr_biases": 1e-2}
 
 
 def test_outputs_come_nearer_to_float_on_other_samples(tuned, calibrated):
@@ -83,13 +88,33 @@ def test_what_is_simulated_while_learning_is_what_the_network_gives(tuned, calib
     import torch
 
     from qpipe.methods.learning.whole import Whole
-    from qpipe.model.simulation.run import run
 
     data = samples(1, 20)
     whole = Whole(tuned, data.arrays, {"y": np.zeros((20, 5), np.float32)})
     values = {name: variable.hard() for name, variable in whole.start(calibrated).items()}
     found = whole(values, torch.arange(20))[0].numpy()
     np.testing.assert_array_equal(found, run(tuned.with_facts(biases="float"), data.arrays)["y"])
+
+
+def test_features_are_what_the_blocks_of_both_give(tuned, calibrated):
+    """Beside the graph cut at the end of each block, run by itself."""
+    import torch
+
+    from qpipe.methods.learning.whole import Whole
+    from qpipe.model.network.parts import block
+
+    data, index, draw = samples(1, 20), torch.arange(20), torch.Generator()
+    whole = Whole(tuned, data.arrays, {"y": np.zeros((20, 5), np.float32)}, like=calibrated)
+    values = {name: variable.hard() for name, variable in whole.start(calibrated).items()}
+    (_, targets), (_, *found) = whole.batch(index, draw), whole(values, index, draw)
+    assert len(whole(values, index)) == 1
+    assert len(found) == len(targets.blocks) == len(whole.blocks) > 0
+    for name, of_float, ours in zip(whole.blocks, targets.blocks, found, strict=True):
+        wanted = run(block(calibrated, ["x"], [name]), data.arrays, quantized=False)[name]
+        np.testing.assert_array_equal(of_float, wanted.ravel())
+        assert not np.array_equal(ours, of_float)
+        rounded = run(block(tuned.with_facts(biases="float"), ["x"], [name]), data.arrays)[name]
+        np.testing.assert_array_equal(ours, rounded.ravel())
 
 
 @pytest.mark.parametrize("from_float", [True, False])
@@ -102,8 +127,8 @@ def test_without_an_iteration_the_model_is_what_it_was(tuned, calibrated, from_f
     assert all(same_grid(found.encodings[name], encoding) for name, encoding in wanted.encodings.items())
 
 
-def test_a_model_that_cannot_gain_stays_and_says_so(tuned, notes):
-    bad = polish(tuned, samples(0, 60), tuned, iterations=10, rate_weights=0.0, rate_scales=3.0, ctx=notes)
+def test_a_model_that_cannot_gain_stays_and_says_so(tuned, calibrated, notes):
+    bad = polish(tuned, samples(0, 60), calibrated, iterations=10, lr=0.0, lr_scales=3.0, ctx=notes)
     assert bad.metadata["polish"]["kept"] == "before"
     assert any("do not gain" in sentence for sentence in notes.notes)
     for name in tuned.params:
@@ -113,9 +138,9 @@ def test_a_model_that_cannot_gain_stays_and_says_so(tuned, notes):
 @pytest.mark.parametrize(
     "options",
     [
-        {"loss": "kl"}, {"loss": "kl", "temperature": 3.0}, {"batch_size": 8}, {"rate_weights": 0.0},
-        {"rate_scales": 0.0}, {"rate_steps": 0.0}, {"rate_biases": 0.0}, {"hold_out": 0.4}, {"iterations": 9},
-        {"limit": 100}, {"seed": 1}, {"early_stop": 1},
+        {"loss": "kl"}, {"loss": "kl", "temperature": 3.0}, {"batch_size": 8}, {"lr": 0.0},
+        {"lr_scales": 0.0}, {"lr_steps": 0.0}, {"lr_biases": 0.0}, {"hold_out": 0.4}, {"iterations": 9},
+        {"limit": 100}, {"seed": 1}, {"early_stop": 1}, {"features": 1.0},
     ],
 )  # fmt: skip
 def test_every_option_acts(net, target, options):
@@ -123,22 +148,22 @@ def test_every_option_acts(net, target, options):
     data = samples(0, 120)
     scheme = replace(W2A8, weight=replace(W2A8.weight, bitwidth=4))
     start = nearest(calibrate(net, data, scheme=scheme, target=target))
-    fast = {"iterations": 12, "batch_size": 16, "rate_weights": 3e-2, "rate_scales": 1e-2, "rate_steps": 1e-2}
+    fast = {"iterations": 12, "batch_size": 16, "lr": 3e-2, "lr_scales": 1e-2, "lr_steps": 1e-2}
     plain, other = (polish(start, data, net, **{**fast, **each}) for each in ({}, options))
     reports = [each.metadata["polish"] for each in (plain, other)]
     assert reports[0]["kept"] == "after"
     if "early_stop" in options:
-        other = polish(start, data, net, **{**fast, "rate_weights": 10.0, **options})
+        other = polish(start, data, net, **{**fast, "lr": 10.0, **options})
         assert other.metadata["polish"]["iterations"] < 12
         return
     assert any(not np.array_equal(plain.param(name), other.param(name)) for name in plain.params)
-    if "rate_weights" in options:
+    if "lr" in options:
         assert reports[1]["changed"] == 0.0 < reports[0]["changed"]
-    if "rate_biases" in options:
+    if "lr_biases" in options:
         assert all(np.array_equal(other.param(name), start.param(name)) for name in ("b", "kb", "c"))
-    if "rate_steps" in options:
+    if "lr_steps" in options:
         assert all(same_grid(other.encodings[name], start.encodings[name]) for name in ("x", "r", "q", "s"))
-    if "rate_scales" in options:
+    if "lr_scales" in options:
         assert all(same_grid(other.encodings[name], start.encodings[name]) for name in ("w", "k", "v"))
 
 
@@ -149,6 +174,37 @@ def test_outputs_that_count_are_named(network, target):
     both, one = (polish(start, samples(0, 100), model, **FAST, outputs=names) for names in ((), ("f",)))
     assert not np.array_equal(both.param("w"), one.param("w"))
     np.testing.assert_array_equal(one.param("c"), start.param("c"))  # nothing of f depends on it
+
+
+def test_of_two_outputs_none_is_given_away(network, target):
+    """One whose own weight is coarse, one whose is fine: shifting what both read gains more than it costs."""
+    text = """n (float[N,6] x) => (float[N,4] y, float[N,4] z) {
+        m = MatMul(x, w)  h = Add(m, b)  r = Relu(h)  y = MatMul(r, v)  z = MatMul(r, u) }"""
+    model = network(text, {"w": (6, 8), "b": np.full(8, 1.0, np.float32), "v": (8, 4), "u": (8, 4)})
+    data = Samples({"x": np.random.default_rng(3).normal(size=(120, 6)).astype(np.float32)})
+    fine = calibrate(model, data, scheme=replace(W2A8, weight=replace(W2A8.weight, bitwidth=8)), target=target)
+    start = nearest(fine.with_encodings({**fine.encodings, "v": weight_encoding(model.param("v"), W2A8.weight, 1)}))
+    fast = {"iterations": 20, "lr": 0.0, "lr_scales": 0.0, "lr_steps": 0.0, "lr_biases": 1e-2}
+    alone, both = (polish(start, data, model, **fast, outputs=names) for names in (("y",), ()))
+    wanted = run(model, data.arrays, quantized=False)
+
+    def db(found):
+        outputs = run(found, data.arrays)
+        return np.array([sqnr_db(outputs[name], wanted[name]) for name in "yz"])
+
+    gained, lost = db(alone) - db(start)
+    assert (gained > 0.5, lost < -6.0) == (True, True)
+    assert (db(both) > db(start) - 0.1).all()
+    report = both.metadata["polish"]
+    assert sum(report["outputs_before"].values()) == pytest.approx(report["error_before"])
+
+
+def test_a_model_without_blocks_inside_has_no_features(network, target):
+    model = network("n (float[N,6] x) => (float[N,4] y) { y = MatMul(x, w) }", {"w": (6, 4)})
+    data = Samples({"x": np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)})
+    start = nearest(calibrate(model, data, scheme=W2A8, target=target))
+    with pytest.raises(InputError, match=r"polish\.features: no block ends inside the model"):
+        polish(start, data, model, features=1.0)
 
 
 class Kept(Context):
@@ -186,15 +242,28 @@ def test_killed_and_gone_on_it_ends_with_the_same_bits(tuned, calibrated):
 
 
 def test_tuned_weights_need_the_model_that_they_were_tuned_from(tuned, net, network):
-    with pytest.raises(InputError, match=r"polish\.float_model: the weights were tuned already \('k'\)"):
+    with pytest.raises(InputError, match=r"polish\.float_model: 'w' was tuned before, so its float values are gone"):
         polish(tuned, samples(0, 40))
+    with pytest.raises(InputError, match="was tuned there too"):
+        polish(tuned, samples(0, 40), tuned)
     other = network(NET, {**PARAMS, "k": (8, 8, 3, 3)})
     smaller = network("n (float[N,3,8,8] x) => (float[N,3,8,8] y) { y = Relu(x) }", {})
-    with pytest.raises(InputError, match="it has no weight 'w'"):
+    with pytest.raises(InputError, match=r"polish\.float_model: 'w' is not there"):
         polish(tuned, samples(0, 40), smaller)
     assert polish(tuned, samples(0, 40), other, iterations=0)
     with pytest.raises(InputError, match="no grid that could be learned"):
         polish(net, samples(0, 40))
+
+
+def test_a_float_model_from_before_cle_is_refused(network, target):
+    """Its outputs are the same, its weights have the same names and shapes, and lie near enough."""
+    text = "n (float[N,3,8,8] x) => (float[N,4,4,4] y) { t = Conv(x, w, b)  r = Relu(t)  y = Conv(r, k) }"
+    model, data = network(text, {"w": (8, 3, 3, 3), "b": (8,), "k": (4, 8, 3, 3)}), samples(0, 40)
+    plain, equalized = (calibrate(each, data, scheme=W2A8, target=target) for each in (model, cle(model)))
+    for stage in (polish, qat):
+        with pytest.raises(InputError, match=r"float_model: it did not go through the same 'cle'"):
+            stage(nearest(equalized), data, plain)
+    assert polish(nearest(equalized), data, equalized, iterations=0)
 
 
 def test_scales_that_are_powers_of_two_stay(net, target):

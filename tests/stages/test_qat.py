@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -15,7 +17,7 @@ from qpipe.stages.qat import qat, refuse_idle
 from tests.stages.test_polish import NET, PARAMS, Kept, error, samples
 
 W3A8 = Scheme(TensorScheme(3, True, True, "per_channel", observer="mse"), TensorScheme(8, False, False))
-FAST = {"epochs": 3.0, "batch_size": 16, "hold_out": 0.2, "looks": 4, "rate_weights": 3e-2, "rate_biases": 1e-2}
+FAST = {"epochs": 3.0, "batch_size": 16, "hold_out": 0.2, "looks": 4, "lr": 3e-2, "lr_biases": 1e-2}
 
 
 def hinge(outputs, labels):
@@ -106,6 +108,34 @@ def test_every_option_acts(start, net, options):
     assert any(not np.array_equal(plain.param(name), other.param(name)) for name in plain.params)
 
 
+def test_without_an_epoch_the_model_is_what_it_was(start, net):
+    for options in ({}, {"range_learning": True}):
+        found = qat(start, samples(0, 60), net, epochs=0.0, **options)
+        assert all(np.array_equal(found.param(name), start.param(name)) for name in start.params)
+        assert all(same_grid(found.encodings[name], encoding) for name, encoding in start.encodings.items())
+
+
+def test_with_range_learning_zero_points_move_and_0_stays_exact(start, net, target):
+    """Ranges that begin twice too wide, and off their middle, come back; symmetric ones have no end that is free."""
+    def wide(name, e):
+        return e if name in start.params else replace(e, scale=e.scale * 2, zero_point=(e.zero_point + 40) // 2)
+
+    off = start.with_encodings({name: wide(name, e) for name, e in start.encodings.items()})
+    data, fast = samples(0, 80), {**FAST, "lr_steps": 2e-2}
+    lsq, both = (qat(off, data, net, **fast, range_learning=on) for on in (False, True))
+    assert both.metadata["qat"]["kept"] == "after"
+    moved = [name for name in ("x", "q", "s") if both.encodings[name].zero_point != off.encodings[name].zero_point]
+    assert moved
+    for name, e in both.encodings.items():
+        assert e.qmin <= e.zero_point.min() <= e.zero_point.max() <= e.qmax
+        assert np.array_equal(lsq.encodings[name].zero_point, off.encodings[name].zero_point)
+    assert same_grid(both.encodings["r"], both.encodings["m"])  # a MaxPool moves numbers
+    assert error(both, net, samples(1, 200)) < error(off, net, samples(1, 200))
+    symmetric = calibrate(net, data, scheme=replace(W3A8, activation=TensorScheme(8, True, True)), target=target)
+    with pytest.raises(InputError, match="no activation's zero point may move"):
+        qat(nearest(symmetric), data, net, range_learning=True)
+
+
 def test_killed_and_gone_on_it_ends_with_the_same_bits(start, net):
     data, options = samples(0, 120), {**FAST, "epochs": 1.0}
     whole, killed = qat(start, data, net, **options), Kept(most=2)
@@ -123,7 +153,7 @@ def test_what_cannot_be_is_said_in_one_line(start, net):
     data = labelled(net, samples(0, 40))
     with pytest.raises(InputError, match=r"qat\.loss: 'cross_entropy' needs labels, and the data have none"):
         qat(start, samples(0, 40), net, loss="cross_entropy")
-    with pytest.raises(InputError, match=r"qat\.float_model: the weights were tuned already"):
+    with pytest.raises(InputError, match=r"qat\.float_model: 'w' was tuned before"):
         qat(start, data)
     with pytest.raises(StageError, match="broken failed: KeyError"):
         qat(start, data, net, loss=f"{__name__}:broken")
@@ -139,10 +169,12 @@ def test_what_cannot_be_is_said_in_one_line(start, net):
         ({"share": 0.7}, "there is no task to share with"),
         ({"loss": "cross_entropy", "share": 0.0, "distillation": "kl"}, "nothing is distilled"),
         ({"temperature": 2.0}, "mse has none"),
+        ({"range_learning": True, "lr_steps": 0.0}, "no range is learned"),
     ],
 )
 def test_options_that_could_not_act_are_refused(given, said):
     plain = {"loss": "distillation", "share": 0.5, "distillation": "mse", "temperature": 1.0}
+    plain |= {"range_learning": False, "lr_steps": 1e-3}
     refuse_idle(plain)
     with pytest.raises(InputError, match=said):
         refuse_idle({**plain, **given})

@@ -58,9 +58,33 @@ def test_every_scheme_plans(plan: Qpipe) -> None:
         assert found.returncode == 0, found.stderr
 
 
-@pytest.mark.parametrize("experiment", options("experiment"))
-def test_every_experiment_plans(plan: Qpipe, experiment: str) -> None:
-    found = plan(f"experiment={experiment}")
+def test_every_experiment_plans(plan: Qpipe) -> None:
+    """All of them as one sweep, each once."""
+    found = plan("-m", f"experiment={','.join(options('experiment'))}")
+    assert found.returncode == 0, found.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "trials"),
+    [
+        (["experiment=techniques", "stages.bnf.enabled=true", "scheme=w8a8"], 12),
+        (["experiment=bitwidths", "scheme.activation.bitwidth=8"], 10),
+    ],
+)
+def test_an_experiment_is_a_sweep_whose_values_can_be_replaced(plan: Qpipe, words: list[str], trials: int) -> None:
+    found = plan("-m", *words)
+    assert found.returncode == 0, found.stderr
+    nodes = re.search(r"^(\d+) nodes: ", found.stdout, re.MULTILINE)
+    assert nodes is not None
+    assert trials * 10 <= int(nodes[1]) <= trials * 11
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("search", options("search"))
+def test_every_search_plans(plan: Qpipe, search: str) -> None:
+    """Every value that it may choose is looked at; the first trials are planned."""
+    found = plan("-m", f"search={search}")
     assert found.returncode == 0, found.stderr
 
 

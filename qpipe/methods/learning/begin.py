@@ -11,13 +11,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from qpipe.methods.learning.carry import TOGETHER, Carry, Held, feed
-from qpipe.methods.learning.parts import learnable_layers
 from qpipe.methods.rounding.by_gram import round_by_gram
-from qpipe.model.structure.channels import bias_vector, own_bias, set_bias
 from qpipe.numerics.fake_quantize import FakeQuantize
 from qpipe.numerics.rounding.gram import GramOptions
 
@@ -30,16 +27,6 @@ POSITIONS = 25
 """Places of a sample that count, as in the stage `adaround`."""
 
 
-def with_biases(model: Network) -> Network:
-    """The model with a bias of its own for each layer that is learned; a MatMul without one stays without."""
-    editor = model.edit()
-    for layer in learnable_layers(model)[0]:
-        if layer.bias is not None or layer.op_type != "MatMul":
-            own = own_bias(editor, layer)
-            set_bias(editor, own, bias_vector(editor, own))
-    return editor.model()
-
-
 def begun(
     model: Network,
     reference: Network,
@@ -49,7 +36,6 @@ def begun(
     update_bias: bool,
     seed: Callable[[str], int],
     memo: Callable[..., Any],
-    note: Callable[[str], None],
 ) -> Network:
     """`model` with the layers of `part` solved in order, each on what the ones before give."""
     for layer in part.layers:
@@ -57,14 +43,10 @@ def begun(
         device = carry.device
         quantizer = FakeQuantize(model.encodings[layer.input]).to(device) if layer.input in model.encodings else None
         inputs = _batches(x_hat, device, quantizer), _batches(x, device, None)
-        try:
-            solved = round_by_gram(
-                _as_float(model, reference, layer), layer, *inputs, options=GramOptions(update_bias=update_bias),
-                positions=POSITIONS, seed=seed(layer.name), memo=memo,
-            )  # fmt: skip
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # torch's
-            note(f"'{layer.name}' begins as it is in the model: its inputs vary too little for the closed form.")
-            continue
+        solved = round_by_gram(
+            _as_float(model, reference, layer), layer, *inputs, options=GramOptions(update_bias=update_bias),
+            positions=POSITIONS, seed=seed(layer.name), memo=memo,
+        )  # fmt: skip
         editor = model.edit()
         editor.set_param(layer.weight, solved.weight)
         if solved.bias is not None and layer.bias is not None:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qpipe.errors import InputError
-from qpipe.methods.learning.begin import with_biases
-from qpipe.methods.learning.parts import Blocks, Part, find_parts
+from qpipe.methods.learning.parts import Blocks, Part, find_parts, learnable_layers
 from qpipe.methods.learning.reference import reference_of
 from qpipe.methods.learning.stretch import groups
 from qpipe.methods.learning.tune import Surroundings, Tuning, tune
+from qpipe.methods.rounding.walk import with_biases
 from qpipe.numerics.learning.cells import WIDEST, powers_of_two
 
 if TYPE_CHECKING:
@@ -51,9 +51,11 @@ def learn_by_parts(
         return model
     _refuse_nothing(stage, model, parts, left_out)
     _refuse_wide(stage, model, parts)
-    reference = reference_of(model, float_model, parts, stage)
+    weights = [name for part in parts for name in part.weights]
+    values = [name for part in parts for name in (*part.inputs, part.output)]
+    reference = reference_of(model, float_model, weights, values, stage)
     if tuning.begin == "gram" and tuning.begin_bias:
-        model = with_biases(model)
+        model = with_biases(model, learnable_layers(model)[0])
         parts, _ = find_parts(model, division.blocks, ops=division.ops, together=division.together)
     tuned, reports = tune(model, reference, arrays, parts, tuning, around)
     for name, reason in left_out.items():

@@ -26,7 +26,7 @@ from qpipe.methods.learning.parts import Part, behind, boundary
 from qpipe.model.network.parts import block
 from qpipe.model.simulation.constants import array_of, host_values, taken_in
 from qpipe.model.simulation.module import to_torch
-from qpipe.model.simulation.samples import batch_axes, batches
+from qpipe.model.simulation.samples import batch_axes, batches, by_sample, sample_count
 
 if TYPE_CHECKING:
     from qpipe.model.network.network import Network
@@ -258,6 +258,8 @@ class Carry:
         self.float = Track(reference, False, units, held, store)
         self.quantized = Track(model, True, units, held, store)
         self.units, self.device = units, device
+        self._axes, self._count = batch_axes(model), sample_count(model, arrays)
+        self._fed = self._axes.size or 1
         self._parts, self._also = list(parts), tuple(also)
 
     def watch_outputs(self) -> list[str]:
@@ -298,20 +300,40 @@ class Carry:
         ahead.bring([name], self._layout)
         return ahead.held[name], self.float.held[name]
 
-    def output_error(self, part: Part, model: Network, outputs: Sequence[str], units: Array) -> float:
-        """The squared error of the model's `outputs` over their mean square, on these units: what the float model makes
-        of what `part` gives as it is in `model`. So only this part, and those before it, count."""
-        self.float.bring(outputs)
+    def outputs(self, part: Part, model: Network, names: Sequence[str], units: Array) -> dict[str, Array]:
+        """The outputs `names` of these units, (units, *shape of one) each: what the float model makes of what `part`
+        gives as it is in `model`. So only this part, and those before it, count."""
         ahead = self.quantized.with_model(model, units)
         ahead.bring([part.output], self._layout)
         rest = Track(self.float.model, False, len(units), ahead.held, self._store)
-        rest.bring(outputs, self._layout)
-        errors = 0.0
-        for name in outputs:
-            y, target = rest.held[name].rows, self.float.held[name].among(units).rows
-            power = float(np.square(target, dtype=np.float64).sum())
-            errors += float(np.square(np.subtract(y, target, dtype=np.float64)).sum()) / max(power, 1e-300)
-        return errors
+        rest.bring(names, self._layout)
+        return {name: rest.held[name].rows for name in names}
+
+    def float_outputs(self, names: Sequence[str], units: Array) -> dict[str, Array]:
+        """The same of the float model."""
+        self.float.bring(names)
+        return {name: self.float.held[name].among(units).rows for name in names}
+
+    def samples(self, units: Array) -> Array:
+        """Which samples of the data these units hold, in order: what fills up a batch of a fixed size is left out."""
+        places = np.asarray(units)[:, None] * self._fed + np.arange(self._fed)
+        return np.asarray(places[places < self._count])
+
+    def by_sample(self, outputs: Mapping[str, Array], units: Array) -> dict[str, Array]:
+        """Outputs by unit as outputs by sample, (samples, ...) each. Raises InputError for one that does not tell
+        samples apart."""
+        names = [spec.name for spec in self.float.model.outputs]
+        counts = np.minimum(self._fed, self._count - np.asarray(units) * self._fed)
+        found = {}
+        for name, rows in outputs.items():
+            axis, parts = self._axes.outputs[names.index(name)], []
+            for row, count in zip(rows, counts, strict=True):
+                part = by_sample(row, axis, self._fed)
+                if part is None:
+                    raise InputError(f"The output '{name}' does not tell its samples apart, so that it has no score.")
+                parts.append(part[:count])
+            found[name] = np.concatenate(parts)
+        return found
 
     def sensitivity(self, name: str, outputs: Sequence[str], seed: int) -> Held:
         """g over all units, of the shape of the float value `name`: the root of the diagonal of J^T J, J the derivative

@@ -1,11 +1,14 @@
 """What a whole network is trained for: to give what the float model gives, to do its task, or a share of both.
 
-    loss = share * distillation + (1 - share) * task
+    loss = share * distillation + (1 - share) * task + features * E (z^ - z)^2 over the variance of z
 
     mse            (y^ - y)^2 over the variance of y, the mean of each output, the sum over them
     kl             T^2 KL(softmax(y / T) | softmax(y^ / T)), classes on the last axis, of images on axis 1
     cross_entropy  of the labels, those below 0 left out
     a function     of (outputs, labels), a tensor of one number
+
+z are the outputs of blocks, the mean over them. Without a task the result is judged by the squared error of each
+output, of which none may lose.
 
 Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", arXiv 1503.02531.
 """
@@ -23,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qpipe.errors import InputError, StageError
-from qpipe.numerics.learning.losses import divergence, features, judged_by, total
+from qpipe.numerics.learning.losses import by_sample, divergence, features, judged_by, total
 
 Array = npt.NDArray[Any]
 Distillation = Literal["mse", "kl"]
@@ -32,15 +35,18 @@ Task = Callable[[Any, Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """What a batch is compared with: the float model's outputs (n, ...), and the labels where there are any."""
+    """What a batch is compared with: the float model's outputs (n, ...), the labels where there are any, and the
+    outputs of blocks, flattened, where these count."""
 
     outputs: Sequence[Tensor]
     labels: Tensor | None = None
+    blocks: Sequence[Tensor] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class Objective:
-    """`variances` are those of the outputs `names` (see `variances_of`); `task` None: distillation alone."""
+    """`variances` are those of the outputs `names` (see `variances_of`); `task` None: distillation alone. `features`
+    weighs the errors of blocks, of which `block_variances` has one for each."""
 
     names: tuple[str, ...]
     variances: tuple[float, ...]
@@ -48,19 +54,30 @@ class Objective:
     temperature: float = 1.0
     share: float = 1.0
     task: Task | None = None
+    features: float = 0.0
+    block_variances: tuple[float, ...] = ()
 
     def loss(self, outputs: Sequence[Tensor], targets: Targets) -> Tensor:
-        """What is minimized, the mean over the batch."""
+        """What is minimized, the mean over the batch. Behind the outputs there are those of the blocks in `targets`."""
+        own, blocks = outputs[: len(self.names)], outputs[len(self.names) :]
+        found = self._of_outputs(own, targets)
+        if not blocks:
+            return found
+        return found + self.features / len(blocks) * features(self.block_variances)(blocks, targets.blocks)
+
+    def _of_outputs(self, outputs: Sequence[Tensor], targets: Targets) -> Tensor:
         if self.task is None:
             return self._distilled(outputs, targets)
         task = self._task(outputs, targets)
         return task if self.share == 0.0 else self.share * self._distilled(outputs, targets) + (1.0 - self.share) * task
 
     def judge(self, outputs: Sequence[Tensor], targets: Targets) -> tuple[Tensor, Tensor]:
-        """What the result is judged by, and the samples that it is of: without a task the squared error, since
-        likelihoods of few samples fit what is peculiar to these; else the loss."""
-        loss = self._squared if self.task is None else self.loss
-        return judged_by(loss)(outputs, targets)
+        """What the result is judged by, and the samples that it is of: without a task the squared errors by sample and
+        output, since likelihoods of few samples fit what is peculiar to these; else the loss."""
+        if self.task is not None:
+            return judged_by(self.loss)(outputs, targets)
+        rows = by_sample(outputs, targets.outputs, self.variances)
+        return rows, torch.tensor(float(len(rows)), dtype=torch.float64)
 
     def _distilled(self, outputs: Sequence[Tensor], targets: Targets) -> Tensor:
         if self.distillation == "mse":

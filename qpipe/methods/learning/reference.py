@@ -9,21 +9,22 @@ import numpy as np
 from qpipe.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection
 
-    from qpipe.methods.learning.parts import Part
     from qpipe.model.network.network import Network
 
 REWRITING = ("prepare", "bnf", "cle", "hbf")
 """Whose reports in the metadata tell that float values were moved, and by how much."""
 
 
-def reference_of(model: Network, float_model: Network | None, parts: Sequence[Part], stage: str) -> Network:
+def reference_of(
+    model: Network, float_model: Network | None, weights: Collection[str], values: Collection[str], stage: str
+) -> Network:
     """`float_model`, or the model itself, whose float weights are there unless they were tuned.
 
-    Errors: InputError, one line for the node `stage`, where the float weights are gone, or those of another model.
+    `weights` are the initializers that are learned, `values` those that are held against float's. Errors: InputError,
+    one line for the node `stage`, where the float weights are gone, or those of another model.
     """
-    weights = [name for part in parts for name in part.weights]
     if float_model is None:
         tuned = [name for name in weights if model.encodings[name].frozen]
         if tuned:
@@ -39,7 +40,7 @@ def reference_of(model: Network, float_model: Network | None, parts: Sequence[Pa
                 f"{stage}.float_model: '{name}' {why}. Give the model that the tuning started from, after all that "
                 "moves float weights (cle, bnf)."
             )
-    _refuse_other_values(model, float_model, parts, stage)
+    _refuse_other_values(model, float_model, values, stage)
     return float_model
 
 
@@ -59,7 +60,7 @@ def _unlike(model: Network, reference: Network, name: str) -> str | None:
     return None
 
 
-def _refuse_other_values(model: Network, reference: Network, parts: Sequence[Part], stage: str) -> None:
+def _refuse_other_values(model: Network, reference: Network, wanted: Collection[str], stage: str) -> None:
     for name in REWRITING:
         if model.metadata.get(name) != reference.metadata.get(name):
             raise InputError(
@@ -68,10 +69,9 @@ def _refuse_other_values(model: Network, reference: Network, parts: Sequence[Par
             )
     values = {str(output.name) for node in reference.graph for output in node.outputs}
     values |= {spec.name for spec in reference.inputs}
-    for part in parts:
-        for name in (*part.inputs, part.output):
-            if name not in values:
-                raise InputError(
-                    f"{stage}.float_model: it has no value '{name}', which is between the parts that are tuned. Give "
-                    "the model that the tuning started from."
-                )
+    for name in wanted:
+        if name not in values:
+            raise InputError(
+                f"{stage}.float_model: it has no value '{name}', which is held against its own. Give the model that "
+                "the tuning started from."
+            )

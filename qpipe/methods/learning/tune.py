@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qpipe.methods.learning.begin import begun
 from qpipe.methods.learning.carry import Carry, Memory
+from qpipe.methods.learning.selection import Score, gains
 from qpipe.methods.learning.stretch import Problem, Randomness, Stretch, groups, own_biases
 from qpipe.numerics.grid import quantize_dequantize
 from qpipe.numerics.learning.cells import WIDEST, powers_of_two
@@ -51,7 +52,7 @@ class Tuning:
     added to, else both in their own units. `learn_scales` and `learn_steps` let the step sizes of weights and of
     activations move, unless they are powers of two; `activations` False leaves activations in float; `random` is what
     is mixed and dropped; `parallel` shows every part what the untuned model gives; `selective` keeps a part only where
-    the outputs of the whole model err less, too; `begin` says with which codes, and
+    the outputs of the whole model are better, too, by their error or by `score`; `begin` says with which codes, and
     `begin_bias` whether biases take up the mean error of those.
     """
 
@@ -66,6 +67,7 @@ class Tuning:
     random: Randomness = field(default_factory=Randomness)
     parallel: bool = False
     selective: bool = False
+    score: Score | None = None
     memory: Memory = "auto"
     begin: Begin = "gram"
     begin_bias: bool = True
@@ -108,7 +110,7 @@ def tune(
             problem = replace(problem, weights=carry.sensitivity(part.output, outputs, seed))
         if tuning.begin == "gram":
             model = begun(
-                model, reference, part, carry, update_bias=tuning.begin_bias, memo=around.memo, note=around.note,
+                model, reference, part, carry, update_bias=tuning.begin_bias, memo=around.memo,
                 seed=lambda name: around.seed_of(str(around.seed), name),
             )  # fmt: skip
         found = _remembered(model, reference, part, problem, tuning, around, (number, len(parts)))
@@ -116,7 +118,9 @@ def tune(
         if tuning.selective and outputs and report["kept"] == "after":
             before = _with(model, part, _start(model, part))
             judging = held_out(carry.units, tuning.learning.hold_out, around.seed)
-            tuned, report = _selected(carry, part, outputs, tuned, before, judging, report)
+            units = np.arange(carry.units) if judging is None else judging.numpy()
+            better, said = _better(carry, part, (before, tuned), outputs, units, tuning.score)
+            tuned, report = (tuned, report | said) if better else (before, {**report, **said, "kept": "before"})
         carry.after(part, None if tuning.parallel else tuned)
         model, reports[part.name] = tuned, {**report, "layers": [layer.name for layer in part.layers]}
         around.progress(number + 1, len(parts), part.name)
@@ -170,7 +174,7 @@ def _everything(model: Network, reference: Network, part: Part, stretch: Stretch
     return [meta, packed, weights, held, options, own]
 
 
-_ELSEWHERE = frozenset({"memory", "selective", "parallel", "begin", "begin_bias"})
+_ELSEWHERE = frozenset({"memory", "selective", "score", "parallel", "begin", "begin_bias"})
 """Options that act before a part is learned, or after."""
 
 
@@ -266,19 +270,15 @@ def _with(model: Network, part: Part, found: Mapping[str, Any]) -> Network:
     return editor.model()
 
 
-def _selected(
-    carry: Carry,
-    part: Part,
-    outputs: Sequence[str],
-    tuned: Network,
-    before: Network,
-    judging: Tensor | None,
-    report: dict[str, Any],
-) -> tuple[Network, dict[str, Any]]:
-    """The tuned model where its outputs err less on the units that judge than those of the one before, else that."""
-    units = np.arange(carry.units) if judging is None else judging.numpy()
-    errors = [carry.output_error(part, model, outputs, units) for model in (before, tuned)]
-    report |= {"model_error_before": errors[0], "model_error_after": errors[1]}
-    if errors[1] < errors[0]:
-        return tuned, report
-    return before, {**report, "kept": "before"}
+def _better(
+    carry: Carry, part: Part, models: tuple[Network, Network], names: Sequence[str], units: Array, score: Score | None
+) -> tuple[bool, dict[str, float]]:
+    """Whether the outputs of the second model are better on these units than those of the first, and by what."""
+    wanted = carry.float_outputs(names, units)
+    before, after = (carry.outputs(part, model, names, units) for model in models)
+
+    def scored(found: Mapping[str, Array]) -> float:
+        assert score is not None
+        return score(carry.by_sample(found, units), carry.by_sample(wanted, units), carry.samples(units))
+
+    return gains(before, after, wanted, None if score is None else scored)

@@ -1,10 +1,12 @@
 """A whole quantized network as a function of what is learned, and the network that has what came of it.
 
     weights         on their grids (straight through the rounding), the scales of the grids with them
-    step sizes      of activations; those that share a grid since numbers only move between them go together
+    step sizes      of activations; those that share a grid since numbers only move between them go together. Or both
+                    ends of their ranges (`ranges`), where zero points may move
     biases, norms   in float; the model's own rule rounds biases when all is done
 
-Grids that a target prescribes stay: scales that are powers of two, those of looked-up tables, and all zero points.
+Grids that a target prescribes stay: scales that are powers of two, those of looked-up tables, and zero points that are
+not learned.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.func import functional_call
 
 from qpipe.errors import InputError
@@ -24,9 +26,10 @@ from qpipe.methods.learning.objective import Objective, Targets
 from qpipe.methods.learning.stretch import groups
 from qpipe.model.network.network import Network
 from qpipe.model.simulation.constants import taken_in
-from qpipe.model.simulation.module import to_torch
+from qpipe.model.simulation.module import to_torch, value_nodes
 from qpipe.model.simulation.run import run
 from qpipe.model.simulation.samples import batch_axes, batches
+from qpipe.model.structure.blocks import find_blocks
 from qpipe.model.structure.layers import find_layers
 from qpipe.model.structure.opaque import is_opaque
 from qpipe.model.structure.operands import find_operands
@@ -35,7 +38,7 @@ from qpipe.numerics.learning.cells import powers_of_two
 from qpipe.numerics.learning.optimize import Learned, Learning
 from qpipe.numerics.learning.options import LearningOptions
 from qpipe.numerics.learning.roundings import start
-from qpipe.numerics.learning.variables import Free, Step, Variable
+from qpipe.numerics.learning.variables import Ends, Free, Step, Variable
 from qpipe.numerics.metrics import counting
 
 if TYPE_CHECKING:
@@ -47,6 +50,8 @@ NORMS = frozenset({"LayerNormalization", "GroupNormalization", "InstanceNormaliz
 """Operators whose second and third input are a float scale and shift of each channel."""
 SEEN = 32
 """Samples at once where nothing is learned."""
+OF_BLOCKS = 256
+"""Samples from which the variances of blocks' outputs are taken."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,10 @@ def grid_of(encoding: Encoding) -> tuple[Any, ...]:
 
 
 class Whole:
-    """`model` over the samples of `arrays`; `targets` are what its `outputs` have to be, by name, (n, ...) each."""
+    """`model` over the samples of `arrays`; `targets` are what its `outputs` have to be, by name, (n, ...) each.
+
+    `like` is the float model whose blocks' outputs are to be met as well, None for none; `ranges` learns both ends of
+    the ranges of activations whose zero points are free."""
 
     def __init__(
         self,
@@ -96,10 +104,15 @@ class Whole:
         targets: Mapping[str, Array],
         labels: Array | None = None,
         *,
+        like: Network | None = None,
+        ranges: bool = False,
         device: str = "cpu",
     ) -> None:
         self.model, self.arrays, self.device = model, dict(arrays), device
         self.learnable = learnable(model)
+        self.ranged = frozenset(name for name in self.learnable.steps if ranges and not model.encodings[name].symmetric)
+        self.blocks = () if like is None else block_outputs(model)
+        self._like = None if like is None else to_torch(like, quantized=False, device=device)
         self.names = tuple(targets)
         self.targets = [torch.from_numpy(np.ascontiguousarray(each)).to(device) for each in targets.values()]
         self.labels = None if labels is None else torch.tensor(labels).to(device)
@@ -107,6 +120,9 @@ class Whole:
         specs = [spec.name for spec in model.outputs]
         self._places = [specs.index(name) for name in self.names]
         self.module = to_torch(without_weight_grids(model, self.learnable.weights), device=device)
+        if self._like is not None:
+            _show(self.module, self.blocks)
+            _show(self._like, self.blocks, alone=True)
         parameters, quantizers = self.module.meta["parameters"], self.module.meta["quantizers"]
         learned = (*self.learnable.weights, *self.learnable.biases, *self.learnable.norms)
         self._attributes = {name: [parameters[name]] for name in learned if name in parameters}
@@ -116,7 +132,7 @@ class Whole:
             for attribute in attributes:
                 quantizer = self.module.get_submodule(attribute)
                 assert isinstance(quantizer, FakeQuantize)
-                quantizer.learn_scale()
+                quantizer.learn_scale(zero_point=leader in self.ranged)
 
     @property
     def samples(self) -> int:
@@ -124,23 +140,59 @@ class Whole:
         return len(self.targets[0])
 
     def batch(self, index: Tensor, draw: torch.Generator | None = None) -> tuple[Tensor, Targets]:
-        """(the samples themselves, what the outputs have to be for them)."""
-        return index, Targets([y[index] for y in self.targets], None if self.labels is None else self.labels[index])
+        """(the samples themselves, what the outputs have to be for them; while learning the blocks' outputs, too)."""
+        blocks = () if draw is None or self._like is None else self._of_float(index)
+        labels = None if self.labels is None else self.labels[index]
+        return index, Targets([y[index] for y in self.targets], labels, blocks)
+
+    def block_variances(self) -> tuple[float, ...]:
+        """The variance of each block's output in the float model, over all its numbers; 1 for one that never moves."""
+        sums = np.zeros((len(self.blocks), 3))
+        for index in torch.split(torch.arange(min(self.samples, OF_BLOCKS)), SEEN):
+            found = [value.double() for value in self._of_float(index)]
+            sums += [[value.numel(), float(value.sum()), float(value.square().sum())] for value in found]
+        means, squares = sums[:, 1] / sums[:, 0], sums[:, 2] / sums[:, 0]
+        moves = squares - np.square(means) > 1e-12 * squares  # less is rounding
+        return tuple(np.where(moves, squares - np.square(means), 1.0).tolist())
+
+    def _of_float(self, index: Tensor) -> list[Tensor]:
+        """What the float model's blocks give, flattened."""
+        assert self._like is not None
+        with torch.no_grad():
+            return _joined([self._like(*inputs) for inputs, _ in self._fed(index)])
+
+    def _fed(self, index: Tensor) -> list[tuple[tuple[Any, ...], int]]:
+        """The inputs of the batches that these samples make, and how many of each count."""
+        rows = {name: array[index.numpy()] for name, array in self.arrays.items()}
+        found = batches(self.model, rows, len(index))
+        return [(tuple(taken_in(array, self.device) for array in batch.arrays), batch.count) for batch in found]
 
     def __call__(
         self, values: Mapping[str, Tensor], index: Tensor, draw: torch.Generator | None = None
     ) -> list[Tensor]:
-        """The outputs for these samples, with these values by name, (n, ...) each."""
-        given = {place: tensor for name, tensor in values.items() for place in self._attributes.get(name, ())}
-        rows = {name: array[index.numpy()] for name, array in self.arrays.items()}
+        """The outputs for these samples, with these values by name, (n, ...) each; while learning (`draw`) those of
+        blocks behind them, flattened."""
+        given = self._given(values)
         parts: list[list[Tensor]] = []
-        for batch in batches(self.model, rows, len(index)):
-            inputs = tuple(taken_in(array, self.device) for array in batch.arrays)
+        seen: list[Sequence[Tensor]] = []
+        for inputs, count in self._fed(index):
             found = functional_call(self.module, given, inputs)
             outputs = found if isinstance(found, tuple | list) else (found,)
-            fed = self._axes.size or batch.count
-            parts.append([self._rows(outputs[place], place, fed)[: batch.count] for place in self._places])
-        return parts[0] if len(parts) == 1 else [torch.cat(each) for each in zip(*parts, strict=True)]
+            fed = self._axes.size or count
+            parts.append([self._rows(outputs[place], place, fed)[:count] for place in self._places])
+            seen.append(outputs[len(outputs) - len(self.blocks) :])
+        own = parts[0] if len(parts) == 1 else [torch.cat(each) for each in zip(*parts, strict=True)]
+        return own if draw is None else [*own, *_joined(seen)]
+
+    def _given(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        given = {}
+        for name, tensor in values.items():
+            for place in self._attributes.get(name, ()):
+                if name in self.ranged:
+                    given[place], given[place.removesuffix("scale") + "zero_point"] = tensor[0], tensor[1]
+                else:
+                    given[place] = tensor
+        return given
 
     def _rows(self, output: Tensor, place: int, fed: int) -> Tensor:
         axis = self._axes.outputs[place]
@@ -166,7 +218,8 @@ class Whole:
         for name in self.learnable.norms:
             found[name] = Free(torch.tensor(self.model.param(name), device=self.device), "norm")
         for leader in self.learnable.steps:
-            found[leader] = Step(self.model.encodings[leader], device=self.device)
+            kind = Ends if leader in self.ranged else Step
+            found[leader] = kind(self.model.encodings[leader], device=self.device)
         return {name: variable for name, variable in found.items() if name in self._attributes}
 
     def finished(self, learned: Learned) -> Network:
@@ -177,12 +230,34 @@ class Whole:
             if name in self.learnable.steps:
                 assert encoding is not None
                 for member in self.learnable.steps[name]:
-                    editor.encodings[member] = replace(editor.encodings[member], scale=encoding.scale)
+                    old, zero_point = editor.encodings[member], encoding.zero_point
+                    editor.encodings[member] = replace(old, scale=encoding.scale, zero_point=zero_point)
                 continue
             editor.set_param(name, value.cpu().numpy())
             if encoding is not None:
                 editor.encodings[name] = encoding
         return editor.model()
+
+
+def block_outputs(model: Network) -> tuple[str, ...]:
+    """The values in which the blocks of `model` end, but for its outputs."""
+    outputs = {spec.name for spec in model.outputs}
+    return tuple(block.output for block in find_blocks(model) if block.output not in outputs)
+
+
+def _show(module: fx.GraphModule, names: Sequence[str], alone: bool = False) -> None:
+    """Lets `module` give these values, as their readers see them, behind its outputs, or `alone`."""
+    nodes = value_nodes(module)
+    (output,) = (node for node in module.graph.nodes if node.op == "output")
+    before = output.args[0] if isinstance(output.args[0], tuple) else (output.args[0],)
+    output.args = ((*(() if alone else before), *(nodes[name] for name in names)),)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+
+
+def _joined(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Each value of several batches as one row of numbers."""
+    return [torch.cat([value.flatten() for value in each]) for each in zip(*parts, strict=True)]
 
 
 def without_weight_grids(model: Network, weights: Sequence[str]) -> Network:
@@ -197,26 +272,6 @@ def targets_of(
     """What the float model's outputs that count are for the samples, by name."""
     found = run(float_model, arrays, batch_size=SEEN, quantized=False, device=device)
     return {name: array for name, array in counting(found, tuple(only)).items() if array.dtype.kind == "f"}
-
-
-def float_of(model: Network, float_model: Network | None, stage: str) -> Network:
-    """The model whose float outputs are to be matched. Errors: InputError where `float_model` is needed and is not
-    there, or is of another network."""
-    tuned = sorted(name for name, e in model.encodings.items() if e.frozen and name in model.params)
-    if float_model is None:
-        if tuned:
-            raise InputError(
-                f"{stage}.float_model: the weights were tuned already ('{tuned[0]}'), so that their float values are "
-                "gone. Wire float_model to the model that the tuning started from."
-            )
-        return model
-    for name in learnable(model).weights:
-        if name not in float_model.params or float_model.param(name).shape != model.param(name).shape:
-            raise InputError(
-                f"{stage}.float_model: it has no weight '{name}' of shape {list(model.param(name).shape)}. Wire it to "
-                "the model that the tuning started from, behind bnf and cle."
-            )
-    return float_model
 
 
 def refuse_unlearnable(whole: Whole, stage: str) -> None:
@@ -254,9 +309,8 @@ def trained(
     weights = {name: float_model.param(name) for name in whole.learnable.weights}
     targets = dict(zip(whole.names, (t.cpu().numpy() for t in whole.targets), strict=True))
     labels = None if whole.labels is None else whole.labels.cpu().numpy()
-    meta, blobs = Network(whole.model.ir, whole.model.encodings).pack()
-    content = [meta, {name: np.frombuffer(blob, np.uint8) for name, blob in sorted(blobs.items())}]
-    problem = [content, weights, whole.arrays, targets, labels, asdict(options), list(said), seed]
+    said = [*said, sorted(whole.ranged)]
+    problem = [content_of(whole.model), weights, whole.arrays, targets, labels, asdict(options), said, seed]
     state = packed(learning.state())
     while not learning.over:
         until = learning.done + options.every
@@ -269,12 +323,23 @@ def trained(
         learning.load(unpacked(state))
     learned = learning.learned()
     report = learned.report
+    for key in ("outputs_before", "outputs_after"):
+        if key in report:
+            report[key] = dict(zip(whole.names, report[key], strict=True))
     if report["tuning_after"] > report["tuning_before"]:  # few held-out samples gain by chance; those learned on, too?
         values = {name: v.final() for name, v in whole.start(float_model).items()}
         encodings = {name: encoding for name, (_, encoding) in values.items() if encoding is not None}
         report |= {"kept": "before", "changed": 0.0}
         learned = Learned({name: value for name, (value, _) in values.items()}, encodings, report)
     return whole.finished(learned), report
+
+
+def content_of(model: Network | None) -> list[Any]:
+    """All that a model computes with, as a sub-result's inputs; nothing for none."""
+    if model is None:
+        return []
+    meta, blobs = Network(model.ir, model.encodings).pack()
+    return [meta, {name: np.frombuffer(blob, np.uint8) for name, blob in sorted(blobs.items())}]
 
 
 def packed(state: Mapping[str, Any]) -> dict[str, Any]:

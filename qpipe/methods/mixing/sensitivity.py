@@ -84,9 +84,14 @@ class GramSensitivity:
         weights = {name: encodings[name] for name in group.weights if name in encodings}
         return -10.0 * math.log10(max(self._weight_losses(weights) + noise, 1e-30))
 
-    def weight_loss(self, name: str, encoding: Encoding) -> float:
-        """What the weight `name` on a grid loses, over all layers that it is in."""
-        return self._weight_losses({name: encoding})
+    def each(self, weights: Mapping[str, Encoding]) -> dict[str, float]:
+        """What each of `weights` on its grid loses, over all layers that it is in."""
+
+        def run(*_: Any) -> dict[str, float]:
+            return {name: self._sum({name: encoding}) for name, encoding in weights.items()}
+
+        found: dict[str, float] = self._memo("gram of each", run, self._content, grids_fingerprint(weights), self._seed)
+        return found
 
     def _weight_losses(self, weights: Mapping[str, Encoding]) -> float:
         """The sum over the layers whose weights have these grids."""
@@ -94,15 +99,18 @@ class GramSensitivity:
             return 0.0
 
         def run(*_: Any) -> float:
-            known = {layer.weight for layer in self._layers}
-            of_layers = (
-                self._weight_loss(number, layer, weights[layer.weight])
-                for number, layer in enumerate(self._layers)
-                if layer.weight in weights
-            )
-            return sum(of_layers) + sum(self._plain_loss(name, weights[name]) for name in sorted(set(weights) - known))
+            return self._sum(weights)
 
         return float(self._memo("gram", run, self._content, grids_fingerprint(weights), self._seed))
+
+    def _sum(self, weights: Mapping[str, Encoding]) -> float:
+        known = {layer.weight for layer in self._layers}
+        of_layers = (
+            self._weight_loss(number, layer, weights[layer.weight])
+            for number, layer in enumerate(self._layers)
+            if layer.weight in weights
+        )
+        return sum(of_layers) + sum(self._plain_loss(name, weights[name]) for name in sorted(set(weights) - known))
 
     def _noise(self, names: tuple[str, ...], encodings: Mapping[str, Encoding]) -> float:
         """The noise in the values that one observer watched, over their energy; 0 where they stay float."""

@@ -61,7 +61,7 @@ class GradientOptions:
 
     iterations: int | None = None
     batch_size: int = 32
-    learning_rate: float = 1e-3
+    lr: float = 1e-3
     reg_param: float = 0.01
     beta_range: tuple[float, float] = (20.0, 2.0)
     warm_start: float = 0.2
@@ -78,7 +78,7 @@ class GradientOptions:
         return LearningOptions(
             iterations=self.iterations_for(bitwidth),
             batch_size=self.batch_size,
-            rates={"weight": self.learning_rate},
+            rates={"weight": self.lr},
             schedule="constant",
             check_every=250,
             early_stop=self.early_stop,

@@ -32,6 +32,7 @@ Array = npt.NDArray[Any]
 Memo = Callable[..., Any]
 
 
+@torch.inference_mode()  # thousands of small operators, a sixth of whose time is what gradients would need
 def round_by_gram(
     model: Network,
     layer: Layer,

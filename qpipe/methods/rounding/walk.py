@@ -19,6 +19,7 @@ from qpipe.model.simulation.constants import taken_in
 from qpipe.model.simulation.module import to_torch
 from qpipe.model.simulation.samples import batches
 from qpipe.model.simulation.stream import Stream
+from qpipe.model.structure.channels import bias_vector, own_bias, set_bias
 from qpipe.model.structure.layers import find_layers, refused_layers
 from qpipe.numerics.grid import quantize_dequantize
 from qpipe.numerics.learning.losses import squared_error
@@ -65,6 +66,16 @@ def tunable_layers(model: Network) -> tuple[tuple[Layer, ...], dict[str, str]]:
             first[layer.weight] = layer.name
             chosen.append(layer)
     return tuple(chosen), refused
+
+
+def with_biases(model: Network, layers: Sequence[Layer]) -> Network:
+    """The model with a bias of its own for each of `layers`; a MatMul without one stays without."""
+    editor = model.edit()
+    for layer in layers:
+        if layer.bias is not None or layer.op_type != "MatMul":
+            own = own_bias(editor, layer)
+            set_bias(editor, own, bias_vector(editor, own))
+    return editor.model()
 
 
 class Walk:

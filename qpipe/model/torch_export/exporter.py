@@ -7,7 +7,6 @@ equal parameters. `torch_names` names what it leaves after the torch modules.
 from __future__ import annotations
 
 import contextlib
-import gc
 import inspect
 import io
 import logging
@@ -31,12 +30,15 @@ from qpipe.model.network.network import Network
 from qpipe.model.torch_export.decomposition import decomposing_in_place
 from qpipe.model.torch_export.errors import explain, lacking_operator, refuse_unfit_module, unwrapped
 from qpipe.model.torch_export.names import rename
+from qpipe.model.torch_export.shortcuts import shortcuts
 from qpipe.model.torch_export.translations import TRANSLATIONS
+from qpipe.param import uncollected
 
 BATCH = "batch"
 _KIND = "pkg.torch.export.graph_signature.InputSpec.kind"
 
 
+@uncollected()
 def from_torch(
     module: torch.nn.Module,
     example_inputs: Any,
@@ -189,7 +191,7 @@ def _export(
 ) -> torch.onnx.ONNXProgram:
     # The fused kernels lay their result out otherwise than the form that the exporter takes attention
     # apart into, and a view that was traced over the one does not fit the other.
-    with _quiet(), _uncollected(), sdpa_kernel(SDPBackend.MATH), decomposing_in_place():
+    with _quiet(), uncollected(), sdpa_kernel(SDPBackend.MATH), decomposing_in_place(), shortcuts():
         program = torch.onnx.export(
             module,
             args if kwargs else (*args, {}),  # it takes a dict at the end for named arguments
@@ -203,19 +205,6 @@ def _export(
         )
     assert program is not None
     return program
-
-
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """No garbage collection for the while: torch makes millions of objects that stay, and Python would look through all
-    of them over and over, a tenth of the time that an export takes."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
 
 
 @contextlib.contextmanager

@@ -5,7 +5,8 @@
     divergence    T^2 KL(softmax(y / T) || softmax(y^ / T)), mean over positions; y are logits
     features      mean of (y^ - y)^2 / variance, one variance a tensor, so that each counts alike
 
-Outputs and targets are one tensor, or as many of each; the loss is the sum over the pairs.
+Outputs and targets are one tensor, or as many of each; the loss is the sum over the pairs. Of what is judged by several
+outputs none may lose: a sum alone gives one of them away where another gains more.
 
 Source: Li et al., "BRECQ", arXiv 2102.05426 (fisher); Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural
 Network", arXiv 1503.02531 (divergence).
@@ -13,6 +14,7 @@ Network", arXiv 1503.02531 (divergence).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -23,7 +25,8 @@ Loss = Callable[[Any, Any], Tensor]
 """(outputs, targets) -> a number to be minimized, the mean over the batch."""
 
 Judge = Callable[[Any, Any], tuple[Tensor, Tensor]]
-"""(outputs, targets) -> an error and what it is a share of, sums over the batch, float64."""
+"""(outputs, targets) -> an error and what it is a share of, sums over the batch, float64; or, of several outputs none
+of which may lose, the errors by sample and output, (n, K), and what their sum is a share of."""
 
 
 def mse(channel_axis: int = 1) -> Loss:
@@ -80,6 +83,20 @@ def squared_error(outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
     return error, total(target.square().sum(dtype=torch.float64) for _, target in both)
 
 
+def by_sample(outputs: Any, targets: Any, variances: Sequence[float]) -> Tensor:
+    """(n, K), float64: of each sample the mean squared error of each of K tensors over its variance."""
+    rows = [_difference(y, target).square().reshape(len(y), -1).mean(1) for y, target in pairs(outputs, targets)]
+    return torch.stack([row / variance for row, variance in zip(rows, variances, strict=True)], 1)
+
+
+def loses(before: Tensor, after: Tensor) -> Tensor:
+    """(K,), bool: which outputs err more than before by more than the noise, of errors (n, K) of the same n samples:
+    their mean rises by more than its standard error."""
+    rise = after - before
+    noise = rise.std(0, correction=min(1, len(rise) - 1)) / math.sqrt(len(rise))
+    return rise.mean(0) > noise
+
+
 def judged_by(loss: Loss) -> Judge:
     """The judge whose error is the mean of `loss` over the samples."""
 
@@ -111,6 +128,12 @@ def _squared(y: Tensor, target: Tensor) -> Tensor:
     if y.shape != target.shape:
         raise ValueError(f"an output has shape {tuple(y.shape)}, its target {tuple(target.shape)}.")
     return torch.nn.functional.mse_loss(y, target, reduction="sum")
+
+
+def _difference(y: Tensor, target: Tensor) -> Tensor:
+    if y.shape != target.shape:
+        raise ValueError(f"an output has shape {tuple(y.shape)}, its target {tuple(target.shape)}.")
+    return y.double() - target.double()
 
 
 def _positions(y: Tensor, channel_axis: int) -> int:

@@ -2,7 +2,8 @@
 
 Each step draws a batch, and goes along the gradient of the loss (Adam, or the gradient's sign alone). Now and then the
 result as it would be for good is judged on the held-out samples. The best that was seen is what comes out, and where
-none was better than the start, the start does.
+none was better than the start, the start does. Better is what errs less in all and, where the judge tells outputs
+apart, loses by more than the noise at none of them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qpipe.numerics.grid import Encoding
-from qpipe.numerics.learning.losses import Judge, Loss, mse, squared_error
+from qpipe.numerics.learning.losses import Judge, Loss, loses, mse, squared_error
 from qpipe.numerics.learning.options import LearningOptions
 from qpipe.numerics.learning.variables import Snapshot, Variable, restore, snapshot
 
@@ -32,8 +33,9 @@ class Learned:
     """`values` for good, by name, the `encodings` of those that have one, and a JSON `report`.
 
     error_before and error_after are the judge's on held-out samples, tuning_before and tuning_after on those learned
-    on; `iterations` that were run; `changed`, the share of codes that differ from the start; kept: "after", or "before"
-    where nothing was better than the start, which is then what the values are.
+    on; outputs_before and outputs_after the former by output, where the judge tells several apart; `iterations` that
+    were run; `changed`, the share of codes that differ from the start; kept: "after", or "before" where nothing was
+    better than the start, which is then what the values are.
     """
 
     values: dict[str, Tensor]
@@ -94,8 +96,10 @@ class Learning:
         self._optimizer = _optimizer(self._groups, rates, self.options)
         self.done, self._stopped = 0, False
         self._first = {name: snapshot(v) for name, v in self.variables.items()}
-        self._tuning_before = self._error(self._tuning)
-        self._before = self._least = self._error(self._held_out)
+        self._tuning_before, _ = self._judged(self._tuning)
+        self._before, self._rows = self._judged(self._held_out)
+        self._least = self._before
+        self._outputs: list[float] | None = None if self._rows is None else self._rows.mean(0).tolist()
         self._best: dict[str, Snapshot] | None = None
         self._idle = 0
 
@@ -152,10 +156,12 @@ class Learning:
         return self._tuning[(self.done * size + torch.arange(size)) % count]
 
     def _look(self) -> None:
-        error = self._error(self._held_out)
-        if error < self._least:
+        error, rows = self._judged(self._held_out)
+        lost = self._rows is not None and rows is not None and bool(loses(self._rows, rows).any())
+        if error < self._least and not lost:
             self._best = {name: snapshot(v) for name, v in self.variables.items()}
             self._least, self._idle = error, 0
+            self._outputs = None if rows is None else rows.mean(0).tolist()
             return
         undecided = self.options.beta_at(self.done) is None and any(
             v.penalty(1.0) is not None for v in self.variables.values()
@@ -163,18 +169,21 @@ class Learning:
         self._idle += 0 if undecided else 1
         self._stopped = bool(self.options.early_stop) and self._idle >= self.options.early_stop
 
-    def _error(self, index: Tensor) -> float:
-        """The judge's error of the hard result on the first of these samples; infinite where it is none."""
+    def _judged(self, index: Tensor) -> tuple[float, Tensor | None]:
+        """The judge's error of the hard result on the first of these samples, infinite where it is none, and the errors
+        by sample and output where it tells them apart."""
         index, size = index[: self.options.check_samples], self.options.batch_size
         error = share = 0.0
+        rows: list[Tensor] = []
         with torch.no_grad():
             values = {name: v.hard() for name, v in self.variables.items()}
             for part in torch.split(index, size):
                 x, target = self.batches(part, None)
                 found, of = self.judge(self.forward(values, x, None), target)
-                error, share = error + float(found), share + float(of)
+                error, share = error + float(found.sum()), share + float(of)
+                rows += [found.cpu()] if found.ndim == 2 else []
         error = error / share if share > 0 else error
-        return error if math.isfinite(error) else math.inf
+        return error if math.isfinite(error) else math.inf, torch.cat(rows) if rows else None
 
     def _adjusted(self) -> Mapping[str, float]:
         """The rates, with that of weights as `lr_adjust` says."""
@@ -198,6 +207,7 @@ class Learning:
             "stopped": self._stopped,
             "idle": self._idle,
             "least": self._least,
+            "outputs": self._outputs,
             "draw": self._draw.get_state(),
             "now": {name: snapshot(v) for name, v in self.variables.items()},
             "best": self._best,
@@ -211,7 +221,7 @@ class Learning:
     def load(self, state: Mapping[str, Any]) -> None:
         """Goes back to a `state` of a learning with the same arguments."""
         self.done, self._stopped, self._idle = state["done"], state["stopped"], state["idle"]
-        self._least, self._best = state["least"], state["best"]
+        self._least, self._best, self._outputs = state["least"], state["best"], state["outputs"]
         self._draw.set_state(state["draw"])
         for name, variable in self.variables.items():
             restore(variable, state["now"][name])
@@ -231,11 +241,13 @@ class Learning:
             "error_before": self._before,
             "error_after": self._least,
             "tuning_before": self._tuning_before,
-            "tuning_after": self._tuning_before if self._best is None else self._error(self._tuning),
+            "tuning_after": self._tuning_before if self._best is None else self._judged(self._tuning)[0],
             "iterations": self.done,
             "changed": moved / codes if codes else 0.0,
             "kept": "before" if self._best is None else "after",
         }
+        if self._rows is not None and self._rows.shape[1] > 1:
+            report |= {"outputs_before": self._rows.mean(0).tolist(), "outputs_after": self._outputs}
         encodings = {name: encoding for name, (_, encoding) in final.items() if encoding is not None}
         return Learned({name: value for name, (value, _) in final.items()}, encodings, report)
 

@@ -4,9 +4,12 @@ A variable holds a few torch parameters, each of a kind ("weight", "scale", "bia
 learning rate. Weights on a grid are variables too: `qpipe.numerics.learning.roundings`.
 
     step      s = s0 exp(u), u = 0 at the start; its gradient times 1 / sqrt(n qmax), n the features of a sample
+    ends      a = a0 + p (b0 - a0), b = b0 + q (b0 - a0), a <= 0 <= b; s = (b - a) / (qmax - qmin), z = qmin - a / s,
+              rounded, straight through; p = q = 0 at the start
     free      b = b0 + unit p, p = 0 at the start
 
-Source: the factor of the step's gradient: Esser et al., "Learned Step Size Quantization", arXiv 1902.08153.
+Source: the factor of the step's gradient: Esser et al., "Learned Step Size Quantization", arXiv 1902.08153; the
+gradient of a zero point: Bhalgat et al., "LSQ+", arXiv 2004.09576; both ends of a range: AIMET's range learning.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -107,6 +111,57 @@ class Step:
 
     def bound(self) -> None:
         """Nothing: exp keeps the scale positive."""
+
+    def changed(self) -> tuple[int, int]:
+        """(0, 0)."""
+        return 0, 0
+
+
+class Ends:
+    """Both ends of the range of an activation's quantizer, from which its scale and zero point follow; 0 stays inside.
+
+    Raises ValueError for scales that are all powers of two, and for a symmetric grid, whose zero point is not free.
+    """
+
+    def __init__(self, encoding: Encoding, device: str | torch.device = "cpu") -> None:
+        refuse_powers_of_two(encoding)
+        if encoding.symmetric:
+            raise ValueError("the zero point of a symmetric grid stays: its step size alone can be learned.")
+        self.encoding, self.span = encoding, encoding.qmax - encoding.qmin
+        self.start = torch.tensor(encoding.scale, device=device)
+        self.low = encoding.qmin - torch.tensor(encoding.zero_point, device=device).to(self.start.dtype)
+        self.p, self.q = (torch.zeros_like(self.start).requires_grad_() for _ in range(2))
+
+    def value(self) -> Tensor:
+        """(2, *shape of the scales): the scales, and the zero points before they are rounded."""
+        factor = 1.0 + (self.q - self.p)
+        zero_point = self.encoding.qmin - (self.low + self.span * self.p) / factor
+        return torch.stack([self.start * factor, zero_point])
+
+    def hard(self) -> Tensor:
+        """The same, rounded and without a gradient."""
+        scale, zero_point = self.value().detach()
+        return torch.stack([scale.clamp(min=SMALLEST_SCALE), zero_point.round()])
+
+    def final(self) -> tuple[Tensor, Encoding]:
+        """The same, and the encoding that has them."""
+        scale, zero_point = found = self.hard()
+        kept = {"scale": scale.cpu().numpy(), "zero_point": zero_point.cpu().numpy().astype(np.int32)}
+        return found, replace(self.encoding, **kept)
+
+    def parameters(self) -> dict[str, list[Tensor]]:
+        """p and q, of kind act_scale."""
+        return {"act_scale": [self.p, self.q]}
+
+    def penalty(self, beta: float) -> None:
+        """None."""
+
+    def bound(self) -> None:
+        """0 stays between the ends, and these a hundredth of the first range apart."""
+        with torch.no_grad():
+            torch.minimum(self.p, -self.low / self.span, out=self.p)
+            torch.maximum(self.q, -1.0 - self.low / self.span, out=self.q)
+            torch.maximum(self.q, self.p - 0.99, out=self.q)
 
     def changed(self) -> tuple[int, int]:
         """(0, 0)."""

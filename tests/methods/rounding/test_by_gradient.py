@@ -18,7 +18,7 @@ from tests.methods.rounding.test_by_gram import Memo, batches, model
 from tests.model.nets import normal, parsed
 from tests.model.quantized import quantized, scheme
 
-OPTIONS: dict[str, Any] = {"iterations": 60, "learning_rate": 3e-2}
+OPTIONS: dict[str, Any] = {"iterations": 60, "lr": 3e-2}
 
 
 def solved(
@@ -122,14 +122,14 @@ def test_every_option_acts() -> None:
     strong = {**OPTIONS, "reg_param": 1.0}
     plain = solved(net, x_hat, x, **strong)
     others: list[dict[str, Any]] = [
-        {"iterations": 59}, {"batch_size": 8}, {"learning_rate": 0.1}, {"reg_param": 0.0}, {"warm_start": 0.9},
+        {"iterations": 59}, {"batch_size": 8}, {"lr": 0.1}, {"reg_param": 0.0}, {"warm_start": 0.9},
         {"beta_range": (3.0, 1.0)},
         {"lr_adjust": (0.0, 0.2)}, {"drop_ratio": 0.5}, {"drop_ratio": 0.0}, {"positions": 4}, {"seed": 1},
     ]  # fmt: skip
     for options in others:
         assert solved(net, x_hat, x, **{**strong, **options}).report != plain.report, options
     assert solved(net, x_hat, x, **strong, lr_adjust=(1e9, 0.2)).report == plain.report
-    long: dict[str, Any] = {"iterations": 3000, "learning_rate": 0.1}
+    long: dict[str, Any] = {"iterations": 3000, "lr": 0.1}
     assert solved(net, x_hat, x, early_stop=2, **long).report["iterations"] < 3000
 
 

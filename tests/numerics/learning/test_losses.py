@@ -7,7 +7,16 @@ import pytest
 import torch
 from scipy.special import softmax
 
-from qpipe.numerics.learning.losses import divergence, features, fisher, judged_by, mse, squared_error
+from qpipe.numerics.learning.losses import (
+    by_sample,
+    divergence,
+    features,
+    fisher,
+    judged_by,
+    loses,
+    mse,
+    squared_error,
+)
 
 Y, T = (np.random.default_rng(seed).normal(size=(5, 7, 3)) for seed in (0, 1))
 y, t = torch.tensor(Y), torch.tensor(T)
@@ -58,6 +67,26 @@ def test_judges_add_up_over_batches() -> None:
     parts = [judge(y[i], t[i]) for i in (slice(0, 2), slice(2, 5))]
     mean = float(sum(p[0] for p in parts)) / float(sum(p[1] for p in parts))
     assert mean == pytest.approx(float(mse()(y, t)), rel=1e-12)
+
+
+def test_an_output_loses_where_its_errors_rise_by_more_than_their_noise() -> None:
+    rng = np.random.default_rng(3)
+    before = torch.tensor(rng.gamma(4.0, size=(100, 4)))
+    noise = rng.normal(size=100)
+    rise = np.stack([0.3 + noise, 0.3 * (noise - noise.mean()), 0 * noise, -rng.random(100)])
+    found = loses(before, before + torch.tensor(rise.T))
+    assert found.tolist() == [True, False, False, False]
+    assert loses(torch.ones(1, 2), torch.tensor([[1.1, 1.0]])).tolist() == [True, False]
+
+
+def test_errors_by_sample_and_output_add_up_to_the_loss() -> None:
+    rows = by_sample((y, 100 * y), (t, 100 * t), [T.var(), (100 * T).var()])
+    assert rows.shape == (5, 2)
+    assert float(rows.mean(0).sum()) == pytest.approx(
+        float(features([T.var(), (100 * T).var()])((y, 100 * y), (t, 100 * t))), rel=1e-12
+    )
+    with pytest.raises(ValueError, match="an output has shape"):
+        by_sample((y,), (t[:1],), [1.0])
 
 
 def test_an_output_of_another_shape_is_refused_rather_than_broadcast() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qpipe.numerics.fake_quantize import fake_quantize
 from qpipe.numerics.grid import Encoding, quantize_dequantize
-from qpipe.numerics.learning.losses import mse
+from qpipe.numerics.learning.losses import by_sample, features, mse
 from qpipe.numerics.learning.optimize import Learned, Learning, SignSGD, learn
 from qpipe.numerics.learning.options import LearningOptions
 from qpipe.numerics.learning.roundings import start
@@ -180,6 +180,25 @@ def test_signsgd_goes_by_the_sign() -> None:
     optimizer = SignSGD([{"params": [p], "lr": 0.5}])
     optimizer.step()
     assert p.tolist() == [0.5, 2.5, 3.0]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_where_the_judge_tells_outputs_apart_none_is_given_away(apart: bool) -> None:
+    """One number that both outputs are: it gains nine times as much at the first as it costs at the second."""
+    x = torch.randn(40, 1, generator=torch.Generator().manual_seed(0))
+    targets = (x + 3.0, x)
+
+    def judge(outputs: Any, wanted: Any) -> tuple[Tensor, Tensor]:
+        rows = by_sample(outputs, wanted, [1.0, 9.0])
+        return (rows if apart else rows.sum()), torch.tensor(float(len(rows)))
+
+    found = learn(
+        {"b": Free(torch.zeros(1))}, lambda v, x, draw: (x + v["b"], x + v["b"]),
+        lambda i, draw: (x[i], tuple(t[i] for t in targets)), 40, judge=judge,
+        loss=features([1.0, 9.0]), options=LearningOptions(40, rates={"bias": 0.1}, hold_out=0.25),
+    )  # fmt: skip
+    assert found.report["kept"] == ("before" if apart else "after")
+    assert found.report.get("outputs_after") == (pytest.approx([9.0, 0.0]) if apart else None)
 
 
 def test_lr_adjust_takes_the_other_rate_above_the_threshold() -> None:

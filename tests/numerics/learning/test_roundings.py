@@ -69,7 +69,7 @@ def test_what_comes_out_is_left_as_it_is_by_its_quantizer(rounding: RoundingName
         assert encoding is not None
         assert value.dtype == torch.float32
         assert torch.equal(FakeQuantize(encoding)(value), value)
-        np.testing.assert_allclose(value.numpy(), variable.hard().numpy(), rtol=1e-6, atol=1e-12)
+        assert torch.equal(value, variable.hard())
         assert same_grid(encoding, E[grid]) is not learn_scale
         assert np.array_equal(encoding.zero_point, E[grid].zero_point)
         moved, codes = variable.changed()
@@ -118,12 +118,18 @@ def _gradient(variable: Variable, toward: Tensor) -> dict[str, list[Tensor]]:
 
 
 @every_grid
-def test_a_straight_through_weight_moves_its_value_by_a_step_and_scales_by_their_codes(grid: str) -> None:
-    variable = start("ste_weight", W.double(), far_codes(W, E[grid]).double(), E[grid], learn_scale=True)
+@pytest.mark.parametrize("rounding", ["ste_weight", "signed_step"])
+@pytest.mark.parametrize("relative", [True, False])
+def test_a_straight_through_weight_moves_its_value_by_a_step_and_scales_by_their_codes(
+    grid: str, rounding: RoundingName, relative: bool
+) -> None:
+    """By a step for each step that it moves, by as much as it moves where it is counted in the weight's own units."""
+    current = far_codes(W, E[grid]).double()
+    variable = start(rounding, W.double(), current, E[grid], learn_scale=True, relative=relative)
     toward = torch.randn(W.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     found = _gradient(variable, toward)
     step = torch.tensor(broadcast(E[grid], tuple(W.shape))[0]).double()
-    torch.testing.assert_close(found["weight"][0], toward * step, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found["weight"][0], toward * step if relative else toward, rtol=1e-6, atol=0)
     _holds_by_differences(variable, toward, "scale")
 
 
