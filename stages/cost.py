@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from qpipe.errors import StageError
 from qpipe.stage import NULL, Context, Samples, Scores, stage
 
 if TYPE_CHECKING:
@@ -42,6 +43,15 @@ def weighed(model: Network, data: Samples, folder: Path) -> tuple[Running, int]:
     return running(graph, shapes(graph, folder, feed, model.facts.custom_ops)), size
 
 
+MEMORY = ("allocate memory", "bad_alloc", "bad allocation", "out of memory")
+"""What onnxruntime says, in whatever class of error, where the memory at hand was too little."""
+
+
+def of_the_moment(error: Exception) -> bool:
+    """Whether another try may go better: it failed for want of memory, or of a place for files."""
+    return isinstance(error, MemoryError | OSError) or any(words in str(error).lower() for words in MEMORY)
+
+
 @stage(version=1, config={"data": "calibration"})
 def cost(model: Network, float_model: Network, data: Samples, *, ctx: Context = NULL) -> Scores:
     """`cost`, the time that running the model is counted with, `size`, the bytes of its file, and `bitops`, its bit
@@ -49,7 +59,8 @@ def cost(model: Network, float_model: Network, data: Samples, *, ctx: Context = 
     between floats and codes.
 
     `data` say how large the values are: the first sample is run once, with the memory of a run. Where onnxruntime does
-    not load or run what was written, `cost` is null, and a note says why.
+    not load or run what was written, `cost` is null, and a note says why. Errors: StageError for want of memory or of
+    a place for files, which is no answer to be kept.
     """
     import tempfile
     from pathlib import Path
@@ -84,5 +95,9 @@ def cost(model: Network, float_model: Network, data: Samples, *, ctx: Context = 
         try:
             return Scores(own(Path(name)))
         except Exception as error:  # onnxruntime has no class of its own; what a step costs is no reason to end a run
-            ctx.note(f"Cost unknown: {' '.join(str(error).split())[:300]}")
+            said = " ".join(str(error).split())[:300]
+            if of_the_moment(error):
+                told = f"What the model costs could not be seen: {said}. Run again, or leave 'cost' out."
+                raise StageError(told) from error
+            ctx.note(f"Cost unknown: {said}")
             return Scores({"cost": None})

@@ -55,6 +55,15 @@ def test_minmax_grids_cover_the_values_of_onnxruntime(model, data, target):
         np.testing.assert_array_equal(calibrated.param(name), model.param(name))
 
 
+@pytest.mark.parametrize(("bitwidth", "observer", "grid"), [(4, "mse", "signed_max"), (5, "minmax", "max")])
+def test_what_a_scheme_leaves_to_auto_follows_the_table_of_defaults(model, data, target, bitwidth, observer, grid):
+    """docs/grids.md, weights and activations alike."""
+    left = Scheme(replace(WEIGHT, bitwidth=bitwidth), replace(ACTIVATION, bitwidth=bitwidth))
+    named = Scheme(replace(left.weight, observer=observer, grid=grid), replace(left.activation, observer=observer))
+    found, expected = (calibrate(model, data, scheme=each, target=target).encodings for each in (left, named))
+    assert all(same_grid(found[name], expected[name]) for name in expected)
+
+
 def test_values_that_are_only_moved_share_one_grid(model, data, target):
     encodings = calibrate(model, data, scheme=SCHEME, target=target).encodings
     assert same_grid(encodings["s"], encodings["m"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from qpipe.errors import StageError
 from qpipe.methods.running_cost import PER_ELEMENT_NS, PER_PRODUCT_NS, START_NS
 from qpipe.numerics.scheme import Scheme, TensorScheme
 from qpipe.stage import Context, Samples
@@ -80,3 +81,13 @@ def test_what_onnxruntime_does_not_run_has_no_cost_and_a_note_says_why(model):
     narrow = Samples({"x": DATA.arrays["x"][:, :7]})
     assert cost(model, model, narrow, ctx=context).values == {"cost": None}
     assert context.told.startswith("Cost unknown: ")
+
+
+def test_want_of_memory_is_no_answer(network):
+    """More than a process can have addresses for, whatever the machine promises."""
+    large = network(
+        "n (float[N,8,16,16] x) => (float[N] y) { e = Expand(x, far)  y = ReduceMax<keepdims=0>(e, but_first) }",
+        {"far": np.array([1 << 36, 1, 8, 16, 16]), "but_first": np.array([0, 2, 3, 4])},
+    )
+    with pytest.raises(StageError, match=r"(?s)could not be seen: .*allocate memory.*Run again, or leave 'cost' out"):
+        cost(large, large, DATA)

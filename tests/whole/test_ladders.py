@@ -71,6 +71,13 @@ def test_outliers_behind_norms_cost_nothing_where_norms_take_part(ran: Runs) -> 
 
 
 @pytest.mark.slow
+def test_a_mix_is_of_what_gains_in_float_already(ran: Runs) -> None:
+    record = ran("pipeline=amp", "scheme=w8a8", "targets=[start]")
+    fates = {row["node"]: row["choice"]["fate"] for row in record["ladder"] if "choice" in row}
+    assert fates == {"score_naive": "kept", "score_uniform": "taken"}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", [(), ("scheme=w4a8",)])
 def test_no_pipeline_ends_below_a_plainer_one(ran: Runs, scheme: tuple[str, ...]) -> None:
     ptq, adaround = (ran(f"pipeline={name}", "stages.cle.norms=false", *scheme) for name in ("ptq", "adaround"))
