@@ -25,7 +25,7 @@ from tests.stages.blockwise import (
 )
 
 BASE = {
-    "begin": "model", "iterations": 20, "batch_size": 16, "hold_out": 0.0, "selective_update": False, "loss": "mse",
+    "begin": "model", "iterations": 8, "batch_size": 16, "hold_out": 0.0, "selective_update": False, "loss": "mse",
     "rounding": "rectified_sigmoid", "lr": 1e-2,
 }  # fmt: skip
 RATES = {"rectified_sigmoid": 0.1, "ste_weight": 0.03, "flexround": 0.01, "signed_step": 0.03}
@@ -47,7 +47,7 @@ def test_every_rounding_errs_less_than_nearest(rounding):
 
 OPTIONS = {
     "blocks": "per_layer", "begin": "gram", "limit": 40, "seed": 1, "rounding": "ste_weight", "loss": "fisher_diag",
-    "iterations": 21, "batch_size": 8, "lr": 0.05, "lr_biases": 1e-2, "lr_scales": 1e-2, "lr_steps": 0.5,
+    "iterations": 9, "batch_size": 8, "lr": 0.05, "lr_biases": 1e-2, "lr_scales": 1e-2, "lr_steps": 0.5,
     "reg_param": 1.0, "beta_range": (9.0, 1.0), "warm_start": 0.7, "drop": 0.5, "input_drop": 0.5, "hold_out": 0.3,
 }  # fmt: skip
 
