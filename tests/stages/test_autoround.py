@@ -23,7 +23,7 @@ from tests.stages.blockwise import (
     same_numbers,
 )
 
-BASE = {"begin": "model", "iterations": 40, "hold_out": 0.0, "selective_update": False}
+BASE = {"begin": "model", "iterations": 16, "hold_out": 0.0, "selective_update": False}
 
 
 @functools.cache
@@ -45,7 +45,7 @@ def test_codes_move_by_one_at_most_and_the_outputs_err_less():
 
 
 OPTIONS = {
-    "blocks": "per_layer", "nblocks": 2, "begin": "gram", "limit": 40, "seed": 1, "iterations": 41, "batch_size": 9,
+    "blocks": "per_layer", "nblocks": 2, "begin": "gram", "limit": 40, "seed": 1, "iterations": 17, "batch_size": 9,
     "lr": 0.01, "lr_scales": 0.01, "learn_ranges": False, "quantized_input": False, "hold_out": 0.3,
 }  # fmt: skip
 
