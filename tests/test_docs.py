@@ -113,6 +113,7 @@ def runner(toy: Toy) -> Runner:
     return Runner(toy, toy.folder / "kept.zip")
 
 
+@pytest.mark.slow
 def test_the_github_recipe_carries_the_cache_from_main_to_a_pull_request(runner: Runner) -> None:
     first = runner.github("first", "push", "main")
     assert [status for _, status in first] == [0] * len(first)

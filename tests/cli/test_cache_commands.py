@@ -237,6 +237,7 @@ for i in range(first, first + 12):
 """
 
 
+@pytest.mark.slow
 def test_gc_in_a_loop_that_takes_all_it_may_breaks_no_running_job(toy: Toy) -> None:
     path = os.pathsep.join([toy.environment["PYTHONPATH"], str(Path(__file__).parents[2])])
     environment = toy.environment | {"PYTHONPATH": path}

@@ -340,6 +340,8 @@ class _Marks:
             tensor = None if value is None or not value.is_initializer() else value.const_value
             if value is None or tensor is None or not _is_float(value) or value.name in self.left.values:
                 continue
+            if node.op_type == "PRelu" and tensor.size == 1:
+                continue  # it is written as a LeakyRelu, whose slope is no tensor
             own = tensor.size == 1 or len(value.uses()) == 1
             if other is not None and other in self.data and own and np.isfinite(tensor.numpy()).all():
                 self.constants[str(value.name)] = str(other.name)

@@ -102,7 +102,6 @@ def _write_parts(graph: ir.Graph, node: ir.Node, last: ir.Node, keep: Collection
         node.op_type = "LeakyRelu"
         node.attributes["alpha"] = ir.AttrFloat32("alpha", float(slopes.reshape(-1)[0]))
         node.resize_inputs(1)
-        _remove_unread(graph, slope.producer())
         return
     codes, title = first.inputs[0], str(node.name)
     assert codes is not None
@@ -188,8 +187,10 @@ def _remove_unread(graph: ir.Graph, node: ir.Node | None) -> None:
 
 
 def _floats(value: ir.Value) -> npt.NDArray[np.float32] | None:
-    """The numbers that a constant on a grid of 8 bits holds; None for any other value."""
+    """The numbers that a constant on a grid of 8 bits holds, or the one that it is; None for any other value."""
     source = value.producer()
+    if source is None and (tensor := constant_tensor(value)) is not None and tensor.size == 1:
+        return np.asarray(tensor.numpy(), np.float32)
     stored = None if source is None or not dequantizes(source) or not has_constant_grid(source) else source.inputs[0]
     codes = None if stored is None or not stored.is_initializer() else constant_tensor(stored)
     if source is None or codes is None or not _is_8_bit(source):
