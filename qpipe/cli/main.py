@@ -218,14 +218,47 @@ def _register() -> None:
 
 def _compose(many: Many, command: str, rest: list[str]) -> int:
     """Let Hydra compose the config and hand the jobs to `many`; mistakes that Hydra finds become one line."""
-    rest = arranged(rest)
-    own: list[int] = []
-    begun: list[str] = []
-    sweeps: dict[Path, Swept] = {}
-    leaves = command in LEAVING
+    task = _Task(many, command, arranged(rest))
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us, not as Hydra's traceback
+    try:
+        with quick_hydra(), watching() as returned, _leaving_nothing(command) as quiet:
+            sys.argv = [sys.argv[0], *task.rest, *quiet]
+            hydra.main(version_base="1.3", config_path="pkg://qpipe.conf", config_name="config")(task)()
+    except NoScore as error:
+        raise QpipeError(str(error)) from error
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(one_line(error, task.rest)) from error
+    except (ValueError, YAMLError, RecursionError) as error:
+        if task.begun:
+            raise
+        raise ConfigError(one_line(error, task.rest)) from error  # ValueError: a number of thousands of digits
+    except OSError as error:
+        if task.begun or isinstance(error, BrokenPipeError):
+            raise
+        if command in LEAVING:
+            _take_away(error)
+        at = f"'{error.filename}': " if error.filename is not None else ""
+        raise QpipeError(
+            f"the folder of the run cannot be made ({at}{error.strerror or error}). Choose another one with "
+            "hydra.run.dir=…, or hydra.sweep.dir=… with -m."
+        ) from error
+    if task.leaves:
+        _show_launched(returned, task.sweeps)
+    return max([*task.statuses, *(each.status for each in returned)], default=0)
 
-    def task(config: DictConfig) -> Score:
-        begun.append(command)
+
+class _Task:
+    """What Hydra gives configs to: one, the trials of a sweep, or those of a search, where its launcher finds these."""
+
+    def __init__(self, many: Many, command: str, rest: list[str]) -> None:
+        self._many, self._command, self.rest = many, command, rest
+        self.leaves = command in LEAVING
+        self.begun = False
+        self.statuses: list[int] = []
+        self.sweeps: dict[Path, Swept] = {}
+
+    def __call__(self, config: DictConfig) -> Score:
+        self.begun = True
         folder = Path(HydraConfig.get().runtime.output_dir)
         overrides = tuple(OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False))  # type: ignore[arg-type]
         os.chdir(HydraConfig.get().runtime.cwd)  # with hydra.job.chdir: a relative path means what it meant before
@@ -235,14 +268,15 @@ def _compose(many: Many, command: str, rest: list[str]) -> int:
             say(f"This is one run; with -m it is a sweep over {', '.join(listed)}.")
 
         def build() -> list[Job]:
-            return [dataclasses.replace(make_job(config, folder, overrides, arguments=rest), number=number)]
+            return [dataclasses.replace(make_job(config, folder, overrides, arguments=self.rest), number=number)]
 
-        own.append(_carry_out(many, build, [folder] if leaves else []))
-        return _told(reached(folder) if leaves else math.nan, own[-1], overrides)
+        self.statuses.append(_carry_out(self._many, build, [folder] if self.leaves else []))
+        return _told(reached(folder) if self.leaves else math.nan, self.statuses[-1], overrides)
 
-    def sweep(trials: Iterator[Trial], count: int, folder: Path) -> list[Score]:
-        begun.append(command)
-        swept = sweeps.setdefault(folder, Swept(folder))
+    def qpipe_sweep(self, trials: Iterator[Trial], count: int, folder: Path) -> list[Score]:
+        """Carry out all `trials` as one graph; what each came to."""
+        self.begun = True
+        swept = self.sweeps.setdefault(folder, Swept(folder))
         folders: list[Path] = []
         overrides: list[tuple[str, ...]] = []
 
@@ -251,70 +285,45 @@ def _compose(many: Many, command: str, rest: list[str]) -> int:
             for trial in trials:
                 folders.append(trial.folder)
                 overrides.append(trial.overrides)
-                label = f"#{trial.number} " if count > 1 else ""
-                made = make_job(trial.config, trial.folder, trial.overrides, label, rest)
+                made = self._job(trial, f"#{trial.number} " if count > 1 else "")
                 jobs.append(dataclasses.replace(made, number=trial.number, swept=swept))
             return jobs
 
         try:
-            own.append(_carry_out(many, build, folders if leaves else []))
+            self.statuses.append(_carry_out(self._many, build, folders if self.leaves else []))
         finally:
-            if leaves and not swept.trials:
+            if self.leaves and not swept.trials:
                 remove_folder(folder, ("multirun.yaml",))
-        scores = [reached(each) if leaves else math.nan for each in folders]
+        scores = [reached(each) if self.leaves else math.nan for each in folders]
         scores += [math.nan] * (count - len(scores))  # those behind one that is refused
-        return [_told(*each) for each in zip(scores, itertools.repeat(own[-1]), [*overrides, *((),) * count])]
+        status = self.statuses[-1]
+        return [_told(*each) for each in zip(scores, itertools.repeat(status), [*overrides, *((),) * count])]
 
-    def check(trial: Trial) -> None:
-        make_job(trial.config, trial.folder, trial.overrides, arguments=rest)
+    def qpipe_check(self, trial: Trial) -> None:
+        """Refuse a trial of which no job can be made. Errors: ConfigError."""
+        self._job(trial, "")
 
-    def search(trials: Iterator[Trial], study: Study, folder: Path) -> list[Score]:
-        begun.append(command)
-        swept = sweeps.setdefault(folder, Swept(folder, search=study.options.aim))
-
-        def make(trial: Trial) -> Job:
-            return make_job(trial.config, trial.folder, trial.overrides, f"#{trial.number} ", rest)
-
+    def qpipe_search(self, trials: Iterator[Trial], study: Study, folder: Path) -> list[Score]:
+        """Carry out `trials`, each of which `study` asks for when a worker has nothing to do; what each came to."""
         from qpipe.search.session import Session
 
-        session = Session(study, swept, trials, make, say)
+        self.begun = True
+        swept = self.sweeps.setdefault(folder, Swept(folder, search=study.options.aim))
+        session = Session(study, swept, trials, lambda trial: self._job(trial, f"#{trial.number} "), say)
+
+        def build() -> Any:
+            return session if self.leaves else list(itertools.islice(session, PLANNED))
+
         try:
-            own.append(_carry_out(many, lambda: session if leaves else list(itertools.islice(session, PLANNED)), []))
-            own.append(session.refused)
+            self.statuses += [_carry_out(self._many, build, []), session.refused]
         finally:
             session.close()
-            if leaves and not swept.trials:
+            if self.leaves and not swept.trials:
                 remove_folder(folder, ("multirun.yaml", *STUDY))
         return [Score(*each) for each in session.scores]
 
-    task.qpipe_sweep = sweep  # type: ignore[attr-defined]  # the launcher finds it here
-    task.qpipe_search, task.qpipe_check = search, check  # type: ignore[attr-defined]
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us, not as Hydra's traceback
-    try:
-        with quick_hydra(), watching() as returned, _leaving_nothing(command) as quiet:
-            sys.argv = [sys.argv[0], *rest, *quiet]
-            hydra.main(version_base="1.3", config_path="pkg://qpipe.conf", config_name="config")(task)()
-    except NoScore as error:
-        raise QpipeError(str(error)) from error
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(one_line(error, rest)) from error
-    except (ValueError, YAMLError, RecursionError) as error:
-        if begun:
-            raise
-        raise ConfigError(one_line(error, rest)) from error  # ValueError: a number of thousands of digits
-    except OSError as error:
-        if begun or isinstance(error, BrokenPipeError):
-            raise
-        if command in LEAVING:
-            _take_away(error)
-        at = f"'{error.filename}': " if error.filename is not None else ""
-        raise QpipeError(
-            f"the folder of the run cannot be made ({at}{error.strerror or error}). Choose another one with "
-            "hydra.run.dir=…, or hydra.sweep.dir=… with -m."
-        ) from error
-    if leaves:
-        _show_launched(returned, sweeps)
-    return max([*own, *(each.status for each in returned)], default=0)
+    def _job(self, trial: Trial, label: str) -> Job:
+        return make_job(trial.config, trial.folder, trial.overrides, label, self.rest)
 
 
 def _show_launched(returned: Sequence[Returned], sweeps: dict[Path, Swept]) -> None:
