@@ -17,7 +17,7 @@ from tests.model.graphs import Case, cases
 from tests.model.properties import PROPERTIES
 
 EXAMPLES = {"import": 40, "import_recent": 15, "gradients": 30, "stages": 60, "parity": 35, "round_trip": 25}
-MANY = {"import": 200, "import_recent": 60, "gradients": 150, "stages": 300, "parity": 150, "round_trip": 80}
+MANY = {"import": 140, "import_recent": 45, "gradients": 100, "stages": 200, "parity": 100, "round_trip": 80}
 
 
 def search(name: str, examples: Mapping[str, int]) -> None:
