@@ -25,6 +25,7 @@ import yaml
 from qpipe.language.catalog import catalog, schema
 
 CONF = Path(__file__).parent.parent / "conf"
+OURS = ("  - override hydra/launcher: qpipe\n", "  - override hydra/sweeper: qpipe\n")
 APP = """
 import os, secrets, sys
 import hydra
@@ -45,8 +46,8 @@ def write_bare_app(folder: Path) -> list[str]:
     for source in CONF.rglob("*.yaml"):
         target = folder / "conf" / source.relative_to(CONF)
         target.parent.mkdir(parents=True, exist_ok=True)
-        text = source.read_text().replace("  - override hydra/launcher: qpipe\n", "")
-        target.write_text(text)
+        lines = source.read_text().splitlines(keepends=True)
+        target.write_text("".join(line for line in lines if line not in OURS))
     (folder / "conf" / "qpipe_base.yaml").write_text("stages: {}\n")
     (folder / "conf" / "stage").mkdir()
     for name, stage in catalog().items():

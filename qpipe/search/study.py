@@ -41,6 +41,7 @@ NEEDED = ((4, 9), (6, 0))
 REPEATS = 20
 """So many proposals that are known already, one after another, and one that nobody has tried is drawn."""
 
+
 @dataclass(frozen=True)
 class SearchOptions:
     """How to search: `objectives` are figures, the first of which ranks; `within` are figures and the most that each
