@@ -255,11 +255,7 @@ def quantscheme_select(
 
     def encodings(side: str, candidate: TensorScheme) -> Encodings:
         placement = placed(side, candidate)
-        return (
-            weight_encodings(model, placement)
-            if side == "weight"
-            else activation_encodings(placement, observers)
-        )
+        return weight_encodings(model, placement) if side == "weight" else activation_encodings(placement, observers)
 
     tried = trials(scheme, weight_observers, activation_observers, percentiles)
     table, grids = attempts(tried, encodings, score, ctx.progress)

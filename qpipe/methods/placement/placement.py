@@ -100,15 +100,7 @@ def place(model: Network, target: Target, scheme: Scheme) -> Placement:
     marks.place()
     groups = marks.groups()
     grids = {name: each for group in groups if (each := schemes.activation(group)) for name in group}
-    constants = {
-        name: replace(grids[data], granularity="per_tensor", observer="minmax")
-        for name, data in marks.constants.items()
-        if data in grids and grids[data].bitwidth == 8 and name not in weights.weights
-    }
-    for name, data in marks.stored.items():
-        beside = schemes.activation((data,))
-        if beside is not None and beside.bitwidth == 8:
-            constants[name] = replace(beside, bitwidth=16, granularity="per_tensor", observer="minmax")
+    constants = _constants(marks, grids, schemes, weights)
     fixed = marks.fixed(grids, groups) | marks.looked_up(constants, groups)
     in_order = {name: grids[name] for name in marks.names if name in grids and name not in fixed}
     follows = {name: last for name, last in marks.follows(groups).items() if name not in fixed}
@@ -119,6 +111,22 @@ def place(model: Network, target: Target, scheme: Scheme) -> Placement:
         weights, in_float=in_float, activations=in_order, grids=groups, follows=follows, survives=survives, fixed=fixed,
         covered=covered, constants=constants,
     )  # fmt: skip
+
+
+def _constants(
+    marks: _Marks, grids: Mapping[str, TensorScheme], schemes: Overridden, weights: Placement
+) -> dict[str, TensorScheme]:
+    """The schemes of constants that meet activations of 8 bits: like theirs, of 16 bits if only stored."""
+    constants = {
+        name: replace(grids[data], granularity="per_tensor", observer="minmax")
+        for name, data in marks.constants.items()
+        if data in grids and grids[data].bitwidth == 8 and name not in weights.weights
+    }
+    for name, data in marks.stored.items():
+        beside = schemes.activation((data,))
+        if beside is not None and beside.bitwidth == 8:
+            constants[name] = replace(beside, bitwidth=16, granularity="per_tensor", observer="minmax")
+    return constants
 
 
 def _reached(survives: dict[str, Links], names: list[str]) -> dict[str, Links]:
