@@ -1,8 +1,8 @@
 """How many trials a search takes until it has the best: the sweeper's `tpe`, optuna's TPE as it comes, and random
 draws.
 
-    python -m benchmarks.search [--seeds 20] [--under-way 1 4] [--table benchmarks/search_table.csv] python -m
-    benchmarks.search --record FOLDER     # makes the table anew: 576 trials, about ten minutes of processor time
+    python -m benchmarks.search [--seeds 20] [--under-way 1 4] [--table benchmarks/search_table.csv]
+    python -m benchmarks.search --record FOLDER     # makes the table anew: 576 trials
 
 The table holds what every combination of a space scores on the built-in model (128 samples of calibration, 400 of
 evaluation, nearest rounding), so that a search over it takes no time, and what is best is known. Two questions:
@@ -11,8 +11,8 @@ evaluation, nearest rounding), so that a search over it takes no time, and what 
     bitops  the best score of those with at most 4 x 8 bits
 
 `asked` counts trials as a search does that carries out every one; `distinct` those that are not cached: a combination
-that is asked for again costs nothing here. `in turn` draws without repeating itself, by chance alone: (N + 1) / (k +
-1) of N trials of which k are the best, in closed form. Trials are told in the order in which they are asked for,
+that is asked for again costs nothing here. `in turn` draws without repeating itself, by chance alone: (N + 1) / (k + 1)
+of N trials of which k are the best, in closed form. Trials are told in the order in which they are asked for,
 `under-way` of them at a time. Of so many seeds: the median, and the quartiles.
 """
 

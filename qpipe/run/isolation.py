@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from qpipe.keys import loaded
+from qpipe.run.machine import Before
 
 PutBack = Callable[[], object]
 _OWN_THREADS = ("qpipe", "fsspec", "tqdm")
@@ -262,18 +263,12 @@ class _Seeds(importlib.abc.MetaPathFinder):
         return spec
 
 
-class _Seeding(importlib.abc.Loader):
-    """A loader that seeds the module when it is loaded; all else it leaves to the one behind it."""
+class _Seeding(Before):
+    """Seeds the module when it is loaded."""
 
     def __init__(self, loader: Any, name: str, seed: int) -> None:
-        self._loader, self._name, self._seed = loader, name, seed
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loader, name)
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType | None:
-        made: types.ModuleType | None = self._loader.create_module(spec)
-        return made
+        super().__init__(loader)
+        self._name, self._seed = name, seed
 
     def exec_module(self, module: types.ModuleType) -> None:
         self._loader.exec_module(module)

@@ -323,7 +323,9 @@ class _Late(importlib.abc.MetaPathFinder):
         return spec
 
 
-class _LateLoader(importlib.abc.Loader):
+class Before(importlib.abc.Loader):
+    """A loader that leaves to the one behind it what a subclass does not do."""
+
     def __init__(self, loader: Any) -> None:
         self._loader = loader
 
@@ -334,6 +336,8 @@ class _LateLoader(importlib.abc.Loader):
         made: types.ModuleType | None = self._loader.create_module(spec)
         return made
 
+
+class _LateLoader(Before):
     def exec_module(self, module: types.ModuleType) -> None:
         own, lock, begun = vars(module), threading.RLock(), list[bool]()
         place = {name: own.pop(name) for name in ("__path__",) if name in own}  # an import from inside asks for that
